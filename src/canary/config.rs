@@ -1,0 +1,171 @@
+//! Reads `steering`, and a route's `route` and `canary`.
+
+use super::policy::{Canary, Destination, Split, Steering};
+use crate::decimal::Decimal;
+use crate::document::{Fields, Value, quoted};
+use crate::http::HeaderNames;
+use crate::key::KeySource;
+use crate::matcher::read_header_name;
+use crate::units::Fraction;
+
+const DEFAULT_HEADER: &str = "x-trimtab-subset";
+const DEFAULT_TEMPLATE: &str = "{subset}";
+
+impl Default for Steering {
+    fn default() -> Self {
+        Steering { header: DEFAULT_HEADER.into(), template: DEFAULT_TEMPLATE.into() }
+    }
+}
+
+impl Steering {
+    /// Reads the `steering` block.
+    pub fn read(value: &Value<'_>, names: &mut HeaderNames) -> Option<Steering> {
+        let mut fields = value.object()?;
+        let mut steering = Steering::default();
+        if let Some(value) = fields.optional("header")
+            && let Some(name) = value.text()
+        {
+            if name.starts_with(':') {
+                value.unfit("expected a header that is no pseudo-header");
+            }
+            read_header_name(&value, name, names);
+            steering.header = name.to_ascii_lowercase().into();
+        }
+        if let Some(value) = fields.optional("value")
+            && let Some(template) = value.text()
+        {
+            steering.template = template.into();
+            let mut rest = template.to_owned();
+            for placeholder in ["{subset}", "{host}", "{port}"] {
+                rest = rest.replace(placeholder, "");
+            }
+            if rest.contains(['{', '}']) || !is_field_value(&rest) {
+                value.unfit("expected visible text with no placeholders but {subset}, {host}, {port}");
+            }
+        }
+        fields.end();
+        Some(steering)
+    }
+
+    fn fill(&self, host: &str, subset: &str, port: Option<u64>) -> String {
+        let port = port.map(|port| port.to_string()).unwrap_or_default();
+        self.template.replace("{subset}", subset).replace("{host}", host).replace("{port}", &port)
+    }
+}
+
+/// Whether `text` may stand in a header as it is (RFC 9110, section 5.5, ASCII only).
+fn is_field_value(text: &str) -> bool {
+    text.bytes().all(|byte| (0x20..0x7f).contains(&byte))
+}
+
+impl Split {
+    /// Reads `route` and `canary` of one route. `None` where there are no destinations.
+    pub fn read(fields: &mut Fields<'_>, steering: &Steering, names: &mut HeaderNames) -> Option<Split> {
+        let route = fields.optional("route");
+        let canary = fields.optional("canary");
+        let Some(route) = route else {
+            if let Some(canary) = canary {
+                canary.error("canary without route", "write the destinations that it chooses between");
+            }
+            return None;
+        };
+        let destinations = read_destinations(&route, steering)?;
+        let canary = canary.and_then(|canary| read_canary(&canary, &destinations, names));
+        Some(Split { destinations, canary })
+    }
+}
+
+fn read_destinations(value: &Value<'_>, steering: &Steering) -> Option<Vec<(Destination, Fraction)>> {
+    const MOST: usize = 64;
+    let items = value.array()?;
+    if items.is_empty() || items.len() > MOST {
+        value.error(format!("{} destinations", items.len()), format!("write 1 to {MOST}"));
+        return None;
+    }
+    let alone = items.len() == 1;
+    let mut destinations: Vec<(Destination, Fraction)> = Vec::new();
+    for item in &items {
+        let Some(mut fields) = item.object() else { continue };
+        let destination = fields.required("destination").and_then(|value| read_destination(&value, steering));
+        let weight = match fields.optional("weight") {
+            Some(weight) => Fraction::read_number(&weight),
+            None if alone => Some(Fraction::WHOLE),
+            None => Some(Fraction::NONE),
+        };
+        fields.refuse("headers", "set headers in the VirtualService");
+        fields.end();
+        let (Some(destination), Some(weight)) = (destination, weight) else { continue };
+        if destinations.iter().any(|(known, _)| known.steering == destination.steering) {
+            item.error(
+                format!("two destinations are steered by the same value {}", quoted(&destination.steering)),
+                "write each destination once, or name in steering.value what tells them apart",
+            );
+        }
+        destinations.push((destination, weight));
+    }
+    if destinations.len() < items.len() {
+        return None;
+    }
+    let sum: u64 = destinations.iter().map(|(_, weight)| u64::from(weight.ppm())).sum();
+    if sum != u64::from(Fraction::WHOLE.ppm()) {
+        value.error(format!("the weights sum to {}", Decimal(sum, 10_000)), "write weights that sum to 100");
+    }
+    Some(destinations)
+}
+
+fn read_destination(value: &Value<'_>, steering: &Steering) -> Option<Destination> {
+    let mut fields = value.object()?;
+    let host = fields.required("host").and_then(|value| value.text());
+    let subset = fields.optional("subset").map(|value| value.text());
+    let port = fields.optional("port").and_then(|value| {
+        let mut fields = value.object()?;
+        let number = fields.required("number").and_then(|number| number.integer(1..=65_535));
+        fields.end();
+        number
+    });
+    fields.end();
+    for (placeholder, missing) in [("{subset}", subset.is_none()), ("{port}", port.is_none())] {
+        if missing && steering.template.contains(placeholder) {
+            value.error(
+                format!("the steering value needs {placeholder} and this destination has none"),
+                "name it here, or leave it out of steering.value",
+            );
+            return None;
+        }
+    }
+    let (host, subset) = (host?, subset.unwrap_or(Some(""))?);
+    if !is_field_value(host) || !is_field_value(subset) {
+        value.error("a name with characters that no header can carry", "write names of visible ASCII characters");
+        return None;
+    }
+    Some(Destination { host: host.into(), subset: subset.into(), steering: steering.fill(host, subset, port).into() })
+}
+
+fn read_canary(value: &Value<'_>, destinations: &[(Destination, Fraction)], names: &mut HeaderNames) -> Option<Canary> {
+    let mut fields = value.object()?;
+    let destination = fields.required("destination").and_then(|value| {
+        let subset = value.text()?;
+        let found = destinations.iter().position(|(destination, _)| &*destination.subset == subset);
+        if found.is_none() {
+            let known: Vec<&str> = destinations.iter().map(|(destination, _)| &*destination.subset).collect();
+            value.error(
+                format!("{} is no subset of this route", quoted(subset)),
+                format!("expected one of {}", known.join(", ")),
+            );
+        }
+        found
+    });
+    let rollout = fields.required("rollout").and_then(|value| {
+        let rollout = value.text()?;
+        if rollout.len() > 128 || rollout.contains('\n') {
+            value.unfit("expected one line of at most 128 bytes");
+        }
+        Some(rollout)
+    });
+    let key = fields.optional("key").map(|value| KeySource::read_list(&value, names)).unwrap_or_default();
+    for field in ["stages", "startTime", "maxRequests", "judge"] {
+        fields.not_yet(field);
+    }
+    fields.end();
+    Some(Canary { destination: destination?, rollout: rollout?.into(), key })
+}

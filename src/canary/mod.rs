@@ -1,0 +1,14 @@
+//! Canary routing: which destination of a route a request goes to.
+//!
+//! A filter cannot change a weight that the proxy's router draws, so it owns the split: it chooses the destination and
+//! names it in the steering header, which the router only matches. Where the filter is absent the header is too, and
+//! the router's default, stable, is taken.
+
+mod cohort;
+mod config;
+mod decision;
+mod policy;
+
+pub use cohort::cohort;
+pub use decision::{Choice, Why};
+pub use policy::{Canary, Destination, Split, Steering};

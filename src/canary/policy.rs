@@ -1,0 +1,45 @@
+//! A route's destinations, and how its traffic is split between them.
+
+use crate::key::KeySource;
+use crate::units::Fraction;
+
+/// Where a request can be sent: Istio's `Destination`, and what the steering header says for it.
+#[derive(Debug)]
+pub struct Destination {
+    pub host: Box<str>,
+    pub subset: Box<str>,
+    /// The value of the steering header, its template filled in.
+    pub steering: Box<str>,
+}
+
+impl Destination {
+    /// The subset, or the host where there is none: what metrics and people call it.
+    pub fn label(&self) -> &str {
+        if self.subset.is_empty() { &self.host } else { &self.subset }
+    }
+}
+
+/// How a chosen destination reaches the router.
+#[derive(Debug)]
+pub struct Steering {
+    pub header: Box<str>,
+    pub template: Box<str>,
+}
+
+/// The destinations of a route with their weights, which sum to the whole.
+#[derive(Debug)]
+pub struct Split {
+    pub destinations: Vec<(Destination, Fraction)>,
+    pub canary: Option<Canary>,
+}
+
+/// One destination on trial, with a cohort that sticks to it.
+#[derive(Debug)]
+pub struct Canary {
+    /// Which of the split's destinations is on trial.
+    pub destination: usize,
+    /// The identity of the rollout, which salts the cohort.
+    pub rollout: Box<str>,
+    /// The first source that the request shows is its key; none, or no key: a draw for each request.
+    pub key: Vec<KeySource>,
+}

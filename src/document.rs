@@ -1,0 +1,427 @@
+//! A document as it was written, and how to read one strictly.
+//!
+//! A derived deserialiser stops at the first mistake and silently takes the last of two equal keys. Here the text
+//! becomes a plain tree of [`Node`]s first; then each feature reads its own block through [`Value`] and [`Fields`],
+//! which note every mistake in a [`Report`] and go on. The tree has no idea of JSON or YAML: the command-line program
+//! fills it from YAML, the module from JSON, and both are read by the same code.
+
+use crate::decimal::Decimal;
+use crate::diagnostic::{Diagnostic, Report, Severity};
+use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+use std::fmt;
+use std::ops::RangeInclusive;
+
+/// The largest document that is read, in bytes. Three thousand routes fit.
+pub const MAX_DOCUMENT_BYTES: usize = 1 << 20;
+
+/// A node of a document.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Node {
+    Null,
+    Bool(bool),
+    Number(f64),
+    String(String),
+    Array(Vec<Node>),
+    /// In the order written, equal keys included, so that a reader can refuse them.
+    Object(Vec<(String, Node)>),
+}
+
+impl Node {
+    /// Parses JSON text.
+    ///
+    /// # Errors
+    /// One diagnostic for text that is too long, is not JSON, or nests more than 127 levels deep.
+    pub fn from_json(text: &[u8]) -> Result<Node, Diagnostic> {
+        let refused = |found: String, help: &str| Diagnostic {
+            severity: Severity::Error,
+            pointer: String::new(),
+            found,
+            help: help.into(),
+        };
+        if text.len() > MAX_DOCUMENT_BYTES {
+            let found = format!("{} bytes", text.len());
+            return Err(refused(found, &format!("a document has at most {MAX_DOCUMENT_BYTES} bytes")));
+        }
+        if text.iter().all(u8::is_ascii_whitespace) {
+            return Err(refused("no document".into(), "write a policy as the plugin's configuration"));
+        }
+        serde_json::from_slice(text)
+            .map_err(|error| refused(format!("not valid JSON: {error}"), "write one JSON object"))
+    }
+
+    fn kind(&self) -> &'static str {
+        match self {
+            Node::Null => "null",
+            Node::Bool(_) => "a boolean",
+            Node::Number(_) => "a number",
+            Node::String(_) => "a string",
+            Node::Array(_) => "a list",
+            Node::Object(_) => "an object",
+        }
+    }
+
+    fn shown(&self) -> String {
+        match self {
+            Node::Bool(value) => value.to_string(),
+            Node::Number(value) => shown_number(*value),
+            Node::String(value) => quoted(value),
+            other => other.kind().to_owned(),
+        }
+    }
+}
+
+/// A number to four decimals: what a diagnostic needs.
+fn shown_number(value: f64) -> String {
+    const LARGEST: f64 = 1e14;
+    if value.abs() >= LARGEST {
+        return "a very large number".to_owned();
+    }
+    let sign = if value < 0.0 { "-" } else { "" };
+    format!("{sign}{}", Decimal((value.abs() * 10_000.0).round() as u64, 10_000))
+}
+
+/// `text` in quotes, cut where it is long: a diagnostic is one readable line.
+pub fn quoted(text: &str) -> String {
+    const SHOWN: usize = 60;
+    match text.char_indices().nth(SHOWN) {
+        None => format!("{text:?}"),
+        Some((cut, _)) => format!("{:?}...", text.get(..cut).unwrap_or_default()),
+    }
+}
+
+impl<'de> Deserialize<'de> for Node {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Node, D::Error> {
+        struct NodeVisitor;
+
+        impl<'de> Visitor<'de> for NodeVisitor {
+            type Value = Node;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a JSON value")
+            }
+            fn visit_unit<E>(self) -> Result<Node, E> {
+                Ok(Node::Null)
+            }
+            fn visit_bool<E>(self, value: bool) -> Result<Node, E> {
+                Ok(Node::Bool(value))
+            }
+            fn visit_i64<E>(self, value: i64) -> Result<Node, E> {
+                Ok(Node::Number(value as f64))
+            }
+            fn visit_u64<E>(self, value: u64) -> Result<Node, E> {
+                Ok(Node::Number(value as f64))
+            }
+            fn visit_f64<E>(self, value: f64) -> Result<Node, E> {
+                Ok(Node::Number(value))
+            }
+            fn visit_str<E>(self, value: &str) -> Result<Node, E> {
+                Ok(Node::String(value.to_owned()))
+            }
+            fn visit_string<E>(self, value: String) -> Result<Node, E> {
+                Ok(Node::String(value))
+            }
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Node, A::Error> {
+                let mut items = Vec::new();
+                while let Some(item) = seq.next_element()? {
+                    items.push(item);
+                }
+                Ok(Node::Array(items))
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Node, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Node::Object(entries))
+            }
+        }
+
+        deserializer.deserialize_any(NodeVisitor)
+    }
+}
+
+/// A node, where it stands, and where to report on it.
+#[derive(Clone)]
+pub struct Value<'a> {
+    node: &'a Node,
+    pointer: String,
+    report: &'a Report,
+}
+
+impl<'a> Value<'a> {
+    /// The whole document.
+    pub fn root(node: &'a Node, report: &'a Report) -> Self {
+        Value { node, pointer: String::new(), report }
+    }
+
+    /// Where the value stands.
+    pub fn pointer(&self) -> &str {
+        &self.pointer
+    }
+
+    /// Notes an error: what was `found` here and what would do.
+    pub fn error(&self, found: impl Into<String>, help: impl Into<String>) {
+        self.note(Severity::Error, found.into(), help.into());
+    }
+
+    /// Notes a warning.
+    pub fn warning(&self, found: impl Into<String>, help: impl Into<String>) {
+        self.note(Severity::Warning, found.into(), help.into());
+    }
+
+    /// Notes that this value will not do, with its own text as what was found.
+    pub fn unfit(&self, help: impl Into<String>) {
+        self.error(format!("found {}", self.node.shown()), help);
+    }
+
+    fn note(&self, severity: Severity, found: String, help: String) {
+        self.report.push(Diagnostic { severity, pointer: self.pointer.clone(), found, help });
+    }
+
+    fn expected<T>(&self, what: &str) -> Option<T> {
+        self.unfit(format!("expected {what}"));
+        None
+    }
+
+    /// The value's own text, where it is a string; notes nothing otherwise.
+    pub fn as_string(&self) -> Option<&'a str> {
+        match self.node {
+            Node::String(text) => Some(text),
+            _ => None,
+        }
+    }
+
+    /// Whether the value is an object.
+    pub fn is_object(&self) -> bool {
+        matches!(self.node, Node::Object(_))
+    }
+
+    /// A string.
+    pub fn string(&self) -> Option<&'a str> {
+        self.as_string().or_else(|| self.expected("a string"))
+    }
+
+    /// A string that is not empty.
+    pub fn text(&self) -> Option<&'a str> {
+        self.string().filter(|text| {
+            if text.is_empty() {
+                self.unfit("expected text");
+            }
+            !text.is_empty()
+        })
+    }
+
+    /// A boolean.
+    pub fn bool(&self) -> Option<bool> {
+        match self.node {
+            Node::Bool(value) => Some(*value),
+            _ => self.expected("true or false"),
+        }
+    }
+
+    /// The value's own number, where it is one; notes nothing otherwise.
+    pub fn as_number(&self) -> Option<f64> {
+        match self.node {
+            Node::Number(value) => Some(*value),
+            _ => None,
+        }
+    }
+
+    /// A whole number within `range`.
+    pub fn integer(&self, range: RangeInclusive<u64>) -> Option<u64> {
+        match self.node {
+            Node::Number(value) if value.fract() == 0.0 && *value >= 0.0 && range.contains(&(*value as u64)) => {
+                Some(*value as u64)
+            }
+            _ => self.expected(&format!("a whole number from {} to {}", range.start(), range.end())),
+        }
+    }
+
+    /// One of a fixed set of words.
+    pub fn one_of<T: Copy>(&self, words: &[(&str, T)]) -> Option<T> {
+        let found = self.as_string().and_then(|text| words.iter().find(|(word, _)| *word == text));
+        match found {
+            Some((_, value)) => Some(*value),
+            None => self.expected(&format!("one of {}", listed(words.iter().map(|(word, _)| *word)))),
+        }
+    }
+
+    /// The items of a list.
+    pub fn array(&self) -> Option<Vec<Value<'a>>> {
+        match self.node {
+            Node::Array(items) => {
+                Some(items.iter().enumerate().map(|(index, node)| self.child(&index.to_string(), node)).collect())
+            }
+            _ => self.expected("a list"),
+        }
+    }
+
+    /// The entries of an object whose keys are the user's own, such as header names. Equal keys are an error.
+    pub fn entries(&self) -> Option<Vec<(&'a str, Value<'a>)>> {
+        let Node::Object(entries) = self.node else { return self.expected("an object") };
+        for (index, (key, _)) in entries.iter().enumerate() {
+            if entries.iter().take(index).any(|(earlier, _)| earlier == key) {
+                self.error(format!("{} is written twice", quoted(key)), "keep one");
+            }
+        }
+        Some(entries.iter().map(|(key, node)| (key.as_str(), self.child(key, node))).collect())
+    }
+
+    /// The fields of an object whose keys are ours. Call [`Fields::end`] when all are read.
+    pub fn object(&self) -> Option<Fields<'a>> {
+        let entries = self.entries()?;
+        Some(Fields { value: self.clone(), entries, known: Vec::new() })
+    }
+
+    fn child(&self, segment: &str, node: &'a Node) -> Value<'a> {
+        let segment = segment.replace('~', "~0").replace('/', "~1");
+        Value { node, pointer: format!("{}/{segment}", self.pointer), report: self.report }
+    }
+}
+
+/// The fields of one object: each is asked for by name, and what was never asked for is an error.
+pub struct Fields<'a> {
+    value: Value<'a>,
+    entries: Vec<(&'a str, Value<'a>)>,
+    known: Vec<&'static str>,
+}
+
+impl<'a> Fields<'a> {
+    /// The object itself, to report on.
+    pub fn value(&self) -> &Value<'a> {
+        &self.value
+    }
+
+    /// The field `name`, if written. `null` counts as not written.
+    pub fn optional(&mut self, name: &'static str) -> Option<Value<'a>> {
+        self.known.push(name);
+        let (_, value) = self.entries.iter().find(|(key, _)| *key == name)?;
+        (*value.node != Node::Null).then(|| value.clone())
+    }
+
+    /// The field `name`; its absence is an error.
+    pub fn required(&mut self, name: &'static str) -> Option<Value<'a>> {
+        let value = self.optional(name);
+        if value.is_none() {
+            self.value.error(format!("{name} is missing"), format!("write {name}"));
+        }
+        value
+    }
+
+    /// A field that exists where this block was copied from, and that cannot be honoured here.
+    pub fn refuse(&mut self, name: &'static str, why: &str) {
+        self.known.push(name);
+        if let Some((_, value)) = self.entries.iter().find(|(key, _)| *key == name) {
+            value.error(format!("{name} cannot be honoured here"), why);
+        }
+    }
+
+    /// A field of the policy document that this version does not implement.
+    pub fn not_yet(&mut self, name: &'static str) {
+        self.known.push(name);
+        if let Some((_, value)) = self.entries.iter().find(|(key, _)| *key == name) {
+            value.error(format!("{name} is not yet supported"), "remove it");
+        }
+    }
+
+    /// Notes every field that nobody asked for.
+    pub fn end(self) {
+        for (key, value) in &self.entries {
+            if !self.known.contains(key) {
+                let help = match nearest(key, &self.known) {
+                    Some(near) => format!("did you mean {near}?"),
+                    None => format!("expected one of {}", listed(self.known.iter().copied())),
+                };
+                value.error(format!("unknown field {}", quoted(key)), help);
+            }
+        }
+    }
+}
+
+fn listed<'w>(words: impl Iterator<Item = &'w str>) -> String {
+    words.collect::<Vec<_>>().join(", ")
+}
+
+/// The known word that `word` was probably meant to be: at most two edits away.
+fn nearest<'w>(word: &str, known: &[&'w str]) -> Option<&'w str> {
+    known
+        .iter()
+        .map(|candidate| (edit_distance(word, candidate), *candidate))
+        .filter(|(distance, candidate)| *distance <= 2 && *distance < candidate.len())
+        .min_by_key(|(distance, _)| *distance)
+        .map(|(_, candidate)| candidate)
+}
+
+/// Levenshtein's distance, letter case aside.
+fn edit_distance(a: &str, b: &str) -> usize {
+    const LONGEST: usize = 40;
+    if a.len() > LONGEST || b.len() > LONGEST {
+        return LONGEST;
+    }
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = i;
+        let mut left = i + 1;
+        let mut next = vec![left];
+        for (above, y) in row.iter().skip(1).zip(b.bytes()) {
+            let substituted = diagonal + usize::from(!x.eq_ignore_ascii_case(&y));
+            left = substituted.min(left + 1).min(above + 1);
+            diagonal = *above;
+            next.push(left);
+        }
+        row = next;
+    }
+    row.last().copied().unwrap_or(LONGEST)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(text: &str, reader: impl Fn(Value<'_>)) -> Vec<String> {
+        let node = Node::from_json(text.as_bytes()).unwrap();
+        let report = Report::default();
+        reader(Value::root(&node, &report));
+        report.into_diagnostics().iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn every_mistake_is_reported_with_its_pointer() {
+        let told = read(r#"{"nmae": "a", "weight": -1, "a/b": 0, "weight": 2}"#, |value| {
+            let mut fields = value.object().unwrap();
+            fields.required("name");
+            fields.optional("weight").and_then(|weight| weight.integer(0..=100));
+            fields.end();
+        });
+        assert_eq!(
+            told,
+            [
+                "error: document: \"weight\" is written twice; keep one",
+                "error: document: name is missing; write name",
+                "error: /weight: found -1; expected a whole number from 0 to 100",
+                "error: /nmae: unknown field \"nmae\"; did you mean name?",
+                "error: /a~1b: unknown field \"a/b\"; expected one of name, weight",
+            ]
+        );
+    }
+
+    #[test]
+    fn what_is_not_json_too_long_or_too_deep_is_one_diagnostic() {
+        assert!(Node::from_json(b"  ").unwrap_err().found.contains("no document"));
+        assert!(Node::from_json(b"{").unwrap_err().found.contains("not valid JSON"));
+        assert!(Node::from_json(&[b'['; 100_000]).unwrap_err().found.contains("recursion limit"));
+        assert!(Node::from_json(&vec![b' '; 10 << 20]).unwrap_err().found.contains("10485760 bytes"));
+        assert!(Node::from_json(b"\"\xff\"").unwrap_err().found.contains("not valid JSON"));
+    }
+
+    #[test]
+    fn a_near_word_is_suggested_and_a_far_one_is_not() {
+        assert_eq!(nearest("fixeddelay", &["fixedDelay", "percentage"]), Some("fixedDelay"));
+        assert_eq!(nearest("banana", &["fixedDelay", "percentage"]), None);
+    }
+
+    #[test]
+    fn long_text_is_cut_at_a_character() {
+        assert_eq!(quoted(&"ä".repeat(61)), format!("{:?}...", "ä".repeat(60)));
+    }
+}

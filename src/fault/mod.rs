@@ -1,0 +1,16 @@
+//! Fault injection that stops when its target is unwell.
+//!
+//! Istio's `fault` block, drawn exactly: a delay and an abort have a draw each. Before anything is drawn the [`Guard`]
+//! looks at how the target answers the requests that were *not* faulted; where too many of them fail, injection is
+//! suspended.
+
+mod config;
+mod decision;
+mod guard;
+mod held;
+mod policy;
+
+pub use decision::{Draws, Injection, Withheld};
+pub use guard::{Guard, State, Watch};
+pub use held::{HeldStreams, MAX_HELD};
+pub use policy::{Abort, DrawnFrom, Fault};

@@ -1,0 +1,285 @@
+//! The filter: a request's whole way, top to bottom.
+//!
+//! [`Filter::on_request`] decides, [`Filter::on_response`] learns. Both take what they need from a [`Host`] and return
+//! what is to be done; they change nothing themselves but shared words and metrics. The features decide from plain
+//! values: only this file knows in which order, and the comments say why.
+
+use crate::canary::Choice;
+use crate::fault::{Fault, Injection, State, Watch, Withheld};
+use crate::host::{Change, Host, update};
+use crate::http::{HeaderMutation, LocalReply, Request};
+use crate::outlier::{Totals, is_failure};
+use crate::policy::{Policy, TargetId};
+use crate::ratelimit::{Admission, Secret, admit};
+use crate::telemetry::{DestinationMeters, Meters};
+use crate::trace::{self, Continuation};
+
+/// A policy at work in one worker.
+#[derive(Debug)]
+pub struct Filter {
+    policy: Policy,
+    meters: Meters,
+    secret: Secret,
+    /// For each route, a watch on each of its targets; none where the route injects no fault.
+    watches: Vec<Vec<Watch>>,
+}
+
+/// What is to be done with a request, and why.
+#[derive(Debug, Default)]
+pub struct Decision<'p> {
+    pub verdict: Verdict,
+    /// To be done before the request goes on; without effect where it is answered at once.
+    pub mutations: Vec<HeaderMutation<'p>>,
+    /// What [`Filter::on_response`] has to be told.
+    pub exchange: Exchange,
+    pub reasons: Reasons,
+}
+
+/// What is to be done with a request.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Verdict {
+    #[default]
+    Continue,
+    /// Hold the request for so many nanoseconds, then let it go on, or answer.
+    Delay(u64, Option<LocalReply>),
+    Answer(LocalReply),
+}
+
+/// What was decided on the way to a verdict.
+#[derive(Debug, Default)]
+pub struct Reasons {
+    pub trace: Option<Continuation>,
+    /// An index into the policy's routes.
+    pub route: Option<usize>,
+    pub admission: Option<Admission>,
+    pub choice: Option<Choice>,
+    /// The faults that were drawn.
+    pub drawn: Injection,
+    /// Why they were not injected.
+    pub withheld: Option<Withheld>,
+}
+
+/// What is remembered of a request until its response.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Exchange {
+    /// Whose answer is awaited; `None` where nobody wants to know.
+    pub observed: Option<TargetId>,
+    pub is_grpc: bool,
+}
+
+/// A message's header by its name.
+pub type Header<'h> = &'h dyn Fn(&str) -> Option<Vec<u8>>;
+
+impl Filter {
+    /// Puts `policy` to work: defines its metrics and agrees with the other workers on a secret.
+    pub fn new(policy: Policy, host: &impl Host) -> Filter {
+        let meters = Meters::define(&policy, host);
+        let secret = agree_on_secret(&policy, host);
+        let watch = |fault: &Fault, target: &TargetId| {
+            let totals = meters.targets.get(target.0).map_or(Totals::default(), |target| target.totals(host));
+            Watch::new(fault.guard, host.now(), totals)
+        };
+        let watches = policy
+            .routes
+            .iter()
+            .map(|route| match &route.fault {
+                Some(fault) => route.targets.iter().map(|target| watch(fault, target)).collect(),
+                None => Vec::new(),
+            })
+            .collect();
+        Filter { policy, meters, secret, watches }
+    }
+
+    pub fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
+    /// Decides on a request from its serialised headers. `may_hold` says whether another stream can be delayed.
+    pub fn on_request<'p>(&'p mut self, host: &impl Host, headers: &[u8], may_hold: bool) -> Decision<'p> {
+        let Filter { policy, meters, secret, watches } = self;
+        let policy: &'p Policy = policy;
+        let mut request = Request::parse(headers, &policy.header_names);
+        if policy.reads_route_name {
+            request = request.with_route_name(host.property(&["xds", "route_name"]));
+        }
+        let mut decision = Decision::default();
+        let Decision { verdict, mutations, exchange, reasons } = &mut decision;
+        exchange.is_grpc = request.is_grpc();
+
+        // The trace first: whatever happens to the request, it belongs to one, and faults are drawn from its id.
+        if let Some(trace) = &policy.trace {
+            reasons.trace = trace.carry_on(&request, || host.random());
+        }
+        if let Some(continuation) = &reasons.trace {
+            host.add(meters.trace.of(continuation.arrived), 1);
+            continuation.inject(mutations);
+        }
+
+        let Some((index, route)) = policy.route(&request) else {
+            host.add(meters.unmatched, 1);
+            policy.steer(&request, None, mutations);
+            return decision;
+        };
+        reasons.route = Some(index);
+        let Some(meters) = meters.routes.get(index) else { return decision };
+
+        // Limits before anything is chosen or injected: a refused request costs its upstream and the experiment
+        // nothing.
+        if !route.limits.is_empty() {
+            let admission = admit(&route.limits, secret, &request, &route.name, host.now(), host);
+            meters.count_admission(&admission, host);
+            if let Some((limit, wait)) = admission.refused
+                && let Some(limit) = route.limits.get(limit)
+            {
+                *verdict = Verdict::Answer(limit.refusal(wait, exchange.is_grpc));
+                mutations.clear();
+            }
+            let refused = admission.refused.is_some();
+            reasons.admission = Some(admission);
+            if refused {
+                return decision;
+            }
+        }
+
+        // The destination before the fault, because the fault's guard looks at the one that was chosen.
+        let destination = route.split.as_ref().and_then(|split| {
+            let key = split.key(&request, &route.name, host);
+            let choice = split.choose(key.as_deref(), || host.random());
+            reasons.choice = Some(choice);
+            split.destinations.get(choice.destination)
+        });
+        policy.steer(&request, destination.map(|(destination, _)| destination), mutations);
+        let chosen = reasons.choice.map_or(0, |choice| choice.destination);
+        let Some(sent_to) = meters.destinations.get(chosen) else { return decision };
+        host.add(sent_to.requests, 1);
+
+        // The fault last: what is injected replaces what would have happened otherwise.
+        if let (Some(fault), Some(faults)) = (&route.fault, &meters.faults) {
+            let inbound = || trace::extract(&request).ok().flatten();
+            let context = reasons.trace.as_ref().map(|continuation| continuation.context).or_else(inbound);
+            reasons.drawn = fault.draw(fault.draws(context.map(|context| context.trace_id), || host.random()));
+            if !reasons.drawn.is_none() {
+                let watch = watches.get_mut(index).and_then(|watches| watches.get_mut(chosen));
+                let name = destination.map_or(&*route.name, |(destination, _)| destination.label());
+                let is_unwell = watch.is_none_or(|watch| is_suspended(watch, sent_to, &route.name, name, host));
+                reasons.withheld = if is_unwell {
+                    Some(Withheld::Suspended)
+                } else if fault.shadow {
+                    Some(Withheld::Shadow)
+                } else if reasons.drawn.delay.is_some() && !may_hold {
+                    Some(Withheld::Overflow)
+                } else {
+                    None
+                };
+                faults.count(&reasons.drawn, reasons.withheld, host);
+                if reasons.withheld.is_none() {
+                    let reply = reasons.drawn.abort.map(|abort| abort.reply(exchange.is_grpc));
+                    *verdict = match (reasons.drawn.delay, reply) {
+                        (Some(delay), reply) => Verdict::Delay(delay, reply),
+                        (None, Some(reply)) => Verdict::Answer(reply),
+                        (None, None) => Verdict::Continue,
+                    };
+                }
+            }
+        }
+
+        // Only a request that nothing was done to tells how its target is.
+        let target = route.targets.get(chosen).copied();
+        exchange.observed = target.filter(|target| *verdict == Verdict::Continue && policy.is_watched(*target));
+        decision
+    }
+
+    /// Learns from the head of a response; `header` is asked only where somebody wants to know.
+    pub fn on_response(&self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
+        let Some(target) = exchange.observed else { return };
+        let Some(status) = number(header(":status")) else { return };
+        let grpc_status = if exchange.is_grpc { number(header("grpc-status")) } else { None };
+        if exchange.is_grpc && status == 200 && grpc_status.is_none() {
+            return; // the trailers will tell
+        }
+        exchange.observed = None;
+        self.observe(host, target, status, grpc_status);
+    }
+
+    /// Learns from the trailers of a response.
+    pub fn on_response_trailers(&self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
+        if let Some(target) = exchange.observed.take() {
+            self.observe(host, target, 200, number(header("grpc-status")));
+        }
+    }
+
+    fn observe(&self, host: &impl Host, target: TargetId, status: u16, grpc_status: Option<u16>) {
+        let Some(meters) = self.meters.targets.get(target.0) else { return };
+        host.add(meters.requests, 1);
+        if is_failure(status, grpc_status) {
+            host.add(meters.failures, 1);
+        }
+    }
+
+    /// Lets the windows move on; to be called every [`Filter::tick_period`].
+    pub fn on_tick(&mut self, host: &impl Host) {
+        for (route, watches) in self.policy.routes.iter().zip(&mut self.watches) {
+            for (target, watch) in route.targets.iter().zip(watches) {
+                if let Some(meters) = self.meters.targets.get(target.0) {
+                    watch.mark(host.now(), meters.totals(host));
+                }
+            }
+        }
+    }
+
+    /// How often [`Filter::on_tick`] is to be called, in nanoseconds; `None` where nothing is watched.
+    pub fn tick_period(&self) -> Option<u64> {
+        self.watches.iter().flatten().map(Watch::step).min()
+    }
+}
+
+/// Whether the target is unwell by the judgement of `watch`, or was a short while ago by any worker's. `route` and
+/// `destination` are for the log.
+fn is_suspended(
+    watch: &mut Watch,
+    meters: &DestinationMeters,
+    route: &str,
+    destination: &str,
+    host: &impl Host,
+) -> bool {
+    const MILLISECOND: u64 = 1_000_000;
+    let until = host.value(meters.suspended_until).saturating_mul(MILLISECOND);
+    match watch.judge(host.now(), meters.target.totals(host), until) {
+        State::Suspended { .. } => true,
+        State::Tripped { recent, until } => {
+            host.set_gauge(meters.suspended_until, until.div_ceil(MILLISECOND));
+            let Totals { requests, failures } = recent;
+            log::warn!(
+                "route {route}: fault injection suspended: {failures} of {requests} requests to {destination} failed \
+                 without a fault of ours"
+            );
+            true
+        }
+        State::Armed => {
+            if until > 0 {
+                host.set_gauge(meters.suspended_until, 0);
+                log::info!("route {route}: fault injection resumed: {destination} is well again");
+            }
+            false
+        }
+    }
+}
+
+/// The value of a header that is a number.
+fn number(value: Option<Vec<u8>>) -> Option<u16> {
+    std::str::from_utf8(&value?).ok()?.parse().ok()
+}
+
+/// The secret in shared data, or a new one that all workers will find there.
+fn agree_on_secret(policy: &Policy, host: &impl Host) -> Secret {
+    let mut new = [0; 16];
+    for (bytes, word) in new.as_chunks_mut::<8>().0.iter_mut().zip([host.random(), host.random()]) {
+        *bytes = word.to_le_bytes();
+    }
+    let agreed =
+        update(host, &format!("{}secret", policy.state_prefix), |found| match found.and_then(<[u8]>::first_chunk) {
+            Some(known) => Change::Keep(*known),
+            None => Change::Write(new.to_vec(), new),
+        });
+    Secret(agreed.unwrap_or(new))
+}

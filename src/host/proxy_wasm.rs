@@ -1,0 +1,402 @@
+//! Envoy, through the proxy-wasm ABI 0.2.1: the only file that knows it.
+//!
+//! The SDK dispatches the callbacks. The calls to the host are declared here, because the SDK's own panic on a status
+//! they do not expect, and a panic takes every stream of the worker with it; here a call that fails is a value. The
+//! header map is taken as the block that the host serialises, not as a map of strings: that is the whole difference
+//! in cost between this filter and one that reads single headers.
+#![allow(unsafe_code)]
+
+use super::{Conflict, Host, MetricId, Metrics, Properties, StateStore, Version};
+use crate::fault::HeldStreams;
+use crate::filter::{Exchange, Filter, Verdict};
+use crate::http::{HeaderMutation, LocalReply, encode_headers};
+use crate::policy::Policy;
+use crate::random::split_mix;
+use crate::units::Monotonic;
+use proxy_wasm::traits::{Context, HttpContext, RootContext};
+use proxy_wasm::types::{Action, BufferType, ContextType, LogLevel, MapType, MetricType, StreamType};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+proxy_wasm::main! {{
+    proxy_wasm::set_log_level(LogLevel::Info);
+    proxy_wasm::set_root_context(|_| Box::new(Root::default()));
+}}
+
+/// `proxy_status_t` of the ABI: 0 is success.
+type Status = u32;
+const OK: Status = 0;
+
+#[link(wasm_import_module = "env")]
+unsafe extern "C" {
+    fn proxy_get_log_level(level: *mut u32) -> Status;
+    fn proxy_set_tick_period_milliseconds(period: u32) -> Status;
+    fn proxy_get_buffer_bytes(
+        buffer: BufferType,
+        start: usize,
+        max: usize,
+        data: *mut *mut u8,
+        size: *mut usize,
+    ) -> Status;
+    fn proxy_get_header_map_pairs(map: MapType, data: *mut *mut u8, size: *mut usize) -> Status;
+    fn proxy_get_header_map_value(
+        map: MapType,
+        name: *const u8,
+        name_size: usize,
+        data: *mut *mut u8,
+        size: *mut usize,
+    ) -> Status;
+    fn proxy_replace_header_map_value(
+        map: MapType,
+        name: *const u8,
+        name_size: usize,
+        value: *const u8,
+        value_size: usize,
+    ) -> Status;
+    fn proxy_remove_header_map_value(map: MapType, name: *const u8, name_size: usize) -> Status;
+    fn proxy_send_local_response(
+        status: u32,
+        details: *const u8,
+        details_size: usize,
+        body: *const u8,
+        body_size: usize,
+        headers: *const u8,
+        headers_size: usize,
+        grpc_status: i32,
+    ) -> Status;
+    fn proxy_set_effective_context(context: u32) -> Status;
+    fn proxy_continue_stream(stream: StreamType) -> Status;
+    fn proxy_get_property(path: *const u8, path_size: usize, data: *mut *mut u8, size: *mut usize) -> Status;
+    fn proxy_get_shared_data(
+        key: *const u8,
+        key_size: usize,
+        data: *mut *mut u8,
+        size: *mut usize,
+        version: *mut u32,
+    ) -> Status;
+    fn proxy_set_shared_data(
+        key: *const u8,
+        key_size: usize,
+        value: *const u8,
+        value_size: usize,
+        version: u32,
+    ) -> Status;
+    fn proxy_define_metric(kind: MetricType, name: *const u8, name_size: usize, id: *mut u32) -> Status;
+    fn proxy_increment_metric(id: u32, offset: i64) -> Status;
+    fn proxy_record_metric(id: u32, value: u64) -> Status;
+    fn proxy_get_metric(id: u32, value: *mut u64) -> Status;
+}
+
+#[link(wasm_import_module = "wasi_snapshot_preview1")]
+unsafe extern "C" {
+    fn clock_time_get(clock: u32, precision: u64, time: *mut u64) -> u16;
+    fn random_get(buffer: *mut u8, size: usize) -> u16;
+}
+
+/// WASI's monotonic clock, which in Envoy is one timeline for all workers.
+const MONOTONIC: u32 = 1;
+
+/// Calls a function of the host that hands over bytes. `None` where it fails or there is nothing.
+fn fetch(call: impl FnOnce(*mut *mut u8, *mut usize) -> Status) -> Option<Vec<u8>> {
+    let mut data = std::ptr::null_mut();
+    let mut size = 0;
+    if call(&mut data, &mut size) != OK {
+        return None;
+    }
+    if data.is_null() {
+        return Some(Vec::new());
+    }
+    // SAFETY: on success the host has filled `size` bytes that it obtained from `proxy_on_memory_allocate`, which
+    // allocates them as a boxed slice of exactly that size and gives up ownership.
+    Some(unsafe { Vec::from_raw_parts(data, size, size) })
+}
+
+fn header(map: MapType, name: &str) -> Option<Vec<u8>> {
+    // SAFETY: the pointers are valid for the call, and the host keeps none of them.
+    fetch(|data, size| unsafe { proxy_get_header_map_value(map, name.as_ptr(), name.len(), data, size) })
+}
+
+/// Envoy as a [`Host`].
+#[derive(Debug)]
+struct Envoy {
+    random: Cell<u64>,
+}
+
+impl Default for Envoy {
+    fn default() -> Self {
+        let mut seed = [0; 8];
+        // SAFETY: the buffer is valid for its length. Where there is no randomness the seed stays zero.
+        unsafe { random_get(seed.as_mut_ptr(), seed.len()) };
+        Envoy { random: Cell::new(u64::from_le_bytes(seed)) }
+    }
+}
+
+// SAFETY of all calls below: every pointer comes from a live slice with its own length, or from a local that the call
+// fills; the host copies and keeps none.
+impl StateStore for Envoy {
+    fn get(&self, key: &str) -> Option<(Vec<u8>, Version)> {
+        let mut version = 0;
+        let value =
+            fetch(|data, size| unsafe { proxy_get_shared_data(key.as_ptr(), key.len(), data, size, &mut version) })?;
+        Some((value, Version(version)))
+    }
+
+    fn set(&self, key: &str, value: &[u8], expected: Version) -> Result<(), Conflict> {
+        match unsafe { proxy_set_shared_data(key.as_ptr(), key.len(), value.as_ptr(), value.len(), expected.0) } {
+            OK => Ok(()),
+            _ => Err(Conflict),
+        }
+    }
+}
+
+impl Metrics for Envoy {
+    fn counter(&self, name: &str) -> MetricId {
+        define(MetricType::Counter, name)
+    }
+
+    fn gauge(&self, name: &str) -> MetricId {
+        define(MetricType::Gauge, name)
+    }
+
+    fn add(&self, metric: MetricId, amount: u64) {
+        unsafe { proxy_increment_metric(metric.0, i64::try_from(amount).unwrap_or(i64::MAX)) };
+    }
+
+    fn set_gauge(&self, metric: MetricId, value: u64) {
+        unsafe { proxy_record_metric(metric.0, value) };
+    }
+
+    fn value(&self, metric: MetricId) -> u64 {
+        let mut value = 0;
+        unsafe { proxy_get_metric(metric.0, &mut value) };
+        value
+    }
+}
+
+fn define(kind: MetricType, name: &str) -> MetricId {
+    let mut id = u32::MAX;
+    unsafe { proxy_define_metric(kind, name.as_ptr(), name.len(), &mut id) };
+    MetricId(id)
+}
+
+impl Properties for Envoy {
+    fn property(&self, path: &[&str]) -> Option<Vec<u8>> {
+        let path = path.join("\0");
+        fetch(|data, size| unsafe { proxy_get_property(path.as_ptr(), path.len(), data, size) })
+    }
+}
+
+impl Host for Envoy {
+    fn now(&self) -> Monotonic {
+        let mut now = 0;
+        unsafe { clock_time_get(MONOTONIC, 0, &mut now) };
+        now
+    }
+
+    fn random(&self) -> u64 {
+        let mut state = self.random.get();
+        let drawn = split_mix(&mut state);
+        self.random.set(state);
+        drawn
+    }
+}
+
+/// What the streams of one configuration in one worker share.
+///
+/// Invariant: no borrow is alive while a stream is resumed or answered, because the host may then call back at once.
+#[derive(Default)]
+struct Worker {
+    envoy: Envoy,
+    filter: RefCell<Option<Filter>>,
+    held: RefCell<HeldStreams<Option<LocalReply>>>,
+}
+
+impl Worker {
+    /// Asks for the next tick: when the next held stream is due, and often enough for the filter's windows.
+    fn schedule(&self) {
+        const MILLISECOND: u64 = 1_000_000;
+        let now = self.envoy.now();
+        let due = self.held.borrow().next_due().map(|due| due.saturating_sub(now));
+        let windows = self.filter.borrow().as_ref().and_then(Filter::tick_period);
+        let period = match (due, windows) {
+            (Some(due), Some(windows)) => Some(due.min(windows)),
+            (due, windows) => due.or(windows),
+        };
+        let period = period.map_or(0, |period| period.div_ceil(MILLISECOND).max(1));
+        unsafe { proxy_set_tick_period_milliseconds(u32::try_from(period).unwrap_or(u32::MAX)) };
+    }
+
+    /// Lets go of every stream whose delay is over.
+    fn release(&self) {
+        let now = self.envoy.now();
+        loop {
+            let Some((stream, then)) = self.held.borrow_mut().take_due(now) else { return };
+            if unsafe { proxy_set_effective_context(stream) } != OK {
+                continue;
+            }
+            match then {
+                Some(reply) => answer(&reply),
+                None => {
+                    unsafe { proxy_continue_stream(StreamType::HttpRequest) };
+                }
+            }
+        }
+    }
+}
+
+/// The plugin: one for each configuration and worker.
+#[derive(Default)]
+struct Root {
+    worker: Rc<Worker>,
+}
+
+impl Context for Root {}
+
+impl RootContext for Root {
+    fn on_configure(&mut self, size: usize) -> bool {
+        adopt_log_level();
+        let text = fetch(|data, length| unsafe {
+            proxy_get_buffer_bytes(BufferType::PluginConfiguration, 0, size, data, length)
+        });
+        match Policy::from_json(&text.unwrap_or_default()) {
+            Ok((policy, warnings)) => {
+                for warning in warnings {
+                    log::warn!("policy {}: {warning}", policy.name);
+                }
+                log::info!("policy {} is loaded: {} routes", policy.name, policy.routes.len());
+                *self.worker.filter.borrow_mut() = Some(Filter::new(policy, &self.worker.envoy));
+                self.worker.schedule();
+                true
+            }
+            Err(diagnostics) => {
+                for diagnostic in diagnostics {
+                    log::error!("policy refused: {diagnostic}");
+                }
+                false
+            }
+        }
+    }
+
+    fn on_tick(&mut self) {
+        if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
+            filter.on_tick(&self.worker.envoy);
+        }
+        self.worker.release();
+        self.worker.schedule();
+    }
+
+    fn create_http_context(&self, id: u32) -> Option<Box<dyn HttpContext>> {
+        Some(Box::new(Stream { id, worker: Rc::clone(&self.worker), exchange: Exchange::default(), is_held: false }))
+    }
+
+    fn get_type(&self) -> Option<ContextType> {
+        Some(ContextType::HttpContext)
+    }
+}
+
+/// Nothing is formatted that Envoy would not print.
+fn adopt_log_level() {
+    let mut level = LogLevel::Info as u32;
+    unsafe { proxy_get_log_level(&mut level) };
+    proxy_wasm::set_log_level(match level {
+        0 => LogLevel::Trace,
+        1 => LogLevel::Debug,
+        2 => LogLevel::Info,
+        3 => LogLevel::Warn,
+        4 => LogLevel::Error,
+        _ => LogLevel::Critical,
+    });
+}
+
+/// One request.
+struct Stream {
+    id: u32,
+    worker: Rc<Worker>,
+    exchange: Exchange,
+    is_held: bool,
+}
+
+impl Context for Stream {}
+
+impl HttpContext for Stream {
+    fn on_http_request_headers(&mut self, _: usize, _: bool) -> Action {
+        let worker = &*self.worker;
+        let verdict = {
+            let mut filter = worker.filter.borrow_mut();
+            let Some(filter) = filter.as_mut() else { return Action::Continue };
+            let headers =
+                fetch(|data, size| unsafe { proxy_get_header_map_pairs(MapType::HttpRequestHeaders, data, size) });
+            let may_hold = worker.held.borrow().has_room();
+            let decision = filter.on_request(&worker.envoy, &headers.unwrap_or_default(), may_hold);
+            for mutation in &decision.mutations {
+                mutate(mutation);
+            }
+            self.exchange = decision.exchange;
+            decision.verdict
+        };
+        match verdict {
+            Verdict::Continue => Action::Continue,
+            Verdict::Answer(reply) => {
+                answer(&reply);
+                Action::Pause
+            }
+            Verdict::Delay(delay, then) => {
+                let until = worker.envoy.now().saturating_add(delay);
+                worker.held.borrow_mut().hold(self.id, until, then);
+                self.is_held = true;
+                worker.schedule();
+                Action::Pause
+            }
+        }
+    }
+
+    fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
+        if let Some(filter) = self.worker.filter.borrow().as_ref() {
+            let header = |name: &str| header(MapType::HttpResponseHeaders, name);
+            filter.on_response(&self.worker.envoy, &mut self.exchange, &header);
+        }
+        Action::Continue
+    }
+
+    fn on_http_response_trailers(&mut self, _: usize) -> Action {
+        if let Some(filter) = self.worker.filter.borrow().as_ref() {
+            let header = |name: &str| header(MapType::HttpResponseTrailers, name);
+            filter.on_response_trailers(&self.worker.envoy, &mut self.exchange, &header);
+        }
+        Action::Continue
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if self.is_held {
+            self.worker.held.borrow_mut().forget(self.id);
+        }
+    }
+}
+
+fn mutate(mutation: &HeaderMutation<'_>) {
+    let map = MapType::HttpRequestHeaders;
+    match mutation {
+        HeaderMutation::Set(name, value) => unsafe {
+            proxy_replace_header_map_value(map, name.as_ptr(), name.len(), value.as_ptr(), value.len())
+        },
+        HeaderMutation::Remove(name) => unsafe { proxy_remove_header_map_value(map, name.as_ptr(), name.len()) },
+    };
+}
+
+fn answer(reply: &LocalReply) {
+    let headers = encode_headers(&reply.headers);
+    unsafe {
+        proxy_send_local_response(
+            u32::from(reply.status),
+            reply.details.as_ptr(),
+            reply.details.len(),
+            reply.body.as_ptr(),
+            reply.body.len(),
+            headers.as_ptr(),
+            headers.len(),
+            reply.grpc_status.map_or(-1, i32::from),
+        )
+    };
+}

@@ -1,0 +1,127 @@
+//! A host without a proxy: a clock that stands still until it is moved, a seeded random source, words and metrics in
+//! memory. Tests and the command-line program run the filter on it.
+
+use super::{Conflict, Host, MetricId, Metrics, Properties, StateStore, Version};
+use crate::units::Monotonic;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+
+/// The simulated host. Every method takes `&self`, as a host call would.
+#[derive(Debug)]
+pub struct Sim {
+    now: Cell<Monotonic>,
+    seed: Cell<u64>,
+    version: Cell<u32>,
+    words: RefCell<BTreeMap<String, (Vec<u8>, Version)>>,
+    metrics: RefCell<Vec<(String, u64)>>,
+    properties: RefCell<BTreeMap<String, Vec<u8>>>,
+}
+
+impl Sim {
+    pub fn new(seed: u64) -> Sim {
+        Sim {
+            now: Cell::new(1_000_000_000_000),
+            seed: Cell::new(seed),
+            version: Cell::new(0),
+            words: RefCell::default(),
+            metrics: RefCell::default(),
+            properties: RefCell::default(),
+        }
+    }
+
+    /// Moves the clock forward.
+    pub fn advance(&self, by: std::time::Duration) {
+        self.now.set(self.now.get() + crate::units::nanoseconds(by));
+    }
+
+    /// What [`Properties::property`] answers from now on for `path`, its segments joined by dots.
+    pub fn set_property(&self, path: &str, value: &[u8]) {
+        self.properties.borrow_mut().insert(path.to_owned(), value.to_vec());
+    }
+
+    /// The value of the metric `name`; 0 where there is none.
+    pub fn metric(&self, name: &str) -> u64 {
+        self.metrics.borrow().iter().find(|(known, _)| known == name).map_or(0, |(_, value)| *value)
+    }
+
+    /// The names and values of all metrics that are not 0, in the order defined.
+    pub fn metrics(&self) -> Vec<(String, u64)> {
+        self.metrics.borrow().iter().filter(|(_, value)| *value != 0).cloned().collect()
+    }
+
+    /// The keys of all shared words.
+    pub fn keys(&self) -> Vec<String> {
+        self.words.borrow().keys().cloned().collect()
+    }
+
+    fn define(&self, name: &str) -> MetricId {
+        let mut metrics = self.metrics.borrow_mut();
+        let place = metrics.iter().position(|(known, _)| known == name).unwrap_or_else(|| {
+            metrics.push((name.to_owned(), 0));
+            metrics.len() - 1
+        });
+        MetricId(place as u32)
+    }
+}
+
+impl StateStore for Sim {
+    fn get(&self, key: &str) -> Option<(Vec<u8>, Version)> {
+        self.words.borrow().get(key).cloned()
+    }
+
+    fn set(&self, key: &str, value: &[u8], expected: Version) -> Result<(), Conflict> {
+        let mut words = self.words.borrow_mut();
+        let found = words.get(key).map_or(Version::ABSENT, |(_, version)| *version);
+        if found != expected {
+            return Err(Conflict);
+        }
+        self.version.set(self.version.get() + 1);
+        words.insert(key.to_owned(), (value.to_vec(), Version(self.version.get())));
+        Ok(())
+    }
+}
+
+impl Metrics for Sim {
+    fn counter(&self, name: &str) -> MetricId {
+        self.define(name)
+    }
+
+    fn gauge(&self, name: &str) -> MetricId {
+        self.define(name)
+    }
+
+    fn add(&self, metric: MetricId, amount: u64) {
+        if let Some((_, value)) = self.metrics.borrow_mut().get_mut(metric.0 as usize) {
+            *value += amount;
+        }
+    }
+
+    fn set_gauge(&self, metric: MetricId, to: u64) {
+        if let Some((_, value)) = self.metrics.borrow_mut().get_mut(metric.0 as usize) {
+            *value = to;
+        }
+    }
+
+    fn value(&self, metric: MetricId) -> u64 {
+        self.metrics.borrow().get(metric.0 as usize).map_or(0, |(_, value)| *value)
+    }
+}
+
+impl Properties for Sim {
+    fn property(&self, path: &[&str]) -> Option<Vec<u8>> {
+        self.properties.borrow().get(&path.join(".")).cloned()
+    }
+}
+
+impl Host for Sim {
+    fn now(&self) -> Monotonic {
+        self.now.get()
+    }
+
+    fn random(&self) -> u64 {
+        let mut state = self.seed.get();
+        let drawn = crate::random::split_mix(&mut state);
+        self.seed.set(state);
+        drawn
+    }
+}

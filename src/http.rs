@@ -1,0 +1,396 @@
+//! A request as the core sees it, and what the core may ask to have done to it.
+//!
+//! The host hands over all headers in one block. [`Request`] walks that block once and remembers where the values of
+//! the headers stand that the policy names ([`HeaderNames`]); nothing is copied, and a header that no rule asks for
+//! costs one failed look-up. Values are bytes: HTTP does not promise text.
+
+use std::borrow::Cow;
+
+/// A header that the policy names: an index into the [`Request`]'s slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeaderId(u16);
+
+/// The most header names that one policy may refer to.
+pub const MAX_HEADER_NAMES: usize = 1024;
+
+/// The names of the headers that a policy reads, lower-cased, each with its [`HeaderId`].
+///
+/// A look-up is made for every header of every request, nearly always in vain, so it is an open-addressed table over
+/// a hash of three bytes and the length: no byte of most names is compared.
+#[derive(Debug)]
+pub struct HeaderNames {
+    names: Vec<Box<str>>,
+    /// Power-of-two sized, at most a quarter full; 0 is empty, otherwise the id plus one.
+    table: Vec<u16>,
+}
+
+impl HeaderNames {
+    pub const PATH: HeaderId = HeaderId(0);
+    pub const METHOD: HeaderId = HeaderId(1);
+    pub const AUTHORITY: HeaderId = HeaderId(2);
+    pub const SCHEME: HeaderId = HeaderId(3);
+    pub const CONTENT_TYPE: HeaderId = HeaderId(4);
+    pub const COOKIE: HeaderId = HeaderId(5);
+    pub const TRACEPARENT: HeaderId = HeaderId(6);
+    pub const TRACESTATE: HeaderId = HeaderId(7);
+
+    /// The names behind the constants, in their order.
+    const ALWAYS: [&str; 8] =
+        [":path", ":method", ":authority", ":scheme", "content-type", "cookie", "traceparent", "tracestate"];
+
+    /// The id of `name`, which is lower-cased and remembered if new. `None` where there are too many names.
+    pub fn intern(&mut self, name: &str) -> Option<HeaderId> {
+        let name = name.to_ascii_lowercase();
+        if let Some(id) = self.find(name.as_bytes()) {
+            return Some(id);
+        }
+        if self.names.len() >= MAX_HEADER_NAMES {
+            return None;
+        }
+        let id = self.names.len();
+        self.names.push(name.into());
+        self.rebuild();
+        u16::try_from(id).ok().map(HeaderId)
+    }
+
+    /// The name of `id`.
+    pub fn name(&self, id: HeaderId) -> &str {
+        self.names.get(usize::from(id.0)).map_or("", |name| name)
+    }
+
+    fn find(&self, name: &[u8]) -> Option<HeaderId> {
+        let mask = self.table.len() - 1;
+        let mut place = hash(name) & mask;
+        loop {
+            let id = self.table.get(place)?.checked_sub(1)?;
+            if self.names.get(usize::from(id)).is_some_and(|known| known.as_bytes() == name) {
+                return Some(HeaderId(id));
+            }
+            place = (place + 1) & mask;
+        }
+    }
+
+    fn rebuild(&mut self) {
+        let size = (self.names.len() * 4).next_power_of_two();
+        let mut table = vec![0; size];
+        for (id, name) in (1..).zip(&self.names) {
+            let mut place = hash(name.as_bytes()) & (size - 1);
+            while let Some(taken) = table.get(place)
+                && *taken != 0
+            {
+                place = (place + 1) & (size - 1);
+            }
+            if let Some(free) = table.get_mut(place) {
+                *free = id;
+            }
+        }
+        self.table = table;
+    }
+}
+
+impl Default for HeaderNames {
+    fn default() -> Self {
+        let mut names = HeaderNames { names: Vec::new(), table: vec![0] };
+        for name in HeaderNames::ALWAYS {
+            names.intern(name);
+        }
+        names
+    }
+}
+
+fn hash(name: &[u8]) -> usize {
+    let byte = |at: usize| name.get(at).copied().map_or(0, usize::from);
+    let length = name.len();
+    length.wrapping_mul(0x9e5)
+        ^ byte(length / 2).wrapping_mul(0x3d)
+        ^ byte(length.wrapping_sub(1)).wrapping_mul(0x1f)
+        ^ byte(2)
+}
+
+/// Where the first value of a header stands in the block, and how many values there are.
+#[derive(Clone, Copy, Default)]
+struct Slot {
+    start: u32,
+    end: u32,
+    values: u32,
+}
+
+/// The head of a request: its header block, indexed by the policy's header names.
+pub struct Request<'a> {
+    block: &'a [u8],
+    slots: Vec<Slot>,
+    names: &'a HeaderNames,
+    path_end: usize,
+    route_name: Option<Vec<u8>>,
+}
+
+impl<'a> Request<'a> {
+    /// Indexes `block`, the serialised header map of the proxy-wasm ABI: a count, a pair of lengths for each header,
+    /// then each name and value with a NUL after it, all numbers 32-bit little-endian. A block that is cut short
+    /// yields the headers before the cut.
+    pub fn parse(block: &'a [u8], names: &'a HeaderNames) -> Self {
+        let mut slots = vec![Slot::default(); names.names.len()];
+        for (name, start, value) in Pairs::new(block) {
+            if let Some(HeaderId(id)) = names.find(name)
+                && let Some(slot) = slots.get_mut(usize::from(id))
+            {
+                if slot.values == 0 {
+                    slot.start = start as u32;
+                    slot.end = (start + value.len()) as u32;
+                }
+                slot.values += 1;
+            }
+        }
+        let mut request = Request { block, slots, names, path_end: 0, route_name: None };
+        let target = request.first(HeaderNames::PATH).unwrap_or_default();
+        request.path_end = target.iter().position(|byte| matches!(byte, b'?' | b'#')).unwrap_or(target.len());
+        request
+    }
+
+    /// The request with the name of the route that Envoy chose for it.
+    pub fn with_route_name(self, route_name: Option<Vec<u8>>) -> Self {
+        Request { route_name, ..self }
+    }
+
+    /// The name of the route that Envoy chose, where the policy asks for it.
+    pub fn route_name(&self) -> Option<&[u8]> {
+        self.route_name.as_deref()
+    }
+
+    fn slot(&self, id: HeaderId) -> Slot {
+        self.slots.get(usize::from(id.0)).copied().unwrap_or_default()
+    }
+
+    /// The first value of a header.
+    pub fn first(&self, id: HeaderId) -> Option<&'a [u8]> {
+        let slot = self.slot(id);
+        if slot.values == 0 { None } else { self.block.get(slot.start as usize..slot.end as usize) }
+    }
+
+    /// Whether the header is there at all.
+    pub fn has(&self, id: HeaderId) -> bool {
+        self.slot(id).values > 0
+    }
+
+    /// How often the header was sent.
+    pub fn count(&self, id: HeaderId) -> usize {
+        self.slot(id).values as usize
+    }
+
+    /// Every value of a header, in order. The block is walked again only for a header that was sent more than once.
+    pub fn values(&self, id: HeaderId) -> impl Iterator<Item = &'a [u8]> {
+        let repeated = (self.count(id) > 1).then(|| {
+            let name = self.names.name(id).as_bytes();
+            let pairs = Pairs::new(self.block).filter(move |(found, ..)| *found == name);
+            pairs.map(|(_, _, value)| value).skip(1)
+        });
+        self.first(id).into_iter().chain(repeated.into_iter().flatten())
+    }
+
+    /// All values of a header joined by commas: what Envoy matches when a header was sent more than once.
+    pub fn joined(&self, id: HeaderId) -> Option<Cow<'a, [u8]>> {
+        match self.slot(id).values {
+            0 => None,
+            1 => self.first(id).map(Cow::Borrowed),
+            _ => Some(Cow::Owned(self.values(id).collect::<Vec<_>>().join(&b','))),
+        }
+    }
+
+    /// The path without its query or fragment.
+    pub fn path(&self) -> &'a [u8] {
+        self.first(HeaderNames::PATH).and_then(|target| target.get(..self.path_end)).unwrap_or_default()
+    }
+
+    /// The first value of a query parameter, not decoded, as Envoy matches it.
+    pub fn query_parameter(&self, name: &[u8]) -> Option<&'a [u8]> {
+        let target = self.first(HeaderNames::PATH)?;
+        let query = target.get(self.path_end..)?.strip_prefix(b"?")?;
+        let query = query.split(|byte| *byte == b'#').next()?;
+        query.split(|byte| *byte == b'&').find_map(|parameter| {
+            let mut halves = parameter.splitn(2, |byte| *byte == b'=');
+            (halves.next() == Some(name)).then(|| halves.next().unwrap_or_default())
+        })
+    }
+
+    /// The `index`-th segment of the path, from 0.
+    pub fn path_segment(&self, index: usize) -> Option<&'a [u8]> {
+        let path = self.path().strip_prefix(b"/")?;
+        path.split(|byte| *byte == b'/').nth(index).filter(|segment| !segment.is_empty())
+    }
+
+    /// The value of the first cookie called `name` (RFC 6265, section 4.2.1).
+    pub fn cookie(&self, name: &[u8]) -> Option<&'a [u8]> {
+        self.values(HeaderNames::COOKIE).flat_map(|cookies| cookies.split(|byte| *byte == b';')).find_map(|pair| {
+            let pair = pair.trim_ascii();
+            let value = pair.strip_prefix(name)?.strip_prefix(b"=")?;
+            Some(value.strip_prefix(b"\"").and_then(|value| value.strip_suffix(b"\"")).unwrap_or(value))
+        })
+    }
+
+    /// Whether the request is a gRPC call, so that its answer must be one.
+    pub fn is_grpc(&self) -> bool {
+        let after = |suffix: &[u8]| suffix.is_empty() || suffix.starts_with(b"+") || suffix.starts_with(b";");
+        self.first(HeaderNames::CONTENT_TYPE).and_then(|kind| kind.strip_prefix(b"application/grpc")).is_some_and(after)
+    }
+}
+
+/// The headers of a block: name, where the value starts, value.
+struct Pairs<'a> {
+    block: &'a [u8],
+    lengths: std::slice::ChunksExact<'a, u8>,
+    at: usize,
+}
+
+impl<'a> Pairs<'a> {
+    fn new(block: &'a [u8]) -> Self {
+        let count = block.first_chunk::<4>().map_or(0, |bytes| u32::from_le_bytes(*bytes) as usize);
+        let data = count.saturating_mul(8).saturating_add(4);
+        let lengths = block.get(4..data).unwrap_or_default();
+        Pairs { block, lengths: lengths.chunks_exact(8), at: data }
+    }
+}
+
+impl<'a> Iterator for Pairs<'a> {
+    type Item = (&'a [u8], usize, &'a [u8]);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let (name_length, value_length) = self.lengths.next()?.split_at_checked(4)?;
+        let length = |bytes: &[u8]| bytes.first_chunk::<4>().map(|bytes| u32::from_le_bytes(*bytes) as usize);
+        let name_end = self.at.checked_add(length(name_length)?)?;
+        let value_start = name_end.checked_add(1)?;
+        let value_end = value_start.checked_add(length(value_length)?)?;
+        let pair = (self.block.get(self.at..name_end)?, value_start, self.block.get(value_start..value_end)?);
+        self.at = value_end.checked_add(1)?;
+        Some(pair)
+    }
+}
+
+/// Serialises headers as the host does: the inverse of [`Request::parse`].
+pub fn encode_headers<N: AsRef<[u8]>, V: AsRef<[u8]>>(headers: &[(N, V)]) -> Vec<u8> {
+    let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX).to_le_bytes();
+    let mut block = Vec::new();
+    block.extend(number(headers.len()));
+    for (name, value) in headers {
+        block.extend(number(name.as_ref().len()));
+        block.extend(number(value.as_ref().len()));
+    }
+    for (name, value) in headers {
+        block.extend(name.as_ref());
+        block.push(0);
+        block.extend(value.as_ref());
+        block.push(0);
+    }
+    block
+}
+
+/// One change to a header map.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HeaderMutation<'p> {
+    /// The header has this one value afterwards.
+    Set(&'p str, Cow<'p, [u8]>),
+    /// The header is gone afterwards.
+    Remove(&'p str),
+}
+
+impl HeaderMutation<'_> {
+    /// Does the change to a list of headers.
+    pub fn apply(&self, headers: &mut Vec<(Vec<u8>, Vec<u8>)>) {
+        let (HeaderMutation::Set(name, _) | HeaderMutation::Remove(name)) = self;
+        headers.retain(|(found, _)| found != name.as_bytes());
+        if let HeaderMutation::Set(name, value) = self {
+            headers.push((name.as_bytes().to_vec(), value.to_vec()));
+        }
+    }
+}
+
+/// An answer given in the upstream's place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalReply {
+    pub status: u16,
+    /// For Envoy's `response.code_details`: who answered and why, in one word.
+    pub details: &'static str,
+    pub headers: Vec<(&'static str, String)>,
+    pub body: String,
+    /// The status of a gRPC call (its message is `body`), sent without a body under HTTP status 200.
+    pub grpc_status: Option<u8>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn the_named_headers_are_found_and_the_others_passed_over() {
+        let mut names = HeaderNames::default();
+        let user = names.intern("X-User-Id").unwrap();
+        let absent = names.intern("x-absent").unwrap();
+        let block = encode_headers(&[
+            (":path", "/a/b?x=1&y&x=2#f"),
+            ("x-user-id", "ann"),
+            ("x-other", "?"),
+            ("x-user-id", "bob"),
+            ("cookie", "theme=dark; session=\"s1\""),
+            ("cookie", "late=1"),
+        ]);
+        let request = Request::parse(&block, &names);
+        assert_eq!(request.first(user), Some(&b"ann"[..]));
+        assert_eq!(request.joined(user).as_deref(), Some(&b"ann,bob"[..]));
+        assert_eq!(request.values(user).count(), 2);
+        assert_eq!(request.joined(absent), None);
+        assert_eq!(request.path(), b"/a/b");
+        assert_eq!(request.path_segment(1), Some(&b"b"[..]));
+        assert_eq!(request.path_segment(2), None);
+        assert_eq!(request.query_parameter(b"x"), Some(&b"1"[..]));
+        assert_eq!(request.query_parameter(b"y"), Some(&b""[..]));
+        assert_eq!(request.query_parameter(b"z"), None);
+        assert_eq!(request.cookie(b"session"), Some(&b"s1"[..]));
+        assert_eq!(request.cookie(b"late"), Some(&b"1"[..]));
+        assert_eq!(request.cookie(b"heme"), None);
+    }
+
+    #[test]
+    fn grpc_is_told_from_what_only_starts_like_it() {
+        let names = HeaderNames::default();
+        for (kind, is_grpc) in [
+            ("application/grpc", true),
+            ("application/grpc+proto", true),
+            ("application/grpc-web", false),
+            ("text/plain", false),
+        ] {
+            let block = encode_headers(&[("content-type", kind)]);
+            assert_eq!(Request::parse(&block, &names).is_grpc(), is_grpc, "{kind}");
+        }
+    }
+
+    #[test]
+    fn the_names_of_a_policy_are_bounded() {
+        let mut names = HeaderNames::default();
+        let taken = (0..2 * MAX_HEADER_NAMES).filter(|n| names.intern(&format!("x-{n}")).is_some()).count();
+        assert_eq!(taken + HeaderNames::ALWAYS.len(), MAX_HEADER_NAMES);
+        assert_eq!(names.intern("x-17").map(|id| names.name(id).to_owned()).as_deref(), Some("x-17"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_block_is_read_without_a_panic(block in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let names = HeaderNames::default();
+            let request = Request::parse(&block, &names);
+            let _ = (request.path(), request.cookie(b"a"), request.is_grpc());
+        }
+
+        #[test]
+        fn what_is_encoded_is_found_again(
+            headers in proptest::collection::vec(("[a-z]{1,9}", proptest::collection::vec(any::<u8>(), 0..20)), 0..30),
+        ) {
+            let mut names = HeaderNames::default();
+            let ids: Vec<_> = headers.iter().map(|(name, _)| names.intern(name).unwrap()).collect();
+            let block = encode_headers(&headers);
+            let request = Request::parse(&block, &names);
+            for ((name, _), id) in headers.iter().zip(ids) {
+                let expected: Vec<&[u8]> = headers.iter().filter(|(n, _)| n == name).map(|(_, v)| v.as_slice()).collect();
+                prop_assert_eq!(request.values(id).collect::<Vec<_>>(), expected);
+            }
+        }
+    }
+}

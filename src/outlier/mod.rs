@@ -1,0 +1,15 @@
+//! What is known of an upstream's health from the answers it gives: passive outlier observation.
+//!
+//! Requests and failures are counted in the host's metrics, which all workers share; a [`Window`] turns those growing
+//! totals into what happened lately.
+
+mod window;
+
+pub use window::{Totals, Window};
+
+/// Whether an answer is a failure of the upstream, as Envoy's outlier detection sees it: a 5xx, or a gRPC status that
+/// maps to one (gRPC over HTTP/2, "Mapping to HTTP status": UNKNOWN, DEADLINE_EXCEEDED, UNIMPLEMENTED, INTERNAL,
+/// UNAVAILABLE, DATA_LOSS).
+pub fn is_failure(http_status: u16, grpc_status: Option<u16>) -> bool {
+    http_status >= 500 || matches!(grpc_status, Some(2 | 4 | 12 | 13 | 14 | 15))
+}

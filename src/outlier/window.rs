@@ -1,0 +1,105 @@
+//! The last seconds of a growing total.
+
+use crate::units::Monotonic;
+use std::collections::VecDeque;
+
+/// Answers observed, since the proxy started or within a window.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    pub requests: u64,
+    pub failures: u64,
+}
+
+impl Totals {
+    fn since(self, earlier: Totals) -> Totals {
+        Totals {
+            requests: self.requests.saturating_sub(earlier.requests),
+            failures: self.failures.saturating_sub(earlier.failures),
+        }
+    }
+}
+
+/// In how many steps a window moves.
+const STEPS: u64 = 10;
+
+/// A sliding window over totals that others count. It covers its length, and up to a tenth more, as long as
+/// [`Window::mark`] is called at least every tenth of it.
+#[derive(Debug)]
+pub struct Window {
+    length: u64,
+    /// Totals as they were, oldest first, a tenth of the length apart: at most one more than [`STEPS`] of them.
+    marks: VecDeque<(Monotonic, Totals)>,
+}
+
+impl Window {
+    /// A window of `length` nanoseconds that begins now: what was counted before is not seen.
+    pub fn new(length: u64, now: Monotonic, totals: Totals) -> Window {
+        Window { length, marks: VecDeque::from([(now, totals)]) }
+    }
+
+    /// The distance between two marks, in nanoseconds.
+    pub fn step(&self) -> u64 {
+        self.length / STEPS
+    }
+
+    /// Remembers `totals` as those of `now`, if the last mark is a step old.
+    pub fn mark(&mut self, now: Monotonic, totals: Totals) {
+        let due = self.marks.back().is_none_or(|(last, _)| now.saturating_sub(*last) >= self.step());
+        if !due {
+            return;
+        }
+        self.marks.push_back((now, totals));
+        let start = now.saturating_sub(self.length);
+        while self.marks.get(1).is_some_and(|(second, _)| *second <= start) {
+            self.marks.pop_front();
+        }
+    }
+
+    /// What was counted within the window that ends now, at `totals`.
+    pub fn recent(&self, now: Monotonic, totals: Totals) -> Totals {
+        let start = now.saturating_sub(self.length);
+        let base = self.marks.iter().rev().find(|(at, _)| *at <= start).or(self.marks.front());
+        base.map_or(Totals::default(), |(_, earlier)| totals.since(*earlier))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000;
+
+    fn totals(requests: u64, failures: u64) -> Totals {
+        Totals { requests, failures }
+    }
+
+    #[test]
+    fn sees_the_last_seconds_only() {
+        let mut window = Window::new(10 * SECOND, 0, totals(500, 400));
+        assert_eq!(window.recent(0, totals(500, 400)), totals(0, 0));
+        for second in 1..=30 {
+            window.mark(second * SECOND, totals(500 + second * 10, 400 + second));
+        }
+        assert_eq!(window.recent(30 * SECOND, totals(800, 430)), totals(100, 10));
+        assert_eq!(window.recent(30 * SECOND + SECOND / 2, totals(810, 431)), totals(110, 11));
+        assert_eq!(window.marks.len(), STEPS as usize + 1);
+    }
+
+    #[test]
+    fn marks_are_bounded_however_often_they_are_made() {
+        let mut window = Window::new(10 * SECOND, 0, totals(0, 0));
+        for n in 0..100_000 {
+            window.mark(n * SECOND / 1000, totals(n, 0));
+        }
+        assert!(window.marks.len() <= STEPS as usize + 2);
+    }
+
+    #[test]
+    fn a_quiet_time_leaves_the_window() {
+        let mut window = Window::new(10 * SECOND, 0, totals(0, 0));
+        window.mark(SECOND, totals(100, 100));
+        window.mark(60 * SECOND, totals(100, 100));
+        assert_eq!(window.recent(60 * SECOND, totals(101, 100)), totals(1, 0));
+        assert_eq!(window.recent(71 * SECOND, totals(102, 100)), totals(2, 0));
+    }
+}

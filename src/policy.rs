@@ -1,0 +1,359 @@
+//! The policy document: read strictly, and compiled to what a request needs.
+
+use crate::canary::{Destination, Split, Steering};
+use crate::diagnostic::{Diagnostic, Report, Severity};
+use crate::document::{Fields, Node, Value, quoted};
+use crate::fault::Fault;
+use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
+use crate::matcher::{Condition, RequestMatch};
+use crate::ratelimit::{self, Limit};
+use crate::trace::Trace;
+use std::borrow::Cow;
+
+/// The only version of the document so far.
+pub const API_VERSION: &str = "trimtab/v1alpha1";
+
+/// The schema of what is written to shared data; part of every key.
+const STATE_SCHEMA: u32 = 1;
+
+/// The most routes that a policy may have.
+const MAX_ROUTES: usize = 4096;
+
+/// A validated document.
+#[derive(Debug)]
+pub struct Policy {
+    pub name: Box<str>,
+    /// What the keys of this policy's shared words start with.
+    pub state_prefix: Box<str>,
+    pub header_names: HeaderNames,
+    pub steering: Steering,
+    pub steering_header: HeaderId,
+    pub routes: Vec<Route>,
+    pub trace: Option<Trace>,
+    /// Everything that requests are sent to, each once.
+    pub targets: Vec<Target>,
+    /// Whether a match asks for Envoy's own route name.
+    pub reads_route_name: bool,
+}
+
+/// One route: which requests it is for, and what is done to them.
+#[derive(Debug)]
+pub struct Route {
+    pub name: Box<str>,
+    /// One of them has to match; none: every request does.
+    pub matches: Vec<RequestMatch>,
+    pub split: Option<Split>,
+    /// The target of each destination; where there are none, the route itself is the one target.
+    pub targets: Vec<TargetId>,
+    pub fault: Option<Fault>,
+    pub limits: Vec<Limit>,
+}
+
+/// What requests are sent to: a destination, or a route without one.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Target {
+    pub name: Box<str>,
+    /// Whether a guard wants to know how it answers.
+    pub watched: bool,
+}
+
+/// An index into [`Policy::targets`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TargetId(pub usize);
+
+const _: () = {
+    const fn shared_between_threads<T: Send + Sync>() {}
+    shared_between_threads::<Policy>();
+};
+
+impl Policy {
+    /// Reads a JSON document; with it come the warnings.
+    ///
+    /// # Errors
+    /// Everything that is wrong with it, at least one error among them.
+    pub fn from_json(text: &[u8]) -> Result<(Policy, Vec<Diagnostic>), Vec<Diagnostic>> {
+        let node = Node::from_json(text).map_err(|diagnostic| vec![diagnostic])?;
+        Policy::from_node(&node)
+    }
+
+    /// Reads a document that was parsed already; with it come the warnings.
+    ///
+    /// # Errors
+    /// Everything that is wrong with it, at least one error among them.
+    pub fn from_node(node: &Node) -> Result<(Policy, Vec<Diagnostic>), Vec<Diagnostic>> {
+        let report = Report::default();
+        let policy = Policy::read(&Value::root(node, &report));
+        match policy {
+            Some(policy) if report.errors() == 0 => Ok((policy, report.into_diagnostics())),
+            _ => {
+                let is_error = |diagnostic: &Diagnostic| diagnostic.severity == Severity::Error;
+                let (mut diagnostics, warnings): (Vec<_>, Vec<_>) =
+                    report.into_diagnostics().into_iter().partition(is_error);
+                diagnostics.extend(warnings);
+                Err(diagnostics)
+            }
+        }
+    }
+
+    fn read(value: &Value<'_>) -> Option<Policy> {
+        let mut fields = value.object()?;
+        if let Some(version) = fields.required("apiVersion") {
+            version.one_of(&[(API_VERSION, ())]);
+        }
+        let name = fields.required("name").and_then(|value| read_name(&value)).unwrap_or("unnamed");
+        let state_prefix = format!("trimtab/{STATE_SCHEMA}/{name}/");
+        let mut header_names = HeaderNames::default();
+        let steering = match fields.optional("steering") {
+            Some(value) => Steering::read(&value, &mut header_names).unwrap_or_default(),
+            None => Steering::default(),
+        };
+        let steering_header = header_names.intern(&steering.header)?;
+        let trace = fields.optional("trace").and_then(|value| Trace::read(&value));
+        let mut reading = Reading { state_prefix, steering, header_names, routes: Vec::new(), targets: Vec::new() };
+        if let Some(routes) = fields.optional("routes") {
+            reading.routes(&routes);
+        }
+        fields.not_yet("outlierDetection");
+        for (field, why) in [
+            ("http", "write its entries under routes"),
+            ("spec", "write the fields of spec at the top of the document"),
+            ("hosts", "select workloads in the WasmPlugin, and authorities in a match"),
+            ("gateways", "select gateways in the WasmPlugin"),
+            ("trafficPolicy", "keep it in the DestinationRule"),
+            ("subsets", "keep them in the DestinationRule"),
+        ] {
+            fields.refuse(field, why);
+        }
+        fields.end();
+        let Reading { state_prefix, steering, header_names, routes, targets } = reading;
+        Some(Policy {
+            name: name.into(),
+            state_prefix: state_prefix.into(),
+            header_names,
+            steering,
+            steering_header,
+            reads_route_name: routes.iter().flat_map(|route| &route.matches).any(RequestMatch::reads_route_name),
+            routes,
+            trace,
+            targets,
+        })
+    }
+
+    /// Whether a guard wants to know how `target` answers.
+    pub fn is_watched(&self, target: TargetId) -> bool {
+        self.targets.get(target.0).is_some_and(|target| target.watched)
+    }
+
+    /// Names `destination` in the steering header; with none, a client's own value is dropped. A header that is right
+    /// already is left alone: every write makes the proxy choose its route again.
+    pub fn steer<'p>(
+        &'p self,
+        request: &Request<'_>,
+        destination: Option<&'p Destination>,
+        mutations: &mut Vec<HeaderMutation<'p>>,
+    ) {
+        let found = (request.count(self.steering_header), request.first(self.steering_header));
+        match destination.map(|destination| destination.steering.as_bytes()) {
+            Some(value) if found == (1, Some(value)) => {}
+            Some(value) => mutations.push(HeaderMutation::Set(&self.steering.header, Cow::Borrowed(value))),
+            None if found.0 > 0 => mutations.push(HeaderMutation::Remove(&self.steering.header)),
+            None => {}
+        }
+    }
+
+    /// The first route that matches.
+    pub fn route(&self, request: &Request<'_>) -> Option<(usize, &Route)> {
+        self.routes.iter().enumerate().find(|(_, route)| route.matches(request))
+    }
+}
+
+impl Route {
+    fn matches(&self, request: &Request<'_>) -> bool {
+        self.matches.is_empty() || self.matches.iter().any(|found| found.first_mismatch(request).is_none())
+    }
+
+    /// For each entry of `match`, the first condition that does not hold. Empty where the route matches.
+    pub fn mismatches(&self, request: &Request<'_>) -> Vec<&Condition> {
+        if self.matches(request) {
+            return Vec::new();
+        }
+        self.matches.iter().filter_map(|entry| entry.first_mismatch(request)).collect()
+    }
+}
+
+/// What has been read of a document so far.
+struct Reading {
+    state_prefix: String,
+    steering: Steering,
+    header_names: HeaderNames,
+    routes: Vec<Route>,
+    targets: Vec<Target>,
+}
+
+impl Reading {
+    fn routes(&mut self, value: &Value<'_>) {
+        let items = value.array().unwrap_or_default();
+        if items.len() > MAX_ROUTES {
+            value.error(format!("{} routes", items.len()), format!("a policy has at most {MAX_ROUTES}"));
+            return;
+        }
+        for (index, item) in items.iter().enumerate() {
+            let Some(mut fields) = item.object() else { continue };
+            let route = self.route(index, &mut fields);
+            fields.end();
+            let Some(route) = route else { continue };
+            if self.routes.iter().any(|known| label(&known.name) == label(&route.name)) {
+                item.error(format!("a second route called {}", quoted(&route.name)), "give each route its own name");
+            }
+            if let Some(earlier) = self.routes.iter().find(|known| known.matches.is_empty()) {
+                item.warning(
+                    format!("{} matches every request before this route is reached", quoted(&earlier.name)),
+                    "put the route without match last",
+                );
+            }
+            self.routes.push(route);
+        }
+    }
+
+    fn route(&mut self, index: usize, fields: &mut Fields<'_>) -> Option<Route> {
+        let name = match fields.optional("name") {
+            Some(value) => value.text().filter(|name| {
+                if name.len() > 128 {
+                    value.unfit("expected at most 128 bytes");
+                }
+                name.len() <= 128
+            })?,
+            None => &format!("route-{index}"),
+        };
+        let matches = fields.optional("match").and_then(|value| value.array()).unwrap_or_default();
+        let matches: Vec<RequestMatch> =
+            matches.iter().filter_map(|entry| RequestMatch::read(entry, &mut self.header_names)).collect();
+        let split = Split::read(fields, &self.steering, &mut self.header_names);
+        let fault = fields.optional("fault").and_then(|value| Fault::read(&value, name));
+        let limits = fields
+            .optional("rateLimits")
+            .map(|value| ratelimit::read(&value, &self.state_prefix, &label(name), &mut self.header_names))
+            .unwrap_or_default();
+        for field in ["slo", "outlierDetection", "circuitBreaker"] {
+            fields.not_yet(field);
+        }
+        for field in [
+            "mirror",
+            "mirrors",
+            "mirrorPercentage",
+            "rewrite",
+            "retries",
+            "timeout",
+            "redirect",
+            "directResponse",
+            "corsPolicy",
+            "headers",
+            "delegate",
+        ] {
+            fields.refuse(field, "keep it in the VirtualService, on the route that matches the steering header");
+        }
+        let targets = self.targets(name, split.as_ref(), fault.is_some());
+        Some(Route { name: name.into(), matches, split, targets, fault, limits })
+    }
+
+    fn targets(&mut self, route: &str, split: Option<&Split>, watched: bool) -> Vec<TargetId> {
+        let names: Vec<String> = match split {
+            Some(split) => split
+                .destinations
+                .iter()
+                .map(|(destination, _)| match &*destination.subset {
+                    "" => destination.host.to_string(),
+                    subset => format!("{}.{subset}", destination.host),
+                })
+                .collect(),
+            None => vec![format!("route.{route}")],
+        };
+        names.into_iter().map(|name| self.target(&name, watched)).collect()
+    }
+
+    fn target(&mut self, name: &str, watched: bool) -> TargetId {
+        let found = self.targets.iter().position(|target| &*target.name == name);
+        let index = found.unwrap_or_else(|| {
+            self.targets.push(Target { name: name.into(), watched: false });
+            self.targets.len() - 1
+        });
+        if let Some(target) = self.targets.get_mut(index) {
+            target.watched |= watched;
+        }
+        TargetId(index)
+    }
+}
+
+/// Reads a name that is a label of metrics and a part of keys: 1 to 63 of a-z, 0-9 and -.
+pub fn read_name<'a>(value: &Value<'a>) -> Option<&'a str> {
+    let name = value.string()?;
+    let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    if name.is_empty() || name.len() > 63 || !name.bytes().all(fits) {
+        value.unfit("expected 1 to 63 of a-z, 0-9 and -");
+        return None;
+    }
+    Some(name)
+}
+
+/// `name` with everything that would break up a metric's name or a key replaced.
+pub fn label(name: &str) -> String {
+    let keep = |c: char| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' };
+    name.chars().map(keep).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(text: &str) -> Vec<String> {
+        match Policy::from_json(text.as_bytes()) {
+            Ok((_, warnings)) => warnings.iter().map(ToString::to_string).collect(),
+            Err(diagnostics) => diagnostics.iter().map(ToString::to_string).collect(),
+        }
+    }
+
+    #[test]
+    fn the_smallest_policy() {
+        assert_eq!(told(r#"{"apiVersion": "trimtab/v1alpha1", "name": "a"}"#), [] as [&str; 0]);
+    }
+
+    #[test]
+    fn all_errors_are_told_at_once() {
+        let told = told(
+            r#"{"apiVersion": "v1", "name": "A", "routes": [
+                {"route": [{"destination": {"host": "h", "subset": "a"}, "weight": 50},
+                           {"destination": {"host": "h", "subset": "b"}, "weight": 40}],
+                 "canary": {"destination": "c", "rollout": "r"}, "timeout": "5s"},
+                {"name": "route-0", "canary": {}, "fualt": {}}]}"#,
+        );
+        let expected = [
+            "error: /apiVersion: found \"v1\"; expected one of trimtab/v1alpha1",
+            "error: /name: found \"A\"; expected 1 to 63 of a-z, 0-9 and -",
+            "error: /routes/0/route: the weights sum to 90; write weights that sum to 100",
+            "error: /routes/0/canary/destination: \"c\" is no subset of this route; expected one of a, b",
+            "error: /routes/0/timeout: timeout cannot be honoured here; keep it in the VirtualService, on the route that \
+             matches the steering header",
+            "error: /routes/1/canary: canary without route; write the destinations that it chooses between",
+            "error: /routes/1/fualt: unknown field \"fualt\"; did you mean fault?",
+            "error: /routes/1: a second route called \"route-0\"; give each route its own name",
+            "warning: /routes/1: \"route-0\" matches every request before this route is reached; put the route without \
+             match last",
+        ];
+        assert_eq!(told, expected);
+    }
+
+    #[test]
+    fn targets_are_known_once() {
+        let (policy, _) = Policy::from_json(
+            br#"{"apiVersion": "trimtab/v1alpha1", "name": "a", "routes": [
+                {"name": "x", "match": [{"headers": {"x": {}}}], "route": [{"destination": {"host": "h", "subset": "v2"}}]},
+                {"name": "y", "match": [{"headers": {"y": {}}}], "fault": {"abort": {"percentage": {"value": 1}, "httpStatus": 500}}},
+                {"name": "z", "route": [{"destination": {"host": "h", "subset": "v1"}, "weight": 90},
+                                        {"destination": {"host": "h", "subset": "v2"}, "weight": 10}]}]}"#,
+        )
+        .unwrap();
+        let names: Vec<_> = policy.targets.iter().map(|target| (&*target.name, target.watched)).collect();
+        assert_eq!(names, [("h.v2", false), ("route.y", true), ("h.v1", false)]);
+        assert_eq!(policy.routes[2].targets, [TargetId(2), TargetId(0)]);
+    }
+}

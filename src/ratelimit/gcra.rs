@@ -1,0 +1,113 @@
+//! The generic cell rate algorithm (ITU-T I.371, Annex A, virtual scheduling).
+//!
+//! A key's whole state is its theoretical arrival time (TAT): the instant at which it will have been quiet for long
+//! enough to be as good as new. Each request moves it on by one emission interval; a request that would move it more
+//! than the burst ahead of now is refused, and the excess is how long to wait. Over any span of length `t` it admits
+//! at most `burst + t / interval` requests.
+
+use crate::units::Monotonic;
+
+/// A rate and a burst.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gcra {
+    /// Nanoseconds between two requests at the steady rate; rounded up, so that the rate is never exceeded.
+    interval: u64,
+    /// How far ahead of now the TAT may get, in nanoseconds: burst times interval.
+    tolerance: u64,
+}
+
+/// What one request found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Test {
+    /// Admitted; this is the TAT from now on.
+    Conforms { tat: Monotonic },
+    /// Refused; nothing has changed, and this many nanoseconds from now one would be admitted.
+    TooEarly { wait: u64 },
+}
+
+impl Gcra {
+    /// `requests` in every `unit` nanoseconds, `burst` of them at once. `None` where a number is 0 or the burst takes
+    /// more than about 146 years to regain.
+    pub fn new(requests: u64, unit: u64, burst: u64) -> Option<Gcra> {
+        if requests == 0 || burst == 0 || unit == 0 {
+            return None;
+        }
+        let interval = unit.div_ceil(requests);
+        let tolerance = interval.checked_mul(burst).filter(|tolerance| *tolerance < u64::MAX / 4)?;
+        Some(Gcra { interval, tolerance })
+    }
+
+    /// Tests a request at `now` against the arrival time `tat`, of which any instant that has passed means "fresh".
+    pub fn test(&self, tat: Monotonic, now: Monotonic) -> Test {
+        let after = tat.max(now).saturating_add(self.interval);
+        let ahead = after - now;
+        if ahead <= self.tolerance {
+            Test::Conforms { tat: after }
+        } else {
+            Test::TooEarly { wait: ahead - self.tolerance }
+        }
+    }
+
+    /// The TAT after a request that had been admitted is taken back.
+    pub fn take_back(&self, tat: Monotonic) -> Monotonic {
+        tat.saturating_sub(self.interval)
+    }
+
+    /// The latest arrival time that a request can have led to. A later one is not ours.
+    pub fn latest(&self, now: Monotonic) -> Monotonic {
+        now.saturating_add(self.tolerance)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_burst_then_the_rate() {
+        let gcra = Gcra::new(100, 60_000_000_000, 3).unwrap();
+        let mut tat = 0;
+        let now = 5_000_000_000;
+        for _ in 0..3 {
+            let Test::Conforms { tat: after } = gcra.test(tat, now) else { panic!("the burst is admitted") };
+            tat = after;
+        }
+        assert_eq!(gcra.test(tat, now), Test::TooEarly { wait: 600_000_000 });
+        assert_eq!(gcra.test(tat, now + 599_999_999), Test::TooEarly { wait: 1 });
+        assert!(matches!(gcra.test(tat, now + 600_000_000), Test::Conforms { .. }));
+        let back = gcra.take_back(tat);
+        assert!(matches!(gcra.test(back, now), Test::Conforms { .. }));
+    }
+
+    #[test]
+    fn what_overflows_is_no_rate() {
+        assert_eq!(Gcra::new(0, 1, 1), None);
+        assert_eq!(Gcra::new(1, 1, 0), None);
+        assert_eq!(Gcra::new(1, 86_400_000_000_000, u64::MAX), None);
+    }
+
+    proptest! {
+        #[test]
+        fn never_more_than_burst_plus_rate_times_time(
+            requests in 1..1000_u64,
+            burst in 1..50_u64,
+            steps in proptest::collection::vec(0..2_000_000_u64, 1..400),
+        ) {
+            let unit = 1_000_000_000;
+            let gcra = Gcra::new(requests, unit, burst).unwrap();
+            let (start, mut tat) = (7, 0);
+            let mut now = start;
+            let mut admitted = 0_u64;
+            for step in steps {
+                now += step;
+                if let Test::Conforms { tat: after } = gcra.test(tat, now) {
+                    tat = after;
+                    admitted += 1;
+                }
+                let allowed = burst + (now - start) * requests / unit;
+                prop_assert!(admitted <= allowed, "{admitted} of {allowed}");
+            }
+        }
+    }
+}

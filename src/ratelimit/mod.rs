@@ -1,0 +1,16 @@
+//! Per-route rate limiting: exact over all workers of a proxy.
+//!
+//! Each key's allowance is one number, its theoretical arrival time ([`gcra`]), kept in a fixed number of shared
+//! words ([`table`]) that change by compare-and-swap. All limits of a route must admit a request; where one refuses,
+//! what the earlier ones charged is given back.
+
+mod config;
+mod decision;
+mod gcra;
+mod policy;
+mod table;
+
+pub use config::read;
+pub use decision::{Admission, admit};
+pub use gcra::Gcra;
+pub use policy::{Limit, Secret};

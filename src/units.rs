@@ -1,0 +1,180 @@
+//! Fractions, durations and instants: what a policy's numbers mean once they are read.
+//!
+//! Fractions are integers of parts per million, so that two proxies never disagree by a rounding, and durations are
+//! nanoseconds of the host's monotonic clock, so that a step of the wall clock changes nothing.
+
+use crate::decimal::{Decimal, parse_decimal};
+use crate::document::Value;
+use std::fmt;
+use std::time::Duration;
+
+/// Nanoseconds of a monotonic clock whose zero is of no meaning.
+pub type Monotonic = u64;
+
+/// A share in parts per million, 0 to 1,000,000.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Fraction(u32);
+
+impl Fraction {
+    pub const WHOLE: Fraction = Fraction(1_000_000);
+    pub const NONE: Fraction = Fraction(0);
+
+    /// `ppm` parts per million; more than the whole is the whole.
+    pub const fn from_ppm(ppm: u32) -> Fraction {
+        Fraction(if ppm > 1_000_000 { 1_000_000 } else { ppm })
+    }
+
+    pub const fn ppm(self) -> u32 {
+        self.0
+    }
+
+    /// Whether a uniformly drawn 64-bit number falls into this share: exactly `ppm` of every million, to 2^-44.
+    pub const fn includes(self, draw: u64) -> bool {
+        point(draw) < self.0
+    }
+
+    /// A percentage as it is written, exact to one part per million: 0.0001 is one part.
+    fn from_percent(percent: f64) -> Option<Fraction> {
+        let ppm = (percent * 10_000.0).round();
+        let exact = (percent * 10_000.0 - ppm).abs() < 1e-6;
+        (exact && (0.0..=1_000_000.0).contains(&ppm)).then_some(Fraction(ppm as u32))
+    }
+
+    /// Reads a bare number as a percentage: a weight.
+    pub fn read_number(value: &Value<'_>) -> Option<Fraction> {
+        let fraction = value.as_number().and_then(Fraction::from_percent);
+        if fraction.is_none() {
+            value.unfit("expected a number from 0 to 100 in steps of 0.0001");
+        }
+        fraction
+    }
+
+    /// Reads Istio's `{value: 5.0}`, or `"5%"`.
+    pub fn read(value: &Value<'_>) -> Option<Fraction> {
+        if value.is_object() {
+            let mut fields = value.object()?;
+            let fraction = fields.required("value").and_then(|percent| Fraction::read_number(&percent));
+            fields.end();
+            return fraction;
+        }
+        let fraction = value
+            .as_string()
+            .and_then(|text| text.strip_suffix('%'))
+            .and_then(|number| parse_decimal(number.trim(), 10_000))
+            .and_then(|ppm| u32::try_from(ppm).ok().filter(|ppm| *ppm <= Fraction::WHOLE.0))
+            .map(Fraction);
+        if fraction.is_none() {
+            value.unfit("expected {value: 5.0} or \"5%\", from 0 to 100 in steps of 0.0001");
+        }
+        fraction
+    }
+}
+
+impl fmt::Display for Fraction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}%", Decimal(u64::from(self.0), 10_000))
+    }
+}
+
+/// Scales a uniformly drawn 64-bit number to 0..1,000,000 without bias.
+pub const fn point(draw: u64) -> u32 {
+    ((draw as u128 * 1_000_000) >> 64) as u32
+}
+
+/// Reads a duration such as "250ms", "1.5s", "5m" or "1h30m", from `least` up to a day.
+pub fn read_duration(value: &Value<'_>, least: Duration) -> Option<Duration> {
+    const DAY: Duration = Duration::from_secs(86_400);
+    let duration = value.as_string().and_then(parse_duration).filter(|duration| (least..=DAY).contains(duration));
+    if duration.is_none() {
+        let least = Decimal(least.as_millis() as u64, 1000);
+        value.unfit(format!("expected a duration such as \"250ms\", \"30s\" or \"5m\", from {least}s to 24h"));
+    }
+    duration
+}
+
+/// Go's duration syntax, as Istio and Envoy's command line write it; no sign, and nothing finer than a nanosecond.
+fn parse_duration(text: &str) -> Option<Duration> {
+    let mut rest = text;
+    let mut total = Duration::ZERO;
+    while !rest.is_empty() || text.is_empty() {
+        let unit_at = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let (number, tail) = rest.split_at_checked(unit_at)?;
+        let number_at = tail.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(tail.len());
+        let (unit, tail) = tail.split_at_checked(number_at)?;
+        let (scale, times) = match unit {
+            "ns" => (1, 1),
+            "us" | "µs" => (1_000, 1),
+            "ms" => (1_000_000, 1),
+            "s" => (1_000_000_000, 1),
+            "m" => (1_000_000_000, 60),
+            "h" => (1_000_000_000, 3600),
+            _ => return None,
+        };
+        let part = parse_decimal(number, scale)?.checked_mul(times)?;
+        total = total.checked_add(Duration::from_nanos(part))?;
+        rest = tail;
+    }
+    Some(total)
+}
+
+/// `duration` in nanoseconds; what does not fit 584 years is cut.
+pub fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Whole seconds, rounded up: a client told to wait must not come back too early.
+pub const fn seconds_rounded_up(nanoseconds: u64) -> u64 {
+    nanoseconds.div_ceil(1_000_000_000)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::diagnostic::Report;
+    use crate::document::Node;
+
+    fn fraction(text: &str) -> Result<Fraction, String> {
+        let node = Node::from_json(text.as_bytes()).unwrap();
+        let report = Report::default();
+        let read = Fraction::read(&Value::root(&node, &report));
+        read.ok_or_else(|| report.into_diagnostics().first().unwrap().to_string())
+    }
+
+    #[test]
+    fn percentages_are_read_in_both_spellings() {
+        assert_eq!(fraction(r#"{"value": 5.0}"#), Ok(Fraction(50_000)));
+        assert_eq!(fraction(r#""0.0001%""#), Ok(Fraction(1)));
+        assert_eq!(fraction(r#""100%""#), Ok(Fraction::WHOLE));
+        assert_eq!(fraction(r#"{"value": 0.1}"#), Ok(Fraction(1_000)));
+        for bad in [r#""5""#, "5", r#""101%""#, r#""-1%""#, r#""0.00001%""#, r#""NaN%""#, r#"{"value": 101}"#, "{}"] {
+            assert!(fraction(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn durations_follow_go() {
+        assert_eq!(parse_duration("250ms"), Some(Duration::from_millis(250)));
+        assert_eq!(parse_duration("1.5s"), Some(Duration::from_millis(1500)));
+        assert_eq!(parse_duration("1h30m"), Some(Duration::from_secs(5400)));
+        for bad in ["", "5", "s", "5 s", "-5s", "5d", "1..5s", "1e3s", "99999999999h"] {
+            assert_eq!(parse_duration(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_shares_of_a_split_cover_every_draw_once() {
+        assert!(!Fraction::NONE.includes(0));
+        assert!(Fraction::WHOLE.includes(u64::MAX));
+        assert_eq!(point(0), 0);
+        assert_eq!(point(u64::MAX), 999_999);
+        assert_eq!(Fraction(250_000).to_string(), "25%");
+        assert_eq!(Fraction(1).to_string(), "0.0001%");
+    }
+
+    #[test]
+    fn waiting_is_rounded_up() {
+        assert_eq!(seconds_rounded_up(1), 1);
+        assert_eq!(seconds_rounded_up(1_000_000_000), 1);
+        assert_eq!(seconds_rounded_up(1_000_000_001), 2);
+    }
+}

@@ -1,0 +1,61 @@
+//! A child process that cannot outlive the test that started it.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+/// The program and everything it starts form one process group. A small shell
+/// in the group waits for the end of its standard input, whose other end only
+/// the test process holds, and then kills the group. So the group ends when
+/// this value is dropped, when the test panics, and also when the test process
+/// is killed and runs no destructor at all. (The kernel's parent-death signal
+/// would be tied to the thread that started the program, and a test's thread
+/// ends long before its process.)
+const GUARDED: &str = r#"
+exec 3<&0 </dev/null
+{ read -r _ <&3; kill -KILL 0; } >/dev/null 2>&1 &
+exec "$@" 3<&-
+"#;
+
+#[derive(Debug)]
+pub(crate) struct ProcessGroup(Child);
+
+impl ProcessGroup {
+    /// Starts `command` (a program and its arguments) with both its outputs
+    /// going to `output`.
+    pub(crate) fn start<S: AsRef<OsStr>>(
+        command: impl IntoIterator<Item = S>,
+        environment: &[(&str, &OsStr)],
+        output: &File,
+    ) -> io::Result<Self> {
+        Command::new("sh")
+            .args(["-c", GUARDED, "sh"])
+            .args(command)
+            .envs(environment.iter().copied())
+            .stdin(Stdio::piped())
+            .stdout(output.try_clone()?)
+            .stderr(output.try_clone()?)
+            .process_group(0)
+            .spawn()
+            .map(Self)
+    }
+
+    /// The exit status, if the program has ended by itself.
+    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+        self.0.try_wait().ok().flatten()
+    }
+
+    /// The process group's number, which is the program's process id.
+    pub(crate) fn id(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for ProcessGroup {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
