@@ -4,7 +4,7 @@
 //! what is to be done; they change nothing themselves but shared words and metrics. The features decide from plain
 //! values: only this file knows in which order, and the comments say why.
 
-use crate::canary::Choice;
+use crate::canary::{Choice, Share};
 use crate::fault::{Fault, Injection, State, Watch, Withheld};
 use crate::host::{Change, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request};
@@ -13,6 +13,7 @@ use crate::policy::{Policy, TargetId};
 use crate::ratelimit::{Admission, Secret, admit};
 use crate::telemetry::{DestinationMeters, Meters};
 use crate::trace::{self, Continuation};
+use crate::units::Fraction;
 
 /// A policy at work in one worker.
 #[derive(Debug)]
@@ -22,6 +23,8 @@ pub struct Filter {
     secret: Secret,
     /// For each route, a watch on each of its targets; none where the route injects no fault.
     watches: Vec<Vec<Watch>>,
+    /// For each route, the share that this worker last gave to its canary.
+    shares: Vec<Option<Share>>,
 }
 
 /// What is to be done with a request, and why.
@@ -53,6 +56,8 @@ pub struct Reasons {
     pub route: Option<usize>,
     pub admission: Option<Admission>,
     pub choice: Option<Choice>,
+    /// What the canary got, where a destination is on trial.
+    pub share: Option<Share>,
     /// The faults that were drawn.
     pub drawn: Injection,
     /// Why they were not injected.
@@ -87,7 +92,8 @@ impl Filter {
                 None => Vec::new(),
             })
             .collect();
-        Filter { policy, meters, secret, watches }
+        let shares = vec![None; policy.routes.len()];
+        Filter { policy, meters, secret, watches, shares }
     }
 
     pub fn policy(&self) -> &Policy {
@@ -96,7 +102,7 @@ impl Filter {
 
     /// Decides on a request from its serialised headers. `may_hold` says whether another stream can be delayed.
     pub fn on_request<'p>(&'p mut self, host: &impl Host, headers: &[u8], may_hold: bool) -> Decision<'p> {
-        let Filter { policy, meters, secret, watches } = self;
+        let Filter { policy, meters, secret, watches, shares } = self;
         let policy: &'p Policy = policy;
         let mut request = Request::parse(headers, &policy.header_names);
         if policy.reads_route_name {
@@ -144,7 +150,14 @@ impl Filter {
         // The destination before the fault, because the fault's guard looks at the one that was chosen.
         let destination = route.split.as_ref().and_then(|split| {
             let key = split.key(&request, &route.name, host);
-            let choice = split.choose(key.as_deref(), || host.random());
+            reasons.share = split.share(|| host.wall_now());
+            if let (Some(share), Some(last), Some(rollout)) = (reasons.share, shares.get_mut(index), &meters.rollout)
+                && last.replace(share) != Some(share)
+            {
+                rollout.tell(share, &route.name, host);
+            }
+            let weight = reasons.share.map_or(Fraction::NONE, |share| share.weight);
+            let choice = split.choose(weight, key.as_deref(), || host.random());
             reasons.choice = Some(choice);
             split.destinations.get(choice.destination)
         });

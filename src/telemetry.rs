@@ -5,6 +5,7 @@
 //! What all workers have to see of each other at once, such as a target's failures, is counted here too: adding to a
 //! metric is atomic and far cheaper than a shared word.
 
+use crate::canary::{Canary, Share, Term};
 use crate::fault::{Injection, Withheld};
 use crate::host::{MetricId, Metrics};
 use crate::outlier::Totals;
@@ -29,6 +30,8 @@ pub struct Meters {
 pub struct RouteMeters {
     /// In the order of the route's destinations; of a route without any, its own.
     pub destinations: Vec<DestinationMeters>,
+    /// Where a destination is on trial.
+    pub rollout: Option<RolloutMeters>,
     /// Where the route injects faults.
     pub faults: Option<FaultMeters>,
     /// In the order of the route's limits: the requests refused, or in shadow those that would have been.
@@ -44,6 +47,15 @@ pub struct DestinationMeters {
     /// Until when injection is suspended, in milliseconds of the monotonic clock; 0 where it is not. All workers share
     /// it, so a suspension that one of them begins holds for all.
     pub suspended_until: MetricId,
+}
+
+/// The state of one rollout. All workers share it.
+#[derive(Clone, Debug)]
+pub struct RolloutMeters {
+    rollout: Box<str>,
+    stages: usize,
+    /// The canary's weight in force, in parts per million.
+    weight: MetricId,
 }
 
 /// What is observed of one target, from requests that were not faulted.
@@ -146,6 +158,11 @@ impl RouteMeters {
                     suspended_until: metrics.gauge(&format!("{prefix}.{subset}fault.suspended_until_ms")),
                 })
                 .collect(),
+            rollout: route
+                .split
+                .as_ref()
+                .and_then(|split| split.canary.as_ref())
+                .map(|canary| RolloutMeters::define(&prefix, canary, metrics)),
             faults: route.fault.as_ref().map(|_| FaultMeters {
                 delays: counter("fault.delays"),
                 aborts: counter("fault.aborts"),
@@ -172,6 +189,35 @@ impl RouteMeters {
             if count > 0 {
                 metrics.add(metric, count);
             }
+        }
+    }
+}
+
+impl RolloutMeters {
+    fn define(route: &str, canary: &Canary, metrics: &impl Metrics) -> RolloutMeters {
+        let prefix = format!("{route}.rollout.{}", canary.label());
+        RolloutMeters {
+            rollout: canary.rollout.clone(),
+            stages: canary.schedule.as_ref().map_or(0, |schedule| schedule.stages.len()),
+            weight: metrics.gauge(&format!("{prefix}.weight_ppm")),
+        }
+    }
+
+    /// Shows the share in force, and logs it where no other worker has done so.
+    pub fn tell(&self, share: Share, route: &str, metrics: &impl Metrics) {
+        let weight = u64::from(share.weight.ppm());
+        if metrics.value(self.weight) == weight {
+            return;
+        }
+        metrics.set_gauge(self.weight, weight);
+        if let Term::Stage(stage) = share.term {
+            log::info!(
+                "canary stage: route={route} rollout={:?} stage={} of={} weight={}",
+                self.rollout,
+                stage + 1,
+                self.stages,
+                share.weight
+            );
         }
     }
 }

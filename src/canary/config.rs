@@ -1,12 +1,14 @@
 //! Reads `steering`, and a route's `route` and `canary`.
 
 use super::policy::{Canary, Destination, Split, Steering};
+use super::stages::{Schedule, Stage};
 use crate::decimal::Decimal;
 use crate::document::{Fields, Value, quoted};
 use crate::http::HeaderNames;
 use crate::key::KeySource;
 use crate::matcher::read_header_name;
-use crate::units::Fraction;
+use crate::units::{Fraction, nanoseconds, read_duration, read_instant};
+use std::time::Duration;
 
 const DEFAULT_HEADER: &str = "x-trimtab-subset";
 const DEFAULT_TEMPLATE: &str = "{subset}";
@@ -163,9 +165,135 @@ fn read_canary(value: &Value<'_>, destinations: &[(Destination, Fraction)], name
         Some(rollout)
     });
     let key = fields.optional("key").map(|value| KeySource::read_list(&value, names)).unwrap_or_default();
-    for field in ["stages", "startTime", "maxRequests", "judge"] {
+    let schedule = read_schedule(&mut fields);
+    for field in ["maxRequests", "judge", "mode"] {
         fields.not_yet(field);
     }
     fields.end();
-    Some(Canary { destination: destination?, rollout: rollout?.into(), key })
+    let canary = Canary { destination: destination?, rollout: rollout?.into(), key, schedule: schedule? };
+    let alone = destinations.get(canary.destination).is_some_and(|(_, weight)| *weight == Fraction::WHOLE);
+    if alone && canary.schedule.is_some() {
+        value.error(
+            "no other destination has a weight",
+            "give another one the traffic that the canary does not get; stages replace the canary's weight only",
+        );
+    }
+    Some(canary)
+}
+
+/// Reads `stages` and `startTime`. `None` where they are wrong.
+fn read_schedule(fields: &mut Fields<'_>) -> Option<Option<Schedule>> {
+    let start = fields.optional("startTime");
+    let Some(stages) = fields.optional("stages") else {
+        if let Some(start) = start {
+            start.error("startTime without stages", "write stages: [{weight: 5, duration: 5m}, ...]");
+        }
+        return Some(None);
+    };
+    if start.is_none() {
+        stages.error("stages without startTime", "write startTime: the instant of the first stage");
+    }
+    let start = start.and_then(|start| read_instant(&start));
+    let stages = read_stages(&stages);
+    Some(Some(Schedule { start: start?, stages: stages? }))
+}
+
+fn read_stages(value: &Value<'_>) -> Option<Vec<Stage>> {
+    const MOST: usize = 16;
+    let items = value.array()?;
+    if items.is_empty() || items.len() > MOST {
+        value.error(format!("{} stages", items.len()), format!("write 1 to {MOST}"));
+        return None;
+    }
+    let mut stages: Vec<Stage> = Vec::new();
+    for (index, item) in items.iter().enumerate() {
+        let Some(mut fields) = item.object() else { continue };
+        let weight = fields.required("weight").and_then(|weight| Fraction::read_number(&weight));
+        let duration = if index + 1 < items.len() {
+            fields.required("duration").and_then(|value| read_duration(&value, Duration::from_secs(1)))
+        } else {
+            if let Some(duration) = fields.optional("duration") {
+                duration.error("the last stage has a duration", "remove it: the last stage stays");
+            }
+            Some(Duration::ZERO)
+        };
+        fields.end();
+        let (Some(weight), Some(duration)) = (weight, duration) else { continue };
+        if let Some(before) = stages.last()
+            && weight < before.weight
+        {
+            item.error(
+                format!("the weight goes down from {} to {weight}", before.weight),
+                "write weights that grow; to take the canary back, lower the route's weight without stages",
+            );
+        }
+        stages.push(Stage { weight, duration: nanoseconds(duration) });
+    }
+    (stages.len() == items.len()).then_some(stages)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::diagnostic::Report;
+    use crate::document::Node;
+
+    fn read(weights: [u32; 2], canary: &str) -> (Option<Split>, Vec<String>) {
+        let [stable, trial] = weights;
+        let text = format!(
+            r#"{{"route": [{{"destination": {{"host": "h", "subset": "v1"}}, "weight": {stable}}},
+                           {{"destination": {{"host": "h", "subset": "v2"}}, "weight": {trial}}}],
+                "canary": {{"destination": "v2", "rollout": "r", {canary}}}}}"#
+        );
+        let node = Node::from_json(text.as_bytes()).unwrap();
+        let report = Report::default();
+        let mut fields = Value::root(&node, &report).object().unwrap();
+        let split = Split::read(&mut fields, &Steering::default(), &mut HeaderNames::default());
+        fields.end();
+        (split, report.into_diagnostics().iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn stages_are_read() {
+        let (split, told) = read(
+            [100, 0],
+            r#""stages": [{"weight": 5, "duration": "5m"}, {"weight": 100}], "startTime": "2026-11-21T09:00:00Z""#,
+        );
+        assert_eq!(told, [] as [&str; 0]);
+        let schedule = split.unwrap().canary.unwrap().schedule.unwrap();
+        assert_eq!(schedule.start, 1_795_251_600_000_000_000);
+        let first = Stage { weight: Fraction::from_ppm(50_000), duration: 300_000_000_000 };
+        assert_eq!(schedule.stages, [first, Stage { weight: Fraction::WHOLE, duration: 0 }]);
+    }
+
+    #[test]
+    fn bad_canaries_are_refused() {
+        let start = r#""startTime": "2026-11-21T09:00:00Z""#;
+        for (weights, canary, expected) in [
+            ([95, 5], r#""stages": [{"weight": 5}]"#.to_owned(), "canary/stages: stages without startTime"),
+            ([95, 5], start.to_owned(), "canary/startTime: startTime without stages"),
+            ([95, 5], format!(r#"{start}, "stages": []"#), "0 stages; write 1 to 16"),
+            (
+                [95, 5],
+                format!(r#"{start}, "stages": [{{"weight": 5}}, {{"weight": 9}}]"#),
+                "stages/0: duration is missing",
+            ),
+            (
+                [95, 5],
+                format!(r#"{start}, "stages": [{{"weight": 5, "duration": "1m"}}]"#),
+                "stages/0/duration: the last stage has a duration",
+            ),
+            (
+                [95, 5],
+                format!(r#"{start}, "stages": [{{"weight": 9, "duration": "1m"}}, {{"weight": 5}}]"#),
+                "stages/1: the weight goes down from 9% to 5%",
+            ),
+            ([95, 5], format!(r#"{start}, "stages": [{{"weight": 101}}]"#), "stages/0/weight: found 101"),
+            ([95, 5], r#""stages": [{"weight": 5}], "startTime": "now""#.to_owned(), "expected an RFC 3339 instant"),
+            ([0, 100], format!(r#"{start}, "stages": [{{"weight": 5}}]"#), "no other destination has a weight"),
+        ] {
+            let (_, told) = read(weights, &canary);
+            assert!(told.iter().any(|told| told.contains(expected)), "{canary}: {told:?}");
+        }
+    }
 }

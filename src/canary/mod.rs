@@ -8,7 +8,9 @@ mod cohort;
 mod config;
 mod decision;
 mod policy;
+mod stages;
 
 pub use cohort::cohort;
-pub use decision::{Choice, Why};
+pub use decision::{Choice, Share, Term, Why};
 pub use policy::{Canary, Destination, Split, Steering};
+pub use stages::{Schedule, Stage};
