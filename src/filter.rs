@@ -4,14 +4,14 @@
 //! what is to be done; they change nothing themselves but shared words and metrics. The features decide from plain
 //! values: only this file knows in which order, and the comments say why.
 
-use crate::canary::{Choice, Share};
+use crate::canary::{Choice, Share, Split, Term, expose};
 use crate::fault::{Fault, Injection, State, Watch, Withheld};
 use crate::host::{Change, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request};
 use crate::outlier::{Totals, is_failure};
-use crate::policy::{Policy, TargetId};
+use crate::policy::{Policy, Route, TargetId};
 use crate::ratelimit::{Admission, Secret, admit};
-use crate::telemetry::{DestinationMeters, Meters};
+use crate::telemetry::{DestinationMeters, Meters, RouteMeters};
 use crate::trace::{self, Continuation};
 use crate::units::Fraction;
 
@@ -23,8 +23,17 @@ pub struct Filter {
     secret: Secret,
     /// For each route, a watch on each of its targets; none where the route injects no fault.
     watches: Vec<Vec<Watch>>,
-    /// For each route, the share that this worker last gave to its canary.
-    shares: Vec<Option<Share>>,
+    /// For each route, what this worker remembers of its trial.
+    trials: Vec<Trial>,
+}
+
+/// What one worker remembers of one route's trial.
+#[derive(Clone, Debug, Default)]
+struct Trial {
+    /// The share that was last given to the canary.
+    share: Option<Share>,
+    /// Whether the cap on exposure is reached, for good.
+    is_exhausted: bool,
 }
 
 /// What is to be done with a request, and why.
@@ -92,8 +101,8 @@ impl Filter {
                 None => Vec::new(),
             })
             .collect();
-        let shares = vec![None; policy.routes.len()];
-        Filter { policy, meters, secret, watches, shares }
+        let trials = vec![Trial::default(); policy.routes.len()];
+        Filter { policy, meters, secret, watches, trials }
     }
 
     pub fn policy(&self) -> &Policy {
@@ -102,7 +111,7 @@ impl Filter {
 
     /// Decides on a request from its serialised headers. `may_hold` says whether another stream can be delayed.
     pub fn on_request<'p>(&'p mut self, host: &impl Host, headers: &[u8], may_hold: bool) -> Decision<'p> {
-        let Filter { policy, meters, secret, watches, shares } = self;
+        let Filter { policy, meters, secret, watches, trials } = self;
         let policy: &'p Policy = policy;
         let mut request = Request::parse(headers, &policy.header_names);
         if policy.reads_route_name {
@@ -148,19 +157,13 @@ impl Filter {
         }
 
         // The destination before the fault, because the fault's guard looks at the one that was chosen.
-        let destination = route.split.as_ref().and_then(|split| {
-            let key = split.key(&request, &route.name, host);
-            reasons.share = split.share(|| host.wall_now());
-            if let (Some(share), Some(last), Some(rollout)) = (reasons.share, shares.get_mut(index), &meters.rollout)
-                && last.replace(share) != Some(share)
-            {
-                rollout.tell(share, &route.name, host);
+        let destination = match (&route.split, trials.get_mut(index)) {
+            (Some(split), Some(trial)) => {
+                let choice = choose(split, trial, route, meters, &request, reasons, host);
+                split.destinations.get(choice.destination)
             }
-            let weight = reasons.share.map_or(Fraction::NONE, |share| share.weight);
-            let choice = split.choose(weight, key.as_deref(), || host.random());
-            reasons.choice = Some(choice);
-            split.destinations.get(choice.destination)
-        });
+            _ => None,
+        };
         policy.steer(&request, destination.map(|(destination, _)| destination), mutations);
         let chosen = reasons.choice.map_or(0, |choice| choice.destination);
         let Some(sent_to) = meters.destinations.get(chosen) else { return decision };
@@ -244,6 +247,46 @@ impl Filter {
     pub fn tick_period(&self) -> Option<u64> {
         self.watches.iter().flatten().map(Watch::step).min()
     }
+}
+
+/// Chooses a destination, within what the canary may have.
+fn choose(
+    split: &Split,
+    trial: &mut Trial,
+    route: &Route,
+    meters: &RouteMeters,
+    request: &Request<'_>,
+    reasons: &mut Reasons,
+    host: &impl Host,
+) -> Choice {
+    let key = split.key(request, &route.name, host);
+    let share = split.share(|| host.wall_now());
+    if let (Some(share), Some(rollout)) = (share, &meters.rollout)
+        && trial.share.replace(share) != Some(share)
+    {
+        rollout.tell(share, &route.name, host);
+    }
+    reasons.share = share;
+    let weight = share.map_or(Fraction::NONE, |share| share.weight);
+    let mut choice = split.choose(weight, key.as_deref(), || host.random());
+
+    // The cap after the choice: only those who would be exposed are counted.
+    if let Some(canary) = &split.canary
+        && canary.destination == choice.destination
+        && let Some(most) = canary.max_requests
+    {
+        let admitted = if trial.is_exhausted { Ok(false) } else { expose(host, &canary.exposed_word, most) };
+        trial.is_exhausted = admitted == Ok(false);
+        if admitted != Ok(true) {
+            if let Some(rollout) = &meters.rollout {
+                rollout.count_capped(most, &route.name, host);
+            }
+            reasons.share = Some(Share { weight: Fraction::NONE, term: Term::Exhausted });
+            choice = split.choose(Fraction::NONE, key.as_deref(), || host.random());
+        }
+    }
+    reasons.choice = Some(choice);
+    choice
 }
 
 /// Whether the target is unwell by the judgement of `watch`, or was a short while ago by any worker's. `route` and

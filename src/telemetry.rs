@@ -56,6 +56,8 @@ pub struct RolloutMeters {
     stages: usize,
     /// The canary's weight in force, in parts per million.
     weight: MetricId,
+    /// Requests that went to the others because the cap on exposure was reached.
+    capped: MetricId,
 }
 
 /// What is observed of one target, from requests that were not faulted.
@@ -200,6 +202,7 @@ impl RolloutMeters {
             rollout: canary.rollout.clone(),
             stages: canary.schedule.as_ref().map_or(0, |schedule| schedule.stages.len()),
             weight: metrics.gauge(&format!("{prefix}.weight_ppm")),
+            capped: metrics.counter(&format!("{prefix}.capped")),
         }
     }
 
@@ -219,6 +222,16 @@ impl RolloutMeters {
                 share.weight
             );
         }
+    }
+}
+
+impl RolloutMeters {
+    /// Counts a request that the cap on exposure kept from the canary; the first one is logged.
+    pub fn count_capped(&self, most: u64, route: &str, metrics: &impl Metrics) {
+        if metrics.value(self.capped) == 0 {
+            log::info!("canary capped: route={route} rollout={:?} requests={most}", self.rollout);
+        }
+        metrics.add(self.capped, 1);
     }
 }
 

@@ -11,6 +11,9 @@ use crate::units::{Fraction, nanoseconds, read_duration, read_instant};
 use std::time::Duration;
 
 const DEFAULT_HEADER: &str = "x-trimtab-subset";
+/// A JSON number is exact up to here.
+const MOST_REQUESTS: u64 = 1 << 53;
+
 const DEFAULT_TEMPLATE: &str = "{subset}";
 
 impl Default for Steering {
@@ -61,8 +64,14 @@ fn is_field_value(text: &str) -> bool {
 }
 
 impl Split {
-    /// Reads `route` and `canary` of one route. `None` where there are no destinations.
-    pub fn read(fields: &mut Fields<'_>, steering: &Steering, names: &mut HeaderNames) -> Option<Split> {
+    /// Reads `route` and `canary` of one route. `None` where there are no destinations. `state_prefix` begins the keys
+    /// of all shared words.
+    pub fn read(
+        fields: &mut Fields<'_>,
+        state_prefix: &str,
+        steering: &Steering,
+        names: &mut HeaderNames,
+    ) -> Option<Split> {
         let route = fields.optional("route");
         let canary = fields.optional("canary");
         let Some(route) = route else {
@@ -72,7 +81,7 @@ impl Split {
             return None;
         };
         let destinations = read_destinations(&route, steering)?;
-        let canary = canary.and_then(|canary| read_canary(&canary, &destinations, names));
+        let canary = canary.and_then(|canary| read_canary(&canary, state_prefix, &destinations, names));
         Some(Split { destinations, canary })
     }
 }
@@ -143,7 +152,12 @@ fn read_destination(value: &Value<'_>, steering: &Steering) -> Option<Destinatio
     Some(Destination { host: host.into(), subset: subset.into(), steering: steering.fill(host, subset, port).into() })
 }
 
-fn read_canary(value: &Value<'_>, destinations: &[(Destination, Fraction)], names: &mut HeaderNames) -> Option<Canary> {
+fn read_canary(
+    value: &Value<'_>,
+    state_prefix: &str,
+    destinations: &[(Destination, Fraction)],
+    names: &mut HeaderNames,
+) -> Option<Canary> {
     let mut fields = value.object()?;
     let destination = fields.required("destination").and_then(|value| {
         let subset = value.text()?;
@@ -166,16 +180,25 @@ fn read_canary(value: &Value<'_>, destinations: &[(Destination, Fraction)], name
     });
     let key = fields.optional("key").map(|value| KeySource::read_list(&value, names)).unwrap_or_default();
     let schedule = read_schedule(&mut fields);
-    for field in ["maxRequests", "judge", "mode"] {
+    let max_requests = fields.optional("maxRequests").map(|value| value.integer(1..=MOST_REQUESTS));
+    for field in ["judge", "mode"] {
         fields.not_yet(field);
     }
     fields.end();
-    let canary = Canary { destination: destination?, rollout: rollout?.into(), key, schedule: schedule? };
+    let rollout = rollout?;
+    let canary = Canary {
+        destination: destination?,
+        rollout: rollout.into(),
+        key,
+        schedule: schedule?,
+        max_requests: max_requests.unwrap_or_default(),
+        exposed_word: format!("{state_prefix}exposed/{rollout}").into(),
+    };
     let alone = destinations.get(canary.destination).is_some_and(|(_, weight)| *weight == Fraction::WHOLE);
-    if alone && canary.schedule.is_some() {
+    if alone && canary.may_be_refused() {
         value.error(
             "no other destination has a weight",
-            "give another one the traffic that the canary does not get; stages replace the canary's weight only",
+            "give another one a weight: it serves whom the canary does not; stages replace the canary's weight",
         );
     }
     Some(canary)
@@ -248,7 +271,7 @@ mod tests {
         let node = Node::from_json(text.as_bytes()).unwrap();
         let report = Report::default();
         let mut fields = Value::root(&node, &report).object().unwrap();
-        let split = Split::read(&mut fields, &Steering::default(), &mut HeaderNames::default());
+        let split = Split::read(&mut fields, "t/", &Steering::default(), &mut HeaderNames::default());
         fields.end();
         (split, report.into_diagnostics().iter().map(ToString::to_string).collect())
     }
@@ -290,6 +313,9 @@ mod tests {
             ),
             ([95, 5], format!(r#"{start}, "stages": [{{"weight": 101}}]"#), "stages/0/weight: found 101"),
             ([95, 5], r#""stages": [{"weight": 5}], "startTime": "now""#.to_owned(), "expected an RFC 3339 instant"),
+            ([95, 5], r#""maxRequests": 0"#.to_owned(), "canary/maxRequests: found 0; expected a whole number from 1"),
+            ([95, 5], r#""maxRequests": 1.5"#.to_owned(), "canary/maxRequests: found 1.5"),
+            ([0, 100], r#""maxRequests": 5"#.to_owned(), "canary: no other destination has a weight"),
             ([0, 100], format!(r#"{start}, "stages": [{{"weight": 5}}]"#), "no other destination has a weight"),
         ] {
             let (_, told) = read(weights, &canary);

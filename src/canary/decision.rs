@@ -42,6 +42,8 @@ pub enum Term {
     NotStarted,
     /// This one of its stages, an index.
     Stage(usize),
+    /// This request would have gone to the canary, and its cap on exposure is reached.
+    Exhausted,
 }
 
 impl Canary {
@@ -149,6 +151,8 @@ mod tests {
                 rollout: "r".into(),
                 key: Vec::new(),
                 schedule: None,
+                max_requests: None,
+                exposed_word: "".into(),
             }),
         }
     }

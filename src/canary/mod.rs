@@ -7,10 +7,12 @@
 mod cohort;
 mod config;
 mod decision;
+mod exposure;
 mod policy;
 mod stages;
 
 pub use cohort::cohort;
 pub use decision::{Choice, Share, Term, Why};
+pub use exposure::expose;
 pub use policy::{Canary, Destination, Split, Steering};
 pub use stages::{Schedule, Stage};

@@ -46,9 +46,23 @@ pub struct Canary {
     pub key: Vec<KeySource>,
     /// What its weight is and when; none: the weight of the route.
     pub schedule: Option<Schedule>,
+    /// How many requests may ever be sent to it.
+    pub max_requests: Option<u64>,
+    /// The shared word that counts them.
+    pub exposed_word: Box<str>,
 }
 
 impl Canary {
+    /// Whether others have to serve some of those whom the route's weight would send to the canary.
+    pub(super) fn may_be_refused(&self) -> bool {
+        self.schedule.is_some() || self.max_requests.is_some()
+    }
+
+    /// Whether what is shared between workers is kept under the rollout's name, which then stands for one route only.
+    pub fn is_exclusive(&self) -> bool {
+        self.max_requests.is_some()
+    }
+
     /// What metrics call the rollout: its name, and where that had to be changed, a hash that keeps it apart from
     /// others.
     pub fn label(&self) -> String {
