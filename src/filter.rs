@@ -4,16 +4,21 @@
 //! what is to be done; they change nothing themselves but shared words and metrics. The features decide from plain
 //! values: only this file knows in which order, and the comments say why.
 
-use crate::canary::{Choice, Share, Split, Term, expose};
+mod trial;
+
+use crate::canary::{Choice, Share};
 use crate::fault::{Fault, Injection, State, Watch, Withheld};
 use crate::host::{Change, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request};
 use crate::outlier::{Totals, is_failure};
 use crate::policy::{Policy, Route, TargetId};
 use crate::ratelimit::{Admission, Secret, admit};
-use crate::telemetry::{DestinationMeters, Meters, RouteMeters};
+use crate::telemetry::{DestinationMeters, Meters, Stand};
 use crate::trace::{self, Continuation};
 use crate::units::Fraction;
+use trial::{JUDGE_PERIOD, Trial};
+
+pub use trial::Sample;
 
 /// A policy at work in one worker.
 #[derive(Debug)]
@@ -25,15 +30,6 @@ pub struct Filter {
     watches: Vec<Vec<Watch>>,
     /// For each route, what this worker remembers of its trial.
     trials: Vec<Trial>,
-}
-
-/// What one worker remembers of one route's trial.
-#[derive(Clone, Debug, Default)]
-struct Trial {
-    /// The share that was last given to the canary.
-    share: Option<Share>,
-    /// Whether the cap on exposure is reached, for good.
-    is_exhausted: bool,
 }
 
 /// What is to be done with a request, and why.
@@ -78,7 +74,15 @@ pub struct Reasons {
 pub struct Exchange {
     /// Whose answer is awaited; `None` where nobody wants to know.
     pub observed: Option<TargetId>,
+    /// What the answer is to a judge.
+    pub sample: Option<Sample>,
     pub is_grpc: bool,
+}
+
+impl Exchange {
+    fn is_awaited(&self) -> bool {
+        self.observed.is_some() || self.sample.is_some()
+    }
 }
 
 /// A message's header by its name.
@@ -101,7 +105,9 @@ impl Filter {
                 None => Vec::new(),
             })
             .collect();
-        let trials = vec![Trial::default(); policy.routes.len()];
+        let stands = policy.routes.iter().zip(&meters.routes).map(|(route, meters)| Stand::new(route, meters));
+        let trials =
+            stands.map(|stand| stand.map_or_else(Trial::default, |stand| Trial::take_up(&stand, host))).collect();
         Filter { policy, meters, secret, watches, trials }
     }
 
@@ -157,13 +163,20 @@ impl Filter {
         }
 
         // The destination before the fault, because the fault's guard looks at the one that was chosen.
-        let destination = match (&route.split, trials.get_mut(index)) {
-            (Some(split), Some(trial)) => {
-                let choice = choose(split, trial, route, meters, &request, reasons, host);
-                split.destinations.get(choice.destination)
-            }
-            _ => None,
-        };
+        let trial = Stand::new(route, meters).zip(trials.get_mut(index));
+        let destination = route.split.as_ref().and_then(|split| {
+            let choice = match trial {
+                Some((stand, trial)) => {
+                    let (choice, share) = trial.choose(&stand, &request, host);
+                    reasons.share = Some(share);
+                    exchange.sample = trial.sample(&stand, index, choice, host);
+                    choice
+                }
+                None => split.choose(Fraction::NONE, None, || host.random()),
+            };
+            reasons.choice = Some(choice);
+            split.destinations.get(choice.destination)
+        });
         policy.steer(&request, destination.map(|(destination, _)| destination), mutations);
         let chosen = reasons.choice.map_or(0, |choice| choice.destination);
         let Some(sent_to) = meters.destinations.get(chosen) else { return decision };
@@ -200,39 +213,57 @@ impl Filter {
         }
 
         // Only a request that nothing was done to tells how its target is.
-        let target = route.targets.get(chosen).copied();
-        exchange.observed = target.filter(|target| *verdict == Verdict::Continue && policy.is_watched(*target));
+        if *verdict == Verdict::Continue {
+            exchange.observed = route.targets.get(chosen).copied().filter(|target| policy.is_watched(*target));
+        } else {
+            exchange.sample = None;
+        }
         decision
     }
 
     /// Learns from the head of a response; `header` is asked only where somebody wants to know.
-    pub fn on_response(&self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
-        let Some(target) = exchange.observed else { return };
+    pub fn on_response(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
+        if !exchange.is_awaited() {
+            return;
+        }
         let Some(status) = number(header(":status")) else { return };
+        if let Some(sample) = &mut exchange.sample {
+            sample.answered(|| host.now());
+        }
         let grpc_status = if exchange.is_grpc { number(header("grpc-status")) } else { None };
         if exchange.is_grpc && status == 200 && grpc_status.is_none() {
             return; // the trailers will tell
         }
-        exchange.observed = None;
-        self.observe(host, target, status, grpc_status);
+        self.observe(host, exchange, status, grpc_status);
     }
 
     /// Learns from the trailers of a response.
-    pub fn on_response_trailers(&self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
-        if let Some(target) = exchange.observed.take() {
-            self.observe(host, target, 200, number(header("grpc-status")));
+    pub fn on_response_trailers(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
+        if exchange.is_awaited() {
+            self.observe(host, exchange, 200, number(header("grpc-status")));
         }
     }
 
-    fn observe(&self, host: &impl Host, target: TargetId, status: u16, grpc_status: Option<u16>) {
-        let Some(meters) = self.meters.targets.get(target.0) else { return };
-        host.add(meters.requests, 1);
-        if is_failure(status, grpc_status) {
-            host.add(meters.failures, 1);
+    fn observe(&mut self, host: &impl Host, exchange: &mut Exchange, status: u16, grpc_status: Option<u16>) {
+        let failed = is_failure(status, grpc_status);
+        if let Some(meters) = exchange.observed.take().and_then(|target| self.meters.targets.get(target.0)) {
+            host.add(meters.requests, 1);
+            if failed {
+                host.add(meters.failures, 1);
+            }
+        }
+        // Somebody's limit says nothing of the version that answered.
+        let is_limited = status == 429 || grpc_status == Some(8);
+        if let Some(sample) = exchange.sample.take().filter(|_| !is_limited)
+            && let Some(route) = self.policy.routes.get(sample.route())
+            && let Some(stand) = self.meters.routes.get(sample.route()).and_then(|meters| Stand::new(route, meters))
+            && let Some(trial) = self.trials.get_mut(sample.route())
+        {
+            trial.learn(&stand, sample, failed, host);
         }
     }
 
-    /// Lets the windows move on; to be called every [`Filter::tick_period`].
+    /// Lets the windows move on and the judges look; to be called every [`Filter::tick_period`].
     pub fn on_tick(&mut self, host: &impl Host) {
         for (route, watches) in self.policy.routes.iter().zip(&mut self.watches) {
             for (target, watch) in route.targets.iter().zip(watches) {
@@ -241,52 +272,18 @@ impl Filter {
                 }
             }
         }
+        for ((route, meters), trial) in self.policy.routes.iter().zip(&self.meters.routes).zip(&mut self.trials) {
+            if let Some(stand) = Stand::new(route, meters) {
+                trial.judge(&stand, host);
+            }
+        }
     }
 
     /// How often [`Filter::on_tick`] is to be called, in nanoseconds; `None` where nothing is watched.
     pub fn tick_period(&self) -> Option<u64> {
-        self.watches.iter().flatten().map(Watch::step).min()
+        let is_judged = self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some());
+        self.watches.iter().flatten().map(Watch::step).chain(is_judged.then_some(JUDGE_PERIOD)).min()
     }
-}
-
-/// Chooses a destination, within what the canary may have.
-fn choose(
-    split: &Split,
-    trial: &mut Trial,
-    route: &Route,
-    meters: &RouteMeters,
-    request: &Request<'_>,
-    reasons: &mut Reasons,
-    host: &impl Host,
-) -> Choice {
-    let key = split.key(request, &route.name, host);
-    let share = split.share(|| host.wall_now());
-    if let (Some(share), Some(rollout)) = (share, &meters.rollout)
-        && trial.share.replace(share) != Some(share)
-    {
-        rollout.tell(share, &route.name, host);
-    }
-    reasons.share = share;
-    let weight = share.map_or(Fraction::NONE, |share| share.weight);
-    let mut choice = split.choose(weight, key.as_deref(), || host.random());
-
-    // The cap after the choice: only those who would be exposed are counted.
-    if let Some(canary) = &split.canary
-        && canary.destination == choice.destination
-        && let Some(most) = canary.max_requests
-    {
-        let admitted = if trial.is_exhausted { Ok(false) } else { expose(host, &canary.exposed_word, most) };
-        trial.is_exhausted = admitted == Ok(false);
-        if admitted != Ok(true) {
-            if let Some(rollout) = &meters.rollout {
-                rollout.count_capped(most, &route.name, host);
-            }
-            reasons.share = Some(Share { weight: Fraction::NONE, term: Term::Exhausted });
-            choice = split.choose(Fraction::NONE, key.as_deref(), || host.random());
-        }
-    }
-    reasons.choice = Some(choice);
-    choice
 }
 
 /// Whether the target is unwell by the judgement of `watch`, or was a short while ago by any worker's. `route` and

@@ -1,5 +1,6 @@
 //! Reads `steering`, and a route's `route` and `canary`.
 
+use super::judge::Judge;
 use super::policy::{Canary, Destination, Split, Steering};
 use super::stages::{Schedule, Stage};
 use crate::decimal::Decimal;
@@ -181,9 +182,11 @@ fn read_canary(
     let key = fields.optional("key").map(|value| KeySource::read_list(&value, names)).unwrap_or_default();
     let schedule = read_schedule(&mut fields);
     let max_requests = fields.optional("maxRequests").map(|value| value.integer(1..=MOST_REQUESTS));
-    for field in ["judge", "mode"] {
-        fields.not_yet(field);
-    }
+    let judge = match fields.optional("judge") {
+        Some(judge) => read_judge(&judge, schedule.as_ref().is_none_or(Option::is_some)).map(Some),
+        None => Some(None),
+    };
+    let shadow = fields.optional("mode").and_then(|value| value.one_of(&[("enforce", false), ("shadow", true)]));
     fields.end();
     let rollout = rollout?;
     let canary = Canary {
@@ -193,6 +196,9 @@ fn read_canary(
         schedule: schedule?,
         max_requests: max_requests.unwrap_or_default(),
         exposed_word: format!("{state_prefix}exposed/{rollout}").into(),
+        judge: judge?,
+        shadow: shadow.unwrap_or(false),
+        state_prefix: state_prefix.into(),
     };
     let alone = destinations.get(canary.destination).is_some_and(|(_, weight)| *weight == Fraction::WHOLE);
     if alone && canary.may_be_refused() {
@@ -202,6 +208,39 @@ fn read_canary(
         );
     }
     Some(canary)
+}
+
+/// Reads `judge`; `has_stages` says whether there is a stage that could wait for it.
+fn read_judge(value: &Value<'_>, has_stages: bool) -> Option<Judge> {
+    const LEAST_CONFIDENCE: Fraction = Fraction::from_ppm(500_000);
+    let mut fields = value.object()?;
+    let tolerance = fields.optional("errorRateIncrease").map(|value| Fraction::read(&value));
+    let limit = fields.optional("errorRateMax").map(|value| Fraction::read(&value));
+    let p99_increase =
+        fields.optional("p99Increase").map(|value| read_duration(&value, Duration::from_millis(1)).map(nanoseconds));
+    let confidence = fields.optional("confidence").map(|value| {
+        let confidence = Fraction::read(&value)?;
+        if confidence < LEAST_CONFIDENCE || confidence == Fraction::WHOLE {
+            value.unfit("expected \"50%\" to \"99.9999%\": no finite evidence makes anything certain");
+        }
+        Some(confidence)
+    });
+    let rolls_back = fields.optional("onFail").map(|value| value.one_of(&[("rollback", true), ("report", false)]));
+    let holds = fields.optional("onInsufficient").map(|value| {
+        if !has_stages {
+            value.error("onInsufficient without stages", "remove it, or write the stages that wait for evidence");
+        }
+        value.one_of(&[("hold", true), ("proceed", false)])
+    });
+    fields.end();
+    Some(Judge {
+        tolerance: tolerance.unwrap_or(Some(Fraction::NONE))?,
+        limit: limit.unwrap_or_default(),
+        p99_increase: p99_increase.unwrap_or_default(),
+        confidence: confidence.unwrap_or(Some(Fraction::from_ppm(990_000)))?,
+        rolls_back: rolls_back.unwrap_or(Some(true))?,
+        holds: holds.unwrap_or(Some(false))?,
+    })
 }
 
 /// Reads `stages` and `startTime`. `None` where they are wrong.
@@ -290,6 +329,30 @@ mod tests {
     }
 
     #[test]
+    fn a_judge_is_read() {
+        let (split, told) = read(
+            [95, 5],
+            r#""judge": {"errorRateIncrease": "1%", "errorRateMax": {"value": 5}, "p99Increase": "100ms",
+                         "confidence": "99.9%", "onFail": "report"}, "mode": "shadow""#,
+        );
+        assert_eq!(told, [] as [&str; 0]);
+        let canary = split.unwrap().canary.unwrap();
+        assert!(canary.shadow);
+        let expected = Judge {
+            tolerance: Fraction::from_ppm(10_000),
+            limit: Some(Fraction::from_ppm(50_000)),
+            p99_increase: Some(100_000_000),
+            confidence: Fraction::from_ppm(999_000),
+            rolls_back: false,
+            holds: false,
+        };
+        assert_eq!(canary.judge, Some(expected));
+        let (split, _) = read([95, 5], r#""judge": {}"#);
+        let judge = split.unwrap().canary.unwrap().judge.unwrap();
+        assert_eq!((judge.confidence, judge.rolls_back), (Fraction::from_ppm(990_000), true));
+    }
+
+    #[test]
     fn bad_canaries_are_refused() {
         let start = r#""startTime": "2026-11-21T09:00:00Z""#;
         for (weights, canary, expected) in [
@@ -315,6 +378,17 @@ mod tests {
             ([95, 5], r#""stages": [{"weight": 5}], "startTime": "now""#.to_owned(), "expected an RFC 3339 instant"),
             ([95, 5], r#""maxRequests": 0"#.to_owned(), "canary/maxRequests: found 0; expected a whole number from 1"),
             ([95, 5], r#""maxRequests": 1.5"#.to_owned(), "canary/maxRequests: found 1.5"),
+            ([0, 100], r#""judge": {}"#.to_owned(), "canary: no other destination has a weight"),
+            ([95, 5], r#""judge": {"onInsufficient": "hold"}"#.to_owned(), "onInsufficient without stages"),
+            (
+                [95, 5],
+                r#""judge": {"confidence": "100%"}"#.to_owned(),
+                "judge/confidence: found \"100%\"; expected \"50%\"",
+            ),
+            ([95, 5], r#""judge": {"errorRateMax": 5}"#.to_owned(), "judge/errorRateMax: found 5"),
+            ([95, 5], r#""judge": {"p99Increase": "0s"}"#.to_owned(), "judge/p99Increase: found"),
+            ([95, 5], r#""judge": {"onFail": "explode"}"#.to_owned(), "expected one of rollback, report"),
+            ([95, 5], r#""mode": "dark""#.to_owned(), "expected one of enforce, shadow"),
             ([0, 100], r#""maxRequests": 5"#.to_owned(), "canary: no other destination has a weight"),
             ([0, 100], format!(r#"{start}, "stages": [{{"weight": 5}}]"#), "no other destination has a weight"),
         ] {

@@ -44,11 +44,15 @@ pub enum Term {
     Stage(usize),
     /// This request would have gone to the canary, and its cap on exposure is reached.
     Exhausted,
+    /// The next stage is due, and the evidence does not let it begin.
+    Held,
+    /// It has failed.
+    RolledBack,
 }
 
 impl Canary {
-    /// The share in force; `now` is asked only where there are stages. `route` is the weight of the route.
-    fn share(&self, route: Fraction, now: impl FnOnce() -> Wall) -> Share {
+    /// The share by the clock; `now` is asked only where there are stages. `route` is the weight of the route.
+    pub fn share(&self, route: Fraction, now: impl FnOnce() -> Wall) -> Share {
         let Some(schedule) = &self.schedule else { return Share { weight: route, term: Term::Route } };
         let stage = schedule.stage(now());
         Share { weight: schedule.weight(stage), term: stage.map_or(Term::NotStarted, Term::Stage) }
@@ -56,14 +60,8 @@ impl Canary {
 }
 
 impl Split {
-    /// The canary's share in force; `None` where no destination is on trial. `now` is asked only where there are
-    /// stages.
-    pub fn share(&self, now: impl FnOnce() -> Wall) -> Option<Share> {
-        let canary = self.canary.as_ref()?;
-        Some(canary.share(self.weight(canary.destination), now))
-    }
-
-    fn weight(&self, destination: usize) -> Fraction {
+    /// The weight of a destination, as the route has it.
+    pub fn weight(&self, destination: usize) -> Fraction {
         self.destinations.get(destination).map_or(Fraction::NONE, |(_, weight)| *weight)
     }
 
@@ -153,12 +151,15 @@ mod tests {
                 schedule: None,
                 max_requests: None,
                 exposed_word: "".into(),
+                judge: None,
+                shadow: false,
+                state_prefix: "".into(),
             }),
         }
     }
 
     fn weight(split: &Split) -> Fraction {
-        split.share(|| unreachable!("no stages, no clock")).map_or(Fraction::NONE, |share| share.weight)
+        split.canary.as_ref().map_or(Fraction::NONE, |canary| split.weight(canary.destination))
     }
 
     fn chosen(split: &Split, key: &str) -> usize {
@@ -199,7 +200,7 @@ mod tests {
             (110, Term::Stage(1), 0.4),
             (120, Term::Stage(2), 1.0),
         ] {
-            let share = split.share(|| now).unwrap();
+            let share = split.canary.as_ref().unwrap().share(Fraction::NONE, || now);
             assert_eq!(share.term, term);
             let mut counts = [0_u32; 3];
             for n in 0..30_000 {

@@ -360,7 +360,7 @@ impl HttpContext for Stream {
     }
 
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
-        if let Some(filter) = self.worker.filter.borrow().as_ref() {
+        if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
             let header = |name: &str| header(MapType::HttpResponseHeaders, name);
             filter.on_response(&self.worker.envoy, &mut self.exchange, &header);
         }
@@ -368,7 +368,7 @@ impl HttpContext for Stream {
     }
 
     fn on_http_response_trailers(&mut self, _: usize) -> Action {
-        if let Some(filter) = self.worker.filter.borrow().as_ref() {
+        if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
             let header = |name: &str| header(MapType::HttpResponseTrailers, name);
             filter.on_response_trailers(&self.worker.envoy, &mut self.exchange, &header);
         }
