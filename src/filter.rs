@@ -12,7 +12,7 @@ use crate::host::{Change, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request};
 use crate::outlier::{Totals, is_failure};
 use crate::policy::{Policy, Route, TargetId};
-use crate::ratelimit::{Admission, Secret, admit};
+use crate::ratelimit::{Admission, Leases, Secret, admit, return_leases};
 use crate::telemetry::{DestinationMeters, Meters, Stand};
 use crate::trace::{self, Continuation};
 use crate::units::Fraction;
@@ -26,6 +26,7 @@ pub struct Filter {
     policy: Policy,
     meters: Meters,
     secret: Secret,
+    leases: Leases,
     /// For each route, a watch on each of its targets; none where the route injects no fault.
     watches: Vec<Vec<Watch>>,
     /// For each route, what this worker remembers of its trial.
@@ -108,7 +109,7 @@ impl Filter {
         let stands = policy.routes.iter().zip(&meters.routes).map(|(route, meters)| Stand::new(route, meters));
         let trials =
             stands.map(|stand| stand.map_or_else(Trial::default, |stand| Trial::take_up(&stand, host))).collect();
-        Filter { policy, meters, secret, watches, trials }
+        Filter { policy, meters, secret, leases: Leases::default(), watches, trials }
     }
 
     pub fn policy(&self) -> &Policy {
@@ -117,7 +118,7 @@ impl Filter {
 
     /// Decides on a request from its serialised headers. `may_hold` says whether another stream can be delayed.
     pub fn on_request<'p>(&'p mut self, host: &impl Host, headers: &[u8], may_hold: bool) -> Decision<'p> {
-        let Filter { policy, meters, secret, watches, trials } = self;
+        let Filter { policy, meters, secret, leases, watches, trials } = self;
         let policy: &'p Policy = policy;
         let mut request = Request::parse(headers, &policy.header_names);
         if policy.reads_route_name {
@@ -147,7 +148,7 @@ impl Filter {
         // Limits before anything is chosen or injected: a refused request costs its upstream and the experiment
         // nothing.
         if !route.limits.is_empty() {
-            let admission = admit(&route.limits, secret, &request, &route.name, host.now(), host);
+            let admission = admit(&route.limits, secret, leases, &request, &route.name, host.now(), host);
             meters.count_admission(&admission, host);
             if let Some((limit, wait)) = admission.refused
                 && let Some(limit) = route.limits.get(limit)
@@ -263,8 +264,10 @@ impl Filter {
         }
     }
 
-    /// Lets the windows move on and the judges look; to be called every [`Filter::tick_period`].
+    /// Lets the windows move on and the judges look, and gives back what was reserved in vain; to be called every
+    /// [`Filter::tick_period`].
     pub fn on_tick(&mut self, host: &impl Host) {
+        return_leases(&mut self.leases, |id| self.policy.limit(id), host.now(), host);
         for (route, watches) in self.policy.routes.iter().zip(&mut self.watches) {
             for (target, watch) in route.targets.iter().zip(watches) {
                 if let Some(meters) = self.meters.targets.get(target.0) {
@@ -274,15 +277,17 @@ impl Filter {
         }
         for ((route, meters), trial) in self.policy.routes.iter().zip(&self.meters.routes).zip(&mut self.trials) {
             if let Some(stand) = Stand::new(route, meters) {
-                trial.judge(&stand, host);
+                trial.look(&stand, host);
             }
         }
     }
 
-    /// How often [`Filter::on_tick`] is to be called, in nanoseconds; `None` where nothing is watched.
+    /// How often [`Filter::on_tick`] is to be called, in nanoseconds; `None` where nothing changes with time.
     pub fn tick_period(&self) -> Option<u64> {
+        let windows = self.watches.iter().flatten().map(Watch::step).min();
+        let leases = self.policy.has_leases().then_some(Leases::TICK);
         let is_judged = self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some());
-        self.watches.iter().flatten().map(Watch::step).chain(is_judged.then_some(JUDGE_PERIOD)).min()
+        windows.into_iter().chain(leases).chain(is_judged.then_some(JUDGE_PERIOD)).min()
     }
 }
 

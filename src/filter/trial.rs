@@ -27,6 +27,8 @@ pub(super) struct Trial {
     ask_again: Wall,
     /// Whether the canary has failed, for good.
     has_failed: bool,
+    /// When to look again whether the verdict has changed.
+    look_again: Monotonic,
     verdict: Verdict,
     latencies: Latencies,
     /// In microseconds; 0 where it is not known yet.
@@ -218,8 +220,16 @@ impl Trial {
         }
     }
 
+    /// Judges, if that is due; to be called now and then.
+    pub fn look(&mut self, stand: &Stand<'_>, host: &impl Host) {
+        if court(stand).is_some() && host.now() >= self.look_again {
+            self.look_again = host.now().saturating_add(JUDGE_PERIOD);
+            self.judge(stand, host);
+        }
+    }
+
     /// Looks for a verdict, and tells it where it is new.
-    pub fn judge(&mut self, stand: &Stand<'_>, host: &impl Host) {
+    fn judge(&mut self, stand: &Stand<'_>, host: &impl Host) {
         let Some((judge, meters)) = court(stand) else { return };
         self.has_failed = self.has_failed || meters.has_failed(host);
         if self.has_failed {

@@ -22,7 +22,7 @@ impl Sim {
     pub fn new(seed: u64) -> Sim {
         Sim {
             now: Cell::new(1_000_000_000_000),
-            wall: Cell::new(1_700_000_000_000_000_000),
+            wall: Cell::new(1_735_689_600_000_000_000),
             seed: Cell::new(seed),
             version: Cell::new(0),
             words: RefCell::default(),
@@ -55,6 +55,11 @@ impl Sim {
     /// The names and values of all metrics that are not 0, in the order defined.
     pub fn metrics(&self) -> Vec<(String, u64)> {
         self.metrics.borrow().iter().filter(|(_, value)| *value != 0).cloned().collect()
+    }
+
+    /// How many writes of shared words have succeeded.
+    pub fn writes(&self) -> u64 {
+        u64::from(self.version.get())
     }
 
     /// The keys of all shared words.
