@@ -14,6 +14,7 @@ use crate::ratelimit::Admission;
 use crate::trace::Arrived;
 use crate::units::Fraction;
 use std::fmt;
+use xxhash_rust::xxh64::xxh64;
 
 /// The metrics of a policy.
 #[derive(Debug)]
@@ -265,7 +266,11 @@ impl RouteMeters {
 
 impl RolloutMeters {
     fn define(route: &str, split: &Split, canary: &Canary, metrics: &impl Metrics) -> RolloutMeters {
-        let prefix = format!("{route}.rollout.{}", canary.label());
+        let mut prefix = format!("{route}.rollout.{}", label(&canary.rollout));
+        if !prefix.ends_with(&*canary.rollout) {
+            // What was replaced in the name is told apart by its hash.
+            prefix = format!("{prefix}_{}", xxh64(canary.rollout.as_bytes(), 0) >> 32);
+        }
         let weights = canary.weights(split.weight(canary.destination));
         RolloutMeters {
             weight: metrics.gauge(&format!("{prefix}.weight_ppm")),
@@ -276,6 +281,8 @@ impl RolloutMeters {
         }
     }
 
+    #[cold]
+    #[inline(never)]
     /// Shows the share in force, and logs it where no other worker has done so.
     pub fn tell(&self, share: Share, stand: &Stand<'_>, metrics: &impl Metrics) {
         let weight = u64::from(share.weight.ppm());
@@ -301,6 +308,8 @@ impl RolloutMeters {
         log::info!("canary stage: {stand} stage={what} weight={} verdict={verdict}", share.weight);
     }
 
+    #[cold]
+    #[inline(never)]
     /// Counts a request that the cap on exposure kept from the canary; the first one is logged.
     pub fn count_capped(&self, most: u64, stand: &Stand<'_>, metrics: &impl Metrics) {
         if metrics.value(self.capped) == 0 {
@@ -312,31 +321,31 @@ impl RolloutMeters {
 
 impl JudgeMeters {
     fn define(rollout: &str, weights: &[Fraction], metrics: &impl Metrics) -> JudgeMeters {
-        let gauge = |name: &str| metrics.gauge(&format!("{rollout}.judge.{name}"));
         let weights = weights.iter().map(|weight| {
-            let counter = |name: &str| metrics.counter(&format!("{rollout}.judge.weight.{}.{name}", weight.ppm()));
-            let arm = |side: &str| ArmMeters {
-                requests: counter(&format!("{side}.requests")),
-                failures: counter(&format!("{side}.failures")),
-                slow: counter(&format!("{side}.slow")),
-            };
+            let counters = [
+                "canary.requests",
+                "canary.failures",
+                "canary.slow",
+                "others.requests",
+                "others.failures",
+                "others.slow",
+                "handicap",
+                "margin",
+            ];
+            let [requests, failures, slow, others_requests, others_failures, others_slow, handicap, margin] =
+                counters.map(|name| metrics.counter(&format!("{rollout}.judge.weight.{}.{name}", weight.ppm())));
             WeightMeters {
                 weight: *weight,
-                canary: arm("canary"),
-                others: arm("others"),
-                handicap: counter("handicap"),
-                margin: counter("margin"),
+                canary: ArmMeters { requests, failures, slow },
+                others: ArmMeters { requests: others_requests, failures: others_failures, slow: others_slow },
+                handicap,
+                margin,
             }
         });
-        JudgeMeters {
-            weights: weights.collect(),
-            failed: gauge("failed"),
-            failed_weight: gauge("failed_weight_ppm"),
-            passed: gauge("passed"),
-            against: gauge("against_decibans"),
-            favour: gauge("favour_decibans"),
-            edge: gauge("p99_edge_us"),
-        }
+        let gauges = ["failed", "failed_weight_ppm", "passed", "against_decibans", "favour_decibans", "p99_edge_us"];
+        let [failed, failed_weight, passed, against, favour, edge] =
+            gauges.map(|name| metrics.gauge(&format!("{rollout}.judge.{name}")));
+        JudgeMeters { weights: weights.collect(), failed, failed_weight, passed, against, favour, edge }
     }
 
     /// Everything that is known, all workers together.

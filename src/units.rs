@@ -138,24 +138,28 @@ pub fn read_instant(value: &Value<'_>) -> Option<Wall> {
 /// RFC 3339's `date-time`, from 1970 to 2553. There are no leap seconds, because the clock it is compared with has
 /// none, and nothing finer than a nanosecond.
 fn parse_instant(text: &str) -> Option<Wall> {
-    let (date, time) = text.split_once(['T', 't'])?;
-    let [year, month, day] = numbers(date, '-', [4, 2, 2])?;
-    let zone_at = time.find(['Z', 'z', '+', '-'])?;
-    let (time, zone) = time.split_at_checked(zone_at)?;
-    let (time, fraction) = match time.split_once('.') {
-        Some((time, fraction)) => {
-            (time, parse_decimal(fraction, 1).and(parse_decimal(&format!(".{fraction}"), SECOND))?)
-        }
-        None => (time, 0),
-    };
-    let [hour, minute, second] = numbers(time, ':', [2, 2, 2])?;
-    let offset = match zone.split_at_checked(1)? {
-        ("Z" | "z", "") => 0,
-        (sign, offset) => {
-            let [hours, minutes] = numbers(offset, ':', [2, 2])?;
+    let bytes = text.as_bytes();
+    let separated = [(4, b'-'), (7, b'-'), (10, b'T'), (13, b':'), (16, b':')];
+    if separated.iter().any(|(at, expected)| bytes.get(*at).map(u8::to_ascii_uppercase) != Some(*expected)) {
+        return None;
+    }
+    let [year, month, day] = [digits(bytes, 0, 4)?, digits(bytes, 5, 2)?, digits(bytes, 8, 2)?];
+    let [hour, minute, second] = [digits(bytes, 11, 2)?, digits(bytes, 14, 2)?, digits(bytes, 17, 2)?];
+    let mut rest = text.get(19..)?;
+    let mut fraction = 0;
+    if rest.starts_with('.') {
+        let end = rest.bytes().skip(1).position(|byte| !byte.is_ascii_digit())? + 1;
+        fraction = parse_decimal(rest.get(..end)?, SECOND)?;
+        rest = rest.get(end..)?;
+    }
+    let offset = match rest.as_bytes() {
+        [b'Z' | b'z'] => 0,
+        zone @ [sign @ (b'+' | b'-'), _, _, b':', _, _] => {
+            let (hours, minutes) = (digits(zone, 1, 2)?, digits(zone, 4, 2)?);
             let seconds = (hours < 24 && minutes < 60).then_some(hours * 3600 + minutes * 60)?;
-            if sign == "+" { seconds } else { -seconds }
+            if *sign == b'+' { seconds } else { -seconds }
         }
+        _ => return None,
     };
     let is_leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
     let days_in_month = match month {
@@ -175,16 +179,12 @@ fn parse_instant(text: &str) -> Option<Wall> {
     u64::try_from(seconds).ok()?.checked_mul(SECOND)?.checked_add(fraction)
 }
 
-/// Numbers of exactly so many digits each, with a separator between them.
-fn numbers<const N: usize>(text: &str, separator: char, digits: [usize; N]) -> Option<[i64; N]> {
-    let mut parts = text.split(separator);
-    let mut read = [0; N];
-    for (number, digits) in read.iter_mut().zip(digits) {
-        let part = parts.next()?;
-        let fits = part.len() == digits && part.bytes().all(|byte| byte.is_ascii_digit());
-        *number = part.parse().ok().filter(|_| fits)?;
-    }
-    parts.next().is_none().then_some(read)
+/// The number of `count` digits that begins at `start`.
+fn digits(bytes: &[u8], start: usize, count: usize) -> Option<i64> {
+    bytes
+        .get(start..start + count)?
+        .iter()
+        .try_fold(0, |number, byte| byte.is_ascii_digit().then(|| number * 10 + i64::from(byte - b'0')))
 }
 
 const SECOND: u64 = 1_000_000_000;

@@ -41,6 +41,7 @@
 //! against the canary, the smaller for it. That only lowers the evidence, so the bound on false alarms stands. One user
 //! whose every request fails, on whichever side the cohort has put them, still weighs as many users.
 
+use super::logarithm::{exp, ln};
 use crate::units::Fraction;
 
 /// The `judge` block.
@@ -127,7 +128,7 @@ impl Judge {
     /// The natural logarithm of the evidence that decides.
     pub fn needed(&self) -> f64 {
         let alpha = Fraction::WHOLE.ppm().saturating_sub(self.confidence.ppm()).max(1);
-        (1_000_000.0 / f64::from(alpha)).ln()
+        ln(1_000_000.0 / f64::from(alpha))
     }
 
     /// Judges from everything that is known; `counts` has one entry for each weight there was.
@@ -148,38 +149,31 @@ impl Judge {
             canary,
             others,
         };
-        let errors = |c: &Counts| c.canary.failures.saturating_add(c.others.failures);
+        let sides = |hits: fn(&Counts) -> u64, share: fn(&Counts) -> f64| -> Vec<(u64, f64)> {
+            counts.iter().map(|counts| (hits(counts), share(counts))).collect()
+        };
         finding.take(
             Question::Errors,
-            evidence(
-                &WORSE,
-                canary.failures,
-                counts.iter().map(|c| (errors(c).saturating_add(c.handicap), c.share().1)),
-            ),
-            evidence(
-                &BETTER,
-                canary.failures,
-                counts.iter().map(|c| (errors(c).saturating_add(c.margin), c.share().0)),
-            ),
+            evidence(&WORSE, canary.failures, &sides(|c| c.failures().saturating_add(c.handicap), Counts::most)),
+            evidence(&BETTER, canary.failures, &sides(|c| c.failures().saturating_add(c.margin), Counts::least)),
         );
         if let Some(limit) = self.limit {
-            let trials = || std::iter::once((canary.requests, part(u64::from(limit.ppm()), 1_000_000)));
+            let trials = [(canary.requests, part(u64::from(limit.ppm()), 1_000_000))];
             finding.take(
                 Question::Limit,
-                evidence(&WORSE, canary.failures, trials()),
-                evidence(&BETTER, canary.failures, trials()),
+                evidence(&WORSE, canary.failures, &trials),
+                evidence(&BETTER, canary.failures, &trials),
             );
         }
         if self.p99_increase.is_some() {
-            let slow = |c: &Counts| c.canary.slow.saturating_add(c.others.slow);
             finding.take(
                 Question::Slowness,
-                evidence(&WORSE, canary.slow, counts.iter().map(|c| (slow(c), c.share().1))),
-                evidence(&BETTER, canary.slow, counts.iter().map(|c| (slow(c), c.share().0))),
+                evidence(&WORSE, canary.slow, &sides(Counts::slow, Counts::most)),
+                evidence(&BETTER, canary.slow, &sides(Counts::slow, Counts::least)),
             );
         }
         let questions = 1 + u32::from(self.limit.is_some()) + u32::from(self.p99_increase.is_some());
-        finding.against -= f64::from(questions).ln();
+        finding.against -= ln(f64::from(questions));
         if finding.against >= self.needed() {
             finding.verdict = Verdict::Fail;
         } else if finding.favour >= self.needed() {
@@ -199,15 +193,33 @@ impl Finding {
 }
 
 impl Counts {
-    /// The canary's share, at least and at most: its weight, and what it really got.
-    fn share(&self) -> (f64, f64) {
-        let weight = part(u64::from(self.weight.ppm()), 1_000_000);
-        let requests = self.canary.requests.saturating_add(self.others.requests);
-        if requests == 0 {
-            return (weight, weight);
+    fn failures(&self) -> u64 {
+        self.canary.failures.saturating_add(self.others.failures)
+    }
+
+    fn slow(&self) -> u64 {
+        self.canary.slow.saturating_add(self.others.slow)
+    }
+
+    /// The canary's share at least: its weight, or what it really got.
+    fn least(&self) -> f64 {
+        self.weight().min(self.share())
+    }
+
+    /// The canary's share at most.
+    fn most(&self) -> f64 {
+        self.weight().max(self.share())
+    }
+
+    fn weight(&self) -> f64 {
+        part(u64::from(self.weight.ppm()), 1_000_000)
+    }
+
+    fn share(&self) -> f64 {
+        match self.canary.requests.saturating_add(self.others.requests) {
+            0 => self.weight(),
+            requests => part(self.canary.requests, requests),
         }
-        let real = part(self.canary.requests, requests);
-        (weight.min(real), weight.max(real))
     }
 }
 
@@ -217,16 +229,20 @@ fn part(of: u64, whole: u64) -> f64 {
 
 /// The natural logarithm of the evidence that a hit is one of `ratios` as likely, from `hits` among trials that each
 /// hit with the probability beside their number.
-fn evidence(ratios: &[f64], hits: u64, trials: impl Iterator<Item = (u64, f64)> + Clone) -> f64 {
+#[inline(never)]
+fn evidence(ratios: &[f64], hits: u64, trials: &[(u64, f64)]) -> f64 {
     let likelihood = |ratio: &f64| {
-        let expected: f64 =
-            trials.clone().map(|(number, chance)| number as f64 * (1.0 + chance * (ratio - 1.0)).ln()).sum();
-        hits as f64 * ratio.ln() - expected
+        let mut sum = hits as f64 * ln(*ratio);
+        for (number, chance) in trials {
+            sum -= *number as f64 * ln(1.0 + chance * (ratio - 1.0));
+        }
+        sum
     };
+    let logarithms: Vec<f64> = ratios.iter().map(likelihood).collect();
     // The mean of exponentials, the greatest taken out so that none overflows.
-    let greatest = ratios.iter().map(likelihood).fold(f64::NEG_INFINITY, f64::max);
-    let sum: f64 = ratios.iter().map(|ratio| (likelihood(ratio) - greatest).exp()).sum();
-    greatest + (sum / ratios.len() as f64).ln()
+    let greatest = logarithms.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = logarithms.iter().map(|logarithm| exp(logarithm - greatest)).sum();
+    greatest + ln(sum / ratios.len() as f64)
 }
 
 /// Evidence as people weigh it: ten times its decimal logarithm. A likelihood of 100 to 1 is 20 decibans.
@@ -414,7 +430,7 @@ mod tests {
         assert_eq!(decibans(f64::NAN), 0);
         // By hand: 3 of 3 failures in a canary of 10 %, at each ratio r the cube of r / (1 + 0.1 (r - 1)).
         let by_hand: f64 = WORSE.iter().map(|r| (r / (1.0 + 0.1 * (r - 1.0))).powi(3)).sum::<f64>() / 8.0;
-        assert!((evidence(&WORSE, 3, std::iter::once((3, 0.1))) - by_hand.ln()).abs() < 1e-12);
+        assert!((evidence(&WORSE, 3, &[(3, 0.1)]) - by_hand.ln()).abs() < 1e-12);
     }
 
     proptest! {

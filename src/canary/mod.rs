@@ -10,6 +10,7 @@ mod decision;
 mod exposure;
 mod judge;
 mod latency;
+mod logarithm;
 mod policy;
 mod stages;
 mod verdict;

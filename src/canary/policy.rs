@@ -4,7 +4,6 @@ use super::judge::Judge;
 use super::stages::Schedule;
 use crate::key::KeySource;
 use crate::units::Fraction;
-use xxhash_rust::xxh64::xxh64;
 
 /// Where a request can be sent: Istio's `Destination`, and what the steering header says for it.
 #[derive(Debug)]
@@ -84,18 +83,4 @@ impl Canary {
         weights.retain(|weight| *weight > Fraction::NONE);
         weights
     }
-
-    /// What metrics call the rollout: its name, and where that had to be changed, a hash that keeps it apart from
-    /// others.
-    pub fn label(&self) -> String {
-        let label: String = self.rollout.chars().map(|c| if is_plain(c) { c } else { '_' }).collect();
-        if self.rollout.chars().all(is_plain) {
-            return label;
-        }
-        format!("{label}_{:08x}", xxh64(self.rollout.as_bytes(), 0) >> 32)
-    }
-}
-
-fn is_plain(c: char) -> bool {
-    c.is_ascii_alphanumeric() || c == '-'
 }
