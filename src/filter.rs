@@ -4,15 +4,21 @@
 //! what is to be done; they change nothing themselves but shared words and metrics. The features decide from plain
 //! values: only this file knows in which order, and the comments say why.
 
-use crate::canary::Choice;
+mod trial;
+
+use crate::canary::{Choice, Share};
 use crate::fault::{Fault, Injection, State, Watch, Withheld};
 use crate::host::{Change, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request};
 use crate::outlier::{Totals, is_failure};
-use crate::policy::{Policy, TargetId};
+use crate::policy::{Policy, Route, TargetId};
 use crate::ratelimit::{Admission, Leases, Secret, admit, return_leases};
-use crate::telemetry::{DestinationMeters, Meters};
+use crate::telemetry::{DestinationMeters, Meters, Stand};
 use crate::trace::{self, Continuation};
+use crate::units::Fraction;
+use trial::{JUDGE_PERIOD, Trial};
+
+pub use trial::Sample;
 
 /// A policy at work in one worker.
 #[derive(Debug)]
@@ -23,6 +29,8 @@ pub struct Filter {
     leases: Leases,
     /// For each route, a watch on each of its targets; none where the route injects no fault.
     watches: Vec<Vec<Watch>>,
+    /// For each route, what this worker remembers of its trial.
+    trials: Vec<Trial>,
 }
 
 /// What is to be done with a request, and why.
@@ -54,6 +62,8 @@ pub struct Reasons {
     pub route: Option<usize>,
     pub admission: Option<Admission>,
     pub choice: Option<Choice>,
+    /// What the canary got, where a destination is on trial.
+    pub share: Option<Share>,
     /// The faults that were drawn.
     pub drawn: Injection,
     /// Why they were not injected.
@@ -65,7 +75,15 @@ pub struct Reasons {
 pub struct Exchange {
     /// Whose answer is awaited; `None` where nobody wants to know.
     pub observed: Option<TargetId>,
+    /// What the answer is to a judge.
+    pub sample: Option<Sample>,
     pub is_grpc: bool,
+}
+
+impl Exchange {
+    fn is_awaited(&self) -> bool {
+        self.observed.is_some() || self.sample.is_some()
+    }
 }
 
 /// A message's header by its name.
@@ -88,7 +106,10 @@ impl Filter {
                 None => Vec::new(),
             })
             .collect();
-        Filter { policy, meters, secret, leases: Leases::default(), watches }
+        let stands = policy.routes.iter().zip(&meters.routes).map(|(route, meters)| Stand::new(route, meters));
+        let trials =
+            stands.map(|stand| stand.map_or_else(Trial::default, |stand| Trial::take_up(&stand, host))).collect();
+        Filter { policy, meters, secret, leases: Leases::default(), watches, trials }
     }
 
     pub fn policy(&self) -> &Policy {
@@ -97,7 +118,7 @@ impl Filter {
 
     /// Decides on a request from its serialised headers. `may_hold` says whether another stream can be delayed.
     pub fn on_request<'p>(&'p mut self, host: &impl Host, headers: &[u8], may_hold: bool) -> Decision<'p> {
-        let Filter { policy, meters, secret, leases, watches } = self;
+        let Filter { policy, meters, secret, leases, watches, trials } = self;
         let policy: &'p Policy = policy;
         let mut request = Request::parse(headers, &policy.header_names);
         if policy.reads_route_name {
@@ -143,9 +164,17 @@ impl Filter {
         }
 
         // The destination before the fault, because the fault's guard looks at the one that was chosen.
+        let trial = Stand::new(route, meters).zip(trials.get_mut(index));
         let destination = route.split.as_ref().and_then(|split| {
-            let key = split.key(&request, &route.name, host);
-            let choice = split.choose(key.as_deref(), || host.random());
+            let choice = match trial {
+                Some((stand, trial)) => {
+                    let (choice, share) = trial.choose(&stand, &request, host);
+                    reasons.share = Some(share);
+                    exchange.sample = trial.sample(&stand, index, choice, host);
+                    choice
+                }
+                None => split.choose(Fraction::NONE, None, || host.random()),
+            };
             reasons.choice = Some(choice);
             split.destinations.get(choice.destination)
         });
@@ -185,39 +214,57 @@ impl Filter {
         }
 
         // Only a request that nothing was done to tells how its target is.
-        let target = route.targets.get(chosen).copied();
-        exchange.observed = target.filter(|target| *verdict == Verdict::Continue && policy.is_watched(*target));
+        if *verdict == Verdict::Continue {
+            exchange.observed = route.targets.get(chosen).copied().filter(|target| policy.is_watched(*target));
+        } else {
+            exchange.sample = None;
+        }
         decision
     }
 
     /// Learns from the head of a response; `header` is asked only where somebody wants to know.
-    pub fn on_response(&self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
-        let Some(target) = exchange.observed else { return };
+    pub fn on_response(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
+        if !exchange.is_awaited() {
+            return;
+        }
         let Some(status) = number(header(":status")) else { return };
+        if let Some(sample) = &mut exchange.sample {
+            sample.answered(|| host.now());
+        }
         let grpc_status = if exchange.is_grpc { number(header("grpc-status")) } else { None };
         if exchange.is_grpc && status == 200 && grpc_status.is_none() {
             return; // the trailers will tell
         }
-        exchange.observed = None;
-        self.observe(host, target, status, grpc_status);
+        self.observe(host, exchange, status, grpc_status);
     }
 
     /// Learns from the trailers of a response.
-    pub fn on_response_trailers(&self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
-        if let Some(target) = exchange.observed.take() {
-            self.observe(host, target, 200, number(header("grpc-status")));
+    pub fn on_response_trailers(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
+        if exchange.is_awaited() {
+            self.observe(host, exchange, 200, number(header("grpc-status")));
         }
     }
 
-    fn observe(&self, host: &impl Host, target: TargetId, status: u16, grpc_status: Option<u16>) {
-        let Some(meters) = self.meters.targets.get(target.0) else { return };
-        host.add(meters.requests, 1);
-        if is_failure(status, grpc_status) {
-            host.add(meters.failures, 1);
+    fn observe(&mut self, host: &impl Host, exchange: &mut Exchange, status: u16, grpc_status: Option<u16>) {
+        let failed = is_failure(status, grpc_status);
+        if let Some(meters) = exchange.observed.take().and_then(|target| self.meters.targets.get(target.0)) {
+            host.add(meters.requests, 1);
+            if failed {
+                host.add(meters.failures, 1);
+            }
+        }
+        // Somebody's limit says nothing of the version that answered.
+        let is_limited = status == 429 || grpc_status == Some(8);
+        if let Some(sample) = exchange.sample.take().filter(|_| !is_limited)
+            && let Some(route) = self.policy.routes.get(sample.route())
+            && let Some(stand) = self.meters.routes.get(sample.route()).and_then(|meters| Stand::new(route, meters))
+            && let Some(trial) = self.trials.get_mut(sample.route())
+        {
+            trial.learn(&stand, sample, failed, host);
         }
     }
 
-    /// Lets the windows move on, and gives back what was reserved in vain; to be called every
+    /// Lets the windows move on and the judges look, and gives back what was reserved in vain; to be called every
     /// [`Filter::tick_period`].
     pub fn on_tick(&mut self, host: &impl Host) {
         return_leases(&mut self.leases, |id| self.policy.limit(id), host.now(), host);
@@ -228,13 +275,19 @@ impl Filter {
                 }
             }
         }
+        for ((route, meters), trial) in self.policy.routes.iter().zip(&self.meters.routes).zip(&mut self.trials) {
+            if let Some(stand) = Stand::new(route, meters) {
+                trial.look(&stand, host);
+            }
+        }
     }
 
     /// How often [`Filter::on_tick`] is to be called, in nanoseconds; `None` where nothing changes with time.
     pub fn tick_period(&self) -> Option<u64> {
         let windows = self.watches.iter().flatten().map(Watch::step).min();
         let leases = self.policy.has_leases().then_some(Leases::TICK);
-        windows.into_iter().chain(leases).min()
+        let is_judged = self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some());
+        windows.into_iter().chain(leases).chain(is_judged.then_some(JUDGE_PERIOD)).min()
     }
 }
 

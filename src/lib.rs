@@ -20,7 +20,7 @@
 //!
 //! A feature is a folder of one shape: `config.rs` reads the block that is written, `policy.rs` is what it is compiled
 //! to, `decision.rs` decides on one request from plain values. What has an idea of its own has a file of its own:
-//! [`canary`]'s cohort, [`ratelimit`]'s GCRA and table, [`fault`]'s guard, [`trace`]'s W3C grammar, [`outlier`]'s window.
+//! [`canary`]'s cohort and judge, [`ratelimit`]'s GCRA and table, [`fault`]'s guard, [`trace`]'s W3C grammar, [`outlier`]'s window.
 //!
 //! [`document`] and [`diagnostic`] read strictly and tell all errors at once; [`policy`] puts the blocks together.
 //! [`http`], [`key`] and [`units`] are the words that features speak in. [`telemetry`] names the metrics. [`host`] is

@@ -1,6 +1,6 @@
 //! The policy document: read strictly, and compiled to what a request needs.
 
-use crate::canary::{Destination, Split, Steering};
+use crate::canary::{Canary, Destination, Split, Steering};
 use crate::diagnostic::{Diagnostic, Report, Severity};
 use crate::document::{Fields, Node, Value, quoted};
 use crate::fault::Fault;
@@ -182,6 +182,11 @@ impl Policy {
 }
 
 impl Route {
+    /// The destination on trial.
+    pub fn canary(&self) -> Option<&Canary> {
+        self.split.as_ref()?.canary.as_ref()
+    }
+
     fn matches(&self, request: &Request<'_>) -> bool {
         self.matches.is_empty() || self.matches.iter().any(|found| found.first_mismatch(request).is_none())
     }
@@ -219,6 +224,12 @@ impl Reading {
             if self.routes.iter().any(|known| label(&known.name) == label(&route.name)) {
                 item.error(format!("a second route called {}", quoted(&route.name)), "give each route its own name");
             }
+            if let Some(rollout) = self.shared_rollout(&route) {
+                item.error(
+                    format!("a second route with the rollout {}", quoted(rollout)),
+                    "give each its own: its cap and its verdict are kept under its name",
+                );
+            }
             if let Some(earlier) = self.routes.iter().find(|known| known.matches.is_empty()) {
                 item.warning(
                     format!("{} matches every request before this route is reached", quoted(&earlier.name)),
@@ -242,7 +253,7 @@ impl Reading {
         let matches = fields.optional("match").and_then(|value| value.array()).unwrap_or_default();
         let matches: Vec<RequestMatch> =
             matches.iter().filter_map(|entry| RequestMatch::read(entry, &mut self.header_names)).collect();
-        let split = Split::read(fields, &self.steering, &mut self.header_names);
+        let split = Split::read(fields, &self.state_prefix, &self.steering, &mut self.header_names);
         let fault = fields.optional("fault").and_then(|value| Fault::read(&value, name));
         let limits = fields
             .optional("rateLimits")
@@ -271,6 +282,14 @@ impl Reading {
         }
         let targets = self.targets(name, split.as_ref(), fault.is_some());
         Some(Route { name: name.into(), matches, split, targets, fault, limits })
+    }
+
+    /// The rollout that `route` shares with an earlier one, where one of the two has to have it for itself.
+    fn shared_rollout<'r>(&self, route: &'r Route) -> Option<&'r str> {
+        let canary = route.canary()?;
+        let others = self.routes.iter().filter_map(Route::canary).filter(|other| other.rollout == canary.rollout);
+        let shares = |other: &Canary| other.is_exclusive() || canary.is_exclusive();
+        others.into_iter().any(shares).then_some(&*canary.rollout)
     }
 
     fn targets(&mut self, route: &str, split: Option<&Split>, watched: bool) -> Vec<TargetId> {
@@ -357,6 +376,26 @@ mod tests {
              match last",
         ];
         assert_eq!(told, expected);
+    }
+
+    #[test]
+    fn a_rollout_with_a_cap_belongs_to_one_route() {
+        let route = |name: &str, more: &str| {
+            format!(
+                r#"{{"name": "{name}", "match": [{{"uri": {{"exact": "/{name}"}}}}],
+                    "route": [{{"destination": {{"host": "h", "subset": "v1"}}, "weight": 95}},
+                              {{"destination": {{"host": "h", "subset": "v2"}}, "weight": 5}}],
+                    "canary": {{"destination": "v2", "rollout": "r"{more}}}}}"#
+            )
+        };
+        let of = |routes: [String; 2]| {
+            format!(r#"{{"apiVersion": "trimtab/v1alpha1", "name": "a", "routes": [{}]}}"#, routes.join(", "))
+        };
+        assert_eq!(told(&of([route("a", ""), route("b", "")])), [] as [&str; 0], "one cohort on two routes");
+        let expected = "error: /routes/1: a second route with the rollout \"r\"; give each its own: its cap and its \
+                        verdict are kept under its name";
+        assert_eq!(told(&of([route("a", r#", "maxRequests": 5"#), route("b", "")])), [expected]);
+        assert_eq!(told(&of([route("a", ""), route("b", r#", "maxRequests": 5"#)])), [expected]);
     }
 
     #[test]

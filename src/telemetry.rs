@@ -5,12 +5,16 @@
 //! What all workers have to see of each other at once, such as a target's failures, is counted here too: adding to a
 //! metric is atomic and far cheaper than a shared word.
 
+use crate::canary::{Arm, Canary, Counts, Finding, Question, Share, Split, Term, Verdict, decibans};
 use crate::fault::{Injection, Withheld};
 use crate::host::{MetricId, Metrics};
 use crate::outlier::Totals;
 use crate::policy::{Policy, Route, label};
 use crate::ratelimit::Admission;
 use crate::trace::Arrived;
+use crate::units::Fraction;
+use std::fmt;
+use xxhash_rust::xxh64::xxh64;
 
 /// The metrics of a policy.
 #[derive(Debug)]
@@ -24,11 +28,44 @@ pub struct Meters {
     pub trace: TraceMeters,
 }
 
+/// A route with a destination on trial.
+#[derive(Clone, Copy)]
+pub struct Stand<'p> {
+    pub route: &'p Route,
+    pub split: &'p Split,
+    pub canary: &'p Canary,
+    pub meters: &'p RolloutMeters,
+}
+
+impl<'p> Stand<'p> {
+    pub fn new(route: &'p Route, meters: &'p RouteMeters) -> Option<Stand<'p>> {
+        let split = route.split.as_ref()?;
+        Some(Stand { route, split, canary: split.canary.as_ref()?, meters: meters.rollout.as_ref()? })
+    }
+
+    /// What is done where the canary fails.
+    fn action(&self) -> &'static str {
+        match self.canary.judge {
+            _ if self.canary.shadow => "shadow",
+            Some(judge) if judge.rolls_back => "rollback",
+            _ => "report",
+        }
+    }
+}
+
+impl fmt::Display for Stand<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "route={} rollout={:?}", self.route.name, self.canary.rollout)
+    }
+}
+
 /// The metrics of one route.
 #[derive(Debug)]
 pub struct RouteMeters {
     /// In the order of the route's destinations; of a route without any, its own.
     pub destinations: Vec<DestinationMeters>,
+    /// Where a destination is on trial.
+    pub rollout: Option<RolloutMeters>,
     /// Where the route injects faults.
     pub faults: Option<FaultMeters>,
     /// In the order of the route's limits: the requests refused, or in shadow those that would have been.
@@ -44,6 +81,54 @@ pub struct DestinationMeters {
     /// Until when injection is suspended, in milliseconds of the monotonic clock; 0 where it is not. All workers share
     /// it, so a suspension that one of them begins holds for all.
     pub suspended_until: MetricId,
+}
+
+/// The state of one rollout. All workers share it.
+#[derive(Clone, Debug)]
+pub struct RolloutMeters {
+    /// The canary's weight in force, in parts per million.
+    weight: MetricId,
+    /// Whether a stage is due that the evidence does not let begin.
+    held: MetricId,
+    /// Requests that went to the others because the cap on exposure was reached.
+    capped: MetricId,
+    /// Requests in shadow that would have gone elsewhere.
+    pub shadow: MetricId,
+    pub judge: Option<JudgeMeters>,
+}
+
+/// What the judge of a rollout knows, and what it found.
+#[derive(Clone, Debug)]
+pub struct JudgeMeters {
+    /// One entry for each weight that there may be.
+    pub weights: Vec<WeightMeters>,
+    /// 1 from the moment on that the canary failed; never taken back.
+    failed: MetricId,
+    /// The weight that it failed at, in parts per million.
+    failed_weight: MetricId,
+    passed: MetricId,
+    against: MetricId,
+    favour: MetricId,
+    /// Past how many microseconds an answer of the others is slow; 0 where that is not known yet.
+    edge: MetricId,
+}
+
+/// The evidence from the requests that were sent by one weight.
+#[derive(Clone, Copy, Debug)]
+pub struct WeightMeters {
+    pub weight: Fraction,
+    pub canary: ArmMeters,
+    pub others: ArmMeters,
+    pub handicap: MetricId,
+    pub margin: MetricId,
+}
+
+/// The answers of one side.
+#[derive(Clone, Copy, Debug)]
+pub struct ArmMeters {
+    pub requests: MetricId,
+    pub failures: MetricId,
+    pub slow: MetricId,
 }
 
 /// What is observed of one target, from requests that were not faulted.
@@ -146,6 +231,9 @@ impl RouteMeters {
                     suspended_until: metrics.gauge(&format!("{prefix}.{subset}fault.suspended_until_ms")),
                 })
                 .collect(),
+            rollout: route.split.as_ref().and_then(|split| {
+                split.canary.as_ref().map(|canary| RolloutMeters::define(&prefix, split, canary, metrics))
+            }),
             faults: route.fault.as_ref().map(|_| FaultMeters {
                 delays: counter("fault.delays"),
                 aborts: counter("fault.aborts"),
@@ -173,6 +261,184 @@ impl RouteMeters {
                 metrics.add(metric, count);
             }
         }
+    }
+}
+
+impl RolloutMeters {
+    fn define(route: &str, split: &Split, canary: &Canary, metrics: &impl Metrics) -> RolloutMeters {
+        let mut prefix = format!("{route}.rollout.{}", label(&canary.rollout));
+        if !prefix.ends_with(&*canary.rollout) {
+            // What was replaced in the name is told apart by its hash.
+            prefix = format!("{prefix}_{}", xxh64(canary.rollout.as_bytes(), 0) >> 32);
+        }
+        let weights = canary.weights(split.weight(canary.destination));
+        RolloutMeters {
+            weight: metrics.gauge(&format!("{prefix}.weight_ppm")),
+            held: metrics.gauge(&format!("{prefix}.held")),
+            capped: metrics.counter(&format!("{prefix}.capped")),
+            shadow: metrics.counter(&format!("{prefix}.shadow")),
+            judge: canary.judge.map(|_| JudgeMeters::define(&prefix, &weights, metrics)),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    /// Shows the share in force, and logs it where no other worker has done so.
+    pub fn tell(&self, share: Share, stand: &Stand<'_>, metrics: &impl Metrics) {
+        let weight = u64::from(share.weight.ppm());
+        let held = u64::from(share.term == Term::Held);
+        if (metrics.value(self.weight), metrics.value(self.held)) == (weight, held) {
+            return;
+        }
+        metrics.set_gauge(self.weight, weight);
+        metrics.set_gauge(self.held, held);
+        if !matches!(share.term, Term::Stage(_) | Term::Held) {
+            return;
+        }
+        let is_set = |gauge: fn(&JudgeMeters) -> MetricId| {
+            self.judge.as_ref().is_some_and(|judge| metrics.value(gauge(judge)) == 1)
+        };
+        let verdict = match &self.judge {
+            None => "none",
+            Some(_) if is_set(|judge| judge.failed) => "fail",
+            Some(_) if is_set(|judge| judge.passed) => "pass",
+            Some(_) => "insufficient",
+        };
+        let what = if share.term == Term::Held { "held" } else { "entered" };
+        log::info!("canary stage: {stand} stage={what} weight={} verdict={verdict}", share.weight);
+    }
+
+    #[cold]
+    #[inline(never)]
+    /// Counts a request that the cap on exposure kept from the canary; the first one is logged.
+    pub fn count_capped(&self, most: u64, stand: &Stand<'_>, metrics: &impl Metrics) {
+        if metrics.value(self.capped) == 0 {
+            log::info!("canary capped: {stand} requests={most}");
+        }
+        metrics.add(self.capped, 1);
+    }
+}
+
+impl JudgeMeters {
+    fn define(rollout: &str, weights: &[Fraction], metrics: &impl Metrics) -> JudgeMeters {
+        let weights = weights.iter().map(|weight| {
+            let counters = [
+                "canary.requests",
+                "canary.failures",
+                "canary.slow",
+                "others.requests",
+                "others.failures",
+                "others.slow",
+                "handicap",
+                "margin",
+            ];
+            let [requests, failures, slow, others_requests, others_failures, others_slow, handicap, margin] =
+                counters.map(|name| metrics.counter(&format!("{rollout}.judge.weight.{}.{name}", weight.ppm())));
+            WeightMeters {
+                weight: *weight,
+                canary: ArmMeters { requests, failures, slow },
+                others: ArmMeters { requests: others_requests, failures: others_failures, slow: others_slow },
+                handicap,
+                margin,
+            }
+        });
+        let gauges = ["failed", "failed_weight_ppm", "passed", "against_decibans", "favour_decibans", "p99_edge_us"];
+        let [failed, failed_weight, passed, against, favour, edge] =
+            gauges.map(|name| metrics.gauge(&format!("{rollout}.judge.{name}")));
+        JudgeMeters { weights: weights.collect(), failed, failed_weight, passed, against, favour, edge }
+    }
+
+    /// Everything that is known, all workers together.
+    pub fn counts(&self, metrics: &impl Metrics) -> Vec<Counts> {
+        let arm = |arm: &ArmMeters| Arm {
+            requests: metrics.value(arm.requests),
+            failures: metrics.value(arm.failures),
+            slow: metrics.value(arm.slow),
+        };
+        let counts = |meters: &WeightMeters| Counts {
+            weight: meters.weight,
+            canary: arm(&meters.canary),
+            others: arm(&meters.others),
+            handicap: metrics.value(meters.handicap),
+            margin: metrics.value(meters.margin),
+        };
+        self.weights.iter().map(counts).collect()
+    }
+
+    /// Whether the canary has failed, in the eyes of any worker.
+    pub fn has_failed(&self, metrics: &impl Metrics) -> bool {
+        metrics.value(self.failed) > 0
+    }
+
+    /// The weight that the canary failed at.
+    pub fn failed_at(&self, metrics: &impl Metrics) -> Fraction {
+        Fraction::from_ppm(u32::try_from(metrics.value(self.failed_weight)).unwrap_or(u32::MAX))
+    }
+
+    /// Tells all workers that the canary has failed; whether that is news.
+    pub fn fail(&self, weight: Fraction, metrics: &impl Metrics) -> bool {
+        let is_news = !self.has_failed(metrics);
+        if is_news {
+            metrics.set_gauge(self.failed_weight, u64::from(weight.ppm()));
+            metrics.set_gauge(self.failed, 1);
+        }
+        is_news
+    }
+
+    /// Shows the evidence.
+    pub fn show(&self, finding: &Finding, metrics: &impl Metrics) {
+        metrics.set_gauge(self.passed, u64::from(finding.verdict == Verdict::Pass));
+        metrics.set_gauge(self.against, decibans(finding.against));
+        metrics.set_gauge(self.favour, decibans(finding.favour));
+    }
+
+    /// Past how many microseconds an answer of the others is slow; 0 where that is not known yet.
+    pub fn edge(&self, metrics: &impl Metrics) -> u64 {
+        metrics.value(self.edge)
+    }
+
+    pub fn set_edge(&self, edge: u64, metrics: &impl Metrics) {
+        metrics.set_gauge(self.edge, edge);
+    }
+
+    /// Logs that nothing was known of the rollout.
+    pub fn log_begin(&self, stand: &Stand<'_>, metrics: &impl Metrics) {
+        let answers: u64 = self.counts(metrics).iter().map(|known| known.canary.requests).sum();
+        log::info!("canary judge: {stand} verdict=insufficient canary_requests={answers}");
+    }
+
+    /// Logs that the rollout had failed before.
+    pub fn log_kept(&self, stand: &Stand<'_>) {
+        log::warn!("canary judge: {stand} verdict=fail action={} since=earlier", stand.action());
+    }
+
+    /// Logs a new verdict with the numbers that decided.
+    pub fn log_verdict(&self, finding: &Finding, weight: Fraction, stand: &Stand<'_>) {
+        let (verdict, action) = match finding.verdict {
+            Verdict::Insufficient => ("insufficient", "none"),
+            Verdict::Pass => ("pass", "none"),
+            Verdict::Fail => ("fail", stand.action()),
+        };
+        let question = match finding.question {
+            Question::Errors => "errors",
+            Question::Limit => "limit",
+            Question::Slowness => "p99",
+        };
+        let Finding { canary, others, .. } = finding;
+        let needed = stand.canary.judge.map_or(0, |judge| decibans(judge.needed()));
+        log::warn!(
+            "canary verdict: {stand} verdict={verdict} action={action} question={question} weight={weight} \
+             canary_requests={} canary_failures={} canary_slow={} others_requests={} others_failures={} \
+             others_slow={} against_db={} favour_db={} needed_db={needed}",
+            canary.requests,
+            canary.failures,
+            canary.slow,
+            others.requests,
+            others.failures,
+            others.slow,
+            decibans(finding.against),
+            decibans(finding.favour),
+        );
     }
 }
 

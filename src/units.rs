@@ -1,7 +1,8 @@
 //! Fractions, durations and instants: what a policy's numbers mean once they are read.
 //!
 //! Fractions are integers of parts per million, so that two proxies never disagree by a rounding, and durations are
-//! nanoseconds of the host's monotonic clock, so that a step of the wall clock changes nothing.
+//! nanoseconds of the host's monotonic clock, so that a step of the wall clock changes nothing. Only what proxies have
+//! to agree on without a word between them, such as the beginning of a rollout, is an instant of the wall clock.
 
 use crate::decimal::{Decimal, parse_decimal};
 use crate::document::Value;
@@ -10,6 +11,9 @@ use std::time::Duration;
 
 /// Nanoseconds of a monotonic clock whose zero is of no meaning.
 pub type Monotonic = u64;
+
+/// Nanoseconds of the wall clock since 1970 began, UTC.
+pub type Wall = u64;
 
 /// A share in parts per million, 0 to 1,000,000.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -122,6 +126,69 @@ pub fn nanoseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
+/// Reads an instant such as "2026-11-21T09:00:00Z".
+pub fn read_instant(value: &Value<'_>) -> Option<Wall> {
+    let instant = value.as_string().and_then(parse_instant);
+    if instant.is_none() {
+        value.unfit("expected an RFC 3339 instant such as \"2026-11-21T09:00:00Z\" or \"2026-11-21T10:00:00+01:00\"");
+    }
+    instant
+}
+
+/// RFC 3339's `date-time`, from 1970 to 2553. There are no leap seconds, because the clock it is compared with has
+/// none, and nothing finer than a nanosecond.
+fn parse_instant(text: &str) -> Option<Wall> {
+    let bytes = text.as_bytes();
+    let separated = [(4, b'-'), (7, b'-'), (10, b'T'), (13, b':'), (16, b':')];
+    if separated.iter().any(|(at, expected)| bytes.get(*at).map(u8::to_ascii_uppercase) != Some(*expected)) {
+        return None;
+    }
+    let [year, month, day] = [digits(bytes, 0, 4)?, digits(bytes, 5, 2)?, digits(bytes, 8, 2)?];
+    let [hour, minute, second] = [digits(bytes, 11, 2)?, digits(bytes, 14, 2)?, digits(bytes, 17, 2)?];
+    let mut rest = text.get(19..)?;
+    let mut fraction = 0;
+    if rest.starts_with('.') {
+        let end = rest.bytes().skip(1).position(|byte| !byte.is_ascii_digit())? + 1;
+        fraction = parse_decimal(rest.get(..end)?, SECOND)?;
+        rest = rest.get(end..)?;
+    }
+    let offset = match rest.as_bytes() {
+        [b'Z' | b'z'] => 0,
+        zone @ [sign @ (b'+' | b'-'), _, _, b':', _, _] => {
+            let (hours, minutes) = (digits(zone, 1, 2)?, digits(zone, 4, 2)?);
+            let seconds = (hours < 24 && minutes < 60).then_some(hours * 3600 + minutes * 60)?;
+            if *sign == b'+' { seconds } else { -seconds }
+        }
+        _ => return None,
+    };
+    let is_leap = year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let days_in_month = match month {
+        2 => 28 + i64::from(is_leap),
+        4 | 6 | 9 | 11 => 30,
+        1..=12 => 31,
+        _ => return None,
+    };
+    if !(1..=days_in_month).contains(&day) || hour > 23 || minute > 59 || second > 59 {
+        return None;
+    }
+    // Days in the proleptic Gregorian calendar, counted in years that begin in March, so that the leap day is the last.
+    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let leap_days = year / 4 - year / 100 + year / 400;
+    let days = year * 365 + leap_days + (153 * month + 2) / 5 + day - 1 - 719_468;
+    let seconds = days * 86_400 + hour * 3600 + minute * 60 + second - offset;
+    u64::try_from(seconds).ok()?.checked_mul(SECOND)?.checked_add(fraction)
+}
+
+/// The number of `count` digits that begins at `start`.
+fn digits(bytes: &[u8], start: usize, count: usize) -> Option<i64> {
+    bytes
+        .get(start..start + count)?
+        .iter()
+        .try_fold(0, |number, byte| byte.is_ascii_digit().then(|| number * 10 + i64::from(byte - b'0')))
+}
+
+const SECOND: u64 = 1_000_000_000;
+
 /// Whole seconds, rounded up: a client told to wait must not come back too early.
 pub const fn seconds_rounded_up(nanoseconds: u64) -> u64 {
     nanoseconds.div_ceil(1_000_000_000)
@@ -158,6 +225,79 @@ mod tests {
         assert_eq!(parse_duration("1h30m"), Some(Duration::from_secs(5400)));
         for bad in ["", "5", "s", "5 s", "-5s", "5d", "1..5s", "1e3s", "99999999999h"] {
             assert_eq!(parse_duration(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn instants_follow_rfc_3339() {
+        for (text, seconds) in [
+            ("1970-01-01T00:00:00Z", 0),
+            ("1970-03-01T00:00:00Z", 5_097_600),
+            ("2000-02-29T23:59:59Z", 951_868_799),
+            ("2026-11-21T09:00:00Z", 1_795_251_600),
+            ("2026-11-21t10:30:00+01:30", 1_795_251_600),
+            ("2026-11-20T21:00:00-12:00", 1_795_251_600),
+            ("2100-03-01T00:00:00z", 4_107_542_400),
+        ] {
+            assert_eq!(parse_instant(text), Some(seconds * SECOND), "{text}");
+        }
+        assert_eq!(parse_instant("1970-01-01T00:00:01.25Z"), Some(1_250_000_000));
+        for bad in [
+            "",
+            "tomorrow",
+            "2026-11-21",
+            "2026-11-21T09:00:00",
+            "2026-11-21 09:00:00Z",
+            "2026-11-21T09:00Z",
+            "2026-11-21T24:00:00Z",
+            "2026-11-21T09:60:00Z",
+            "2026-11-21T09:00:60Z",
+            "2026-02-29T00:00:00Z",
+            "2100-02-29T00:00:00Z",
+            "2026-13-01T00:00:00Z",
+            "2026-00-01T00:00:00Z",
+            "2026-01-00T00:00:00Z",
+            "2026-1-1T00:00:00Z",
+            "+026-01-01T00:00:00Z",
+            "2026-11-21T09:00:00+1:00",
+            "2026-11-21T09:00:00+24:00",
+            "2026-11-21T09:00:00+01:00Z",
+            "2026-11-21T09:00:00ZZ",
+            "2026-11-21T09:00:00.Z",
+            "2026-11-21T09:00:00.0000000001Z",
+            "1969-12-31T23:59:59Z",
+            "9999-01-01T00:00:00Z",
+            "2026-11-21T09:00:00Zé",
+        ] {
+            assert_eq!(parse_instant(bad), None, "{bad}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn no_instant_is_too_odd_to_refuse(text in "[0-9TtZz:.+é-]{0,30}") {
+            let _ = parse_instant(&text);
+        }
+
+        #[test]
+        fn each_second_of_the_calendar_follows_the_one_before(seconds in 0..16_000_000_000_u64) {
+            let shown = |seconds: u64| {
+                let (mut year, mut days) = (1970, seconds / 86_400);
+                let is_leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
+                while days >= 365 + u64::from(is_leap(year)) {
+                    days -= 365 + u64::from(is_leap(year));
+                    year += 1;
+                }
+                let mut month = 0;
+                let lengths = [31, 28 + u64::from(is_leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
+                while days >= lengths[month] {
+                    days -= lengths[month];
+                    month += 1;
+                }
+                let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+                format!("{year}-{:02}-{:02}T{hour:02}:{minute:02}:{second:02}Z", month + 1, days + 1)
+            };
+            proptest::prop_assert_eq!(parse_instant(&shown(seconds)), Some(seconds * SECOND));
         }
     }
 

@@ -1,14 +1,20 @@
 //! Reads `steering`, and a route's `route` and `canary`.
 
+use super::judge::Judge;
 use super::policy::{Canary, Destination, Split, Steering};
+use super::stages::{Schedule, Stage};
 use crate::decimal::Decimal;
 use crate::document::{Fields, Value, quoted};
 use crate::http::HeaderNames;
 use crate::key::KeySource;
 use crate::matcher::read_header_name;
-use crate::units::Fraction;
+use crate::units::{Fraction, nanoseconds, read_duration, read_instant};
+use std::time::Duration;
 
 const DEFAULT_HEADER: &str = "x-trimtab-subset";
+/// A JSON number is exact up to here.
+const MOST_REQUESTS: u64 = 1 << 53;
+
 const DEFAULT_TEMPLATE: &str = "{subset}";
 
 impl Default for Steering {
@@ -59,8 +65,14 @@ fn is_field_value(text: &str) -> bool {
 }
 
 impl Split {
-    /// Reads `route` and `canary` of one route. `None` where there are no destinations.
-    pub fn read(fields: &mut Fields<'_>, steering: &Steering, names: &mut HeaderNames) -> Option<Split> {
+    /// Reads `route` and `canary` of one route. `None` where there are no destinations. `state_prefix` begins the keys
+    /// of all shared words.
+    pub fn read(
+        fields: &mut Fields<'_>,
+        state_prefix: &str,
+        steering: &Steering,
+        names: &mut HeaderNames,
+    ) -> Option<Split> {
         let route = fields.optional("route");
         let canary = fields.optional("canary");
         let Some(route) = route else {
@@ -70,7 +82,7 @@ impl Split {
             return None;
         };
         let destinations = read_destinations(&route, steering)?;
-        let canary = canary.and_then(|canary| read_canary(&canary, &destinations, names));
+        let canary = canary.and_then(|canary| read_canary(&canary, state_prefix, &destinations, names));
         Some(Split { destinations, canary })
     }
 }
@@ -141,7 +153,12 @@ fn read_destination(value: &Value<'_>, steering: &Steering) -> Option<Destinatio
     Some(Destination { host: host.into(), subset: subset.into(), steering: steering.fill(host, subset, port).into() })
 }
 
-fn read_canary(value: &Value<'_>, destinations: &[(Destination, Fraction)], names: &mut HeaderNames) -> Option<Canary> {
+fn read_canary(
+    value: &Value<'_>,
+    state_prefix: &str,
+    destinations: &[(Destination, Fraction)],
+    names: &mut HeaderNames,
+) -> Option<Canary> {
     let mut fields = value.object()?;
     let destination = fields.required("destination").and_then(|value| {
         let subset = value.text()?;
@@ -163,9 +180,220 @@ fn read_canary(value: &Value<'_>, destinations: &[(Destination, Fraction)], name
         Some(rollout)
     });
     let key = fields.optional("key").map(|value| KeySource::read_list(&value, names)).unwrap_or_default();
-    for field in ["stages", "startTime", "maxRequests", "judge"] {
-        fields.not_yet(field);
-    }
+    let schedule = read_schedule(&mut fields);
+    let max_requests = fields.optional("maxRequests").map(|value| value.integer(1..=MOST_REQUESTS));
+    let judge = match fields.optional("judge") {
+        Some(judge) => read_judge(&judge, schedule.as_ref().is_none_or(Option::is_some)).map(Some),
+        None => Some(None),
+    };
+    let shadow = fields.optional("mode").and_then(|value| value.one_of(&[("enforce", false), ("shadow", true)]));
     fields.end();
-    Some(Canary { destination: destination?, rollout: rollout?.into(), key })
+    let rollout = rollout?;
+    let canary = Canary {
+        destination: destination?,
+        rollout: rollout.into(),
+        key,
+        schedule: schedule?,
+        max_requests: max_requests.unwrap_or_default(),
+        exposed_word: format!("{state_prefix}exposed/{rollout}").into(),
+        judge: judge?,
+        shadow: shadow.unwrap_or(false),
+        state_prefix: state_prefix.into(),
+    };
+    let alone = destinations.get(canary.destination).is_some_and(|(_, weight)| *weight == Fraction::WHOLE);
+    if alone && canary.may_be_refused() {
+        value.error(
+            "no other destination has a weight",
+            "give another one a weight: it serves whom the canary does not; stages replace the canary's weight",
+        );
+    }
+    Some(canary)
+}
+
+/// Reads `judge`; `has_stages` says whether there is a stage that could wait for it.
+fn read_judge(value: &Value<'_>, has_stages: bool) -> Option<Judge> {
+    const LEAST_CONFIDENCE: Fraction = Fraction::from_ppm(500_000);
+    let mut fields = value.object()?;
+    let tolerance = fields.optional("errorRateIncrease").map(|value| Fraction::read(&value));
+    let limit = fields.optional("errorRateMax").map(|value| Fraction::read(&value));
+    let p99_increase =
+        fields.optional("p99Increase").map(|value| read_duration(&value, Duration::from_millis(1)).map(nanoseconds));
+    let confidence = fields.optional("confidence").map(|value| {
+        let confidence = Fraction::read(&value)?;
+        if confidence < LEAST_CONFIDENCE || confidence == Fraction::WHOLE {
+            value.unfit("expected \"50%\" to \"99.9999%\": no finite evidence makes anything certain");
+        }
+        Some(confidence)
+    });
+    let rolls_back = fields.optional("onFail").map(|value| value.one_of(&[("rollback", true), ("report", false)]));
+    let holds = fields.optional("onInsufficient").map(|value| {
+        if !has_stages {
+            value.error("onInsufficient without stages", "remove it, or write the stages that wait for evidence");
+        }
+        value.one_of(&[("hold", true), ("proceed", false)])
+    });
+    fields.end();
+    Some(Judge {
+        tolerance: tolerance.unwrap_or(Some(Fraction::NONE))?,
+        limit: limit.unwrap_or_default(),
+        p99_increase: p99_increase.unwrap_or_default(),
+        confidence: confidence.unwrap_or(Some(Fraction::from_ppm(990_000)))?,
+        rolls_back: rolls_back.unwrap_or(Some(true))?,
+        holds: holds.unwrap_or(Some(false))?,
+    })
+}
+
+/// Reads `stages` and `startTime`. `None` where they are wrong.
+fn read_schedule(fields: &mut Fields<'_>) -> Option<Option<Schedule>> {
+    let start = fields.optional("startTime");
+    let Some(stages) = fields.optional("stages") else {
+        if let Some(start) = start {
+            start.error("startTime without stages", "write stages: [{weight: 5, duration: 5m}, ...]");
+        }
+        return Some(None);
+    };
+    if start.is_none() {
+        stages.error("stages without startTime", "write startTime: the instant of the first stage");
+    }
+    let start = start.and_then(|start| read_instant(&start));
+    let stages = read_stages(&stages);
+    Some(Some(Schedule { start: start?, stages: stages? }))
+}
+
+fn read_stages(value: &Value<'_>) -> Option<Vec<Stage>> {
+    const MOST: usize = 16;
+    let items = value.array()?;
+    if items.is_empty() || items.len() > MOST {
+        value.error(format!("{} stages", items.len()), format!("write 1 to {MOST}"));
+        return None;
+    }
+    let mut stages: Vec<Stage> = Vec::new();
+    for (index, item) in items.iter().enumerate() {
+        let Some(mut fields) = item.object() else { continue };
+        let weight = fields.required("weight").and_then(|weight| Fraction::read_number(&weight));
+        let duration = if index + 1 < items.len() {
+            fields.required("duration").and_then(|value| read_duration(&value, Duration::from_secs(1)))
+        } else {
+            if let Some(duration) = fields.optional("duration") {
+                duration.error("the last stage has a duration", "remove it: the last stage stays");
+            }
+            Some(Duration::ZERO)
+        };
+        fields.end();
+        let (Some(weight), Some(duration)) = (weight, duration) else { continue };
+        if let Some(before) = stages.last()
+            && weight < before.weight
+        {
+            item.error(
+                format!("the weight goes down from {} to {weight}", before.weight),
+                "write weights that grow; to take the canary back, lower the route's weight without stages",
+            );
+        }
+        stages.push(Stage { weight, duration: nanoseconds(duration) });
+    }
+    (stages.len() == items.len()).then_some(stages)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::diagnostic::Report;
+    use crate::document::Node;
+
+    fn read(weights: [u32; 2], canary: &str) -> (Option<Split>, Vec<String>) {
+        let [stable, trial] = weights;
+        let text = format!(
+            r#"{{"route": [{{"destination": {{"host": "h", "subset": "v1"}}, "weight": {stable}}},
+                           {{"destination": {{"host": "h", "subset": "v2"}}, "weight": {trial}}}],
+                "canary": {{"destination": "v2", "rollout": "r", {canary}}}}}"#
+        );
+        let node = Node::from_json(text.as_bytes()).unwrap();
+        let report = Report::default();
+        let mut fields = Value::root(&node, &report).object().unwrap();
+        let split = Split::read(&mut fields, "t/", &Steering::default(), &mut HeaderNames::default());
+        fields.end();
+        (split, report.into_diagnostics().iter().map(ToString::to_string).collect())
+    }
+
+    #[test]
+    fn stages_are_read() {
+        let (split, told) = read(
+            [100, 0],
+            r#""stages": [{"weight": 5, "duration": "5m"}, {"weight": 100}], "startTime": "2026-11-21T09:00:00Z""#,
+        );
+        assert_eq!(told, [] as [&str; 0]);
+        let schedule = split.unwrap().canary.unwrap().schedule.unwrap();
+        assert_eq!(schedule.start, 1_795_251_600_000_000_000);
+        let first = Stage { weight: Fraction::from_ppm(50_000), duration: 300_000_000_000 };
+        assert_eq!(schedule.stages, [first, Stage { weight: Fraction::WHOLE, duration: 0 }]);
+    }
+
+    #[test]
+    fn a_judge_is_read() {
+        let (split, told) = read(
+            [95, 5],
+            r#""judge": {"errorRateIncrease": "1%", "errorRateMax": {"value": 5}, "p99Increase": "100ms",
+                         "confidence": "99.9%", "onFail": "report"}, "mode": "shadow""#,
+        );
+        assert_eq!(told, [] as [&str; 0]);
+        let canary = split.unwrap().canary.unwrap();
+        assert!(canary.shadow);
+        let expected = Judge {
+            tolerance: Fraction::from_ppm(10_000),
+            limit: Some(Fraction::from_ppm(50_000)),
+            p99_increase: Some(100_000_000),
+            confidence: Fraction::from_ppm(999_000),
+            rolls_back: false,
+            holds: false,
+        };
+        assert_eq!(canary.judge, Some(expected));
+        let (split, _) = read([95, 5], r#""judge": {}"#);
+        let judge = split.unwrap().canary.unwrap().judge.unwrap();
+        assert_eq!((judge.confidence, judge.rolls_back), (Fraction::from_ppm(990_000), true));
+    }
+
+    #[test]
+    fn bad_canaries_are_refused() {
+        let start = r#""startTime": "2026-11-21T09:00:00Z""#;
+        for (weights, canary, expected) in [
+            ([95, 5], r#""stages": [{"weight": 5}]"#.to_owned(), "canary/stages: stages without startTime"),
+            ([95, 5], start.to_owned(), "canary/startTime: startTime without stages"),
+            ([95, 5], format!(r#"{start}, "stages": []"#), "0 stages; write 1 to 16"),
+            (
+                [95, 5],
+                format!(r#"{start}, "stages": [{{"weight": 5}}, {{"weight": 9}}]"#),
+                "stages/0: duration is missing",
+            ),
+            (
+                [95, 5],
+                format!(r#"{start}, "stages": [{{"weight": 5, "duration": "1m"}}]"#),
+                "stages/0/duration: the last stage has a duration",
+            ),
+            (
+                [95, 5],
+                format!(r#"{start}, "stages": [{{"weight": 9, "duration": "1m"}}, {{"weight": 5}}]"#),
+                "stages/1: the weight goes down from 9% to 5%",
+            ),
+            ([95, 5], format!(r#"{start}, "stages": [{{"weight": 101}}]"#), "stages/0/weight: found 101"),
+            ([95, 5], r#""stages": [{"weight": 5}], "startTime": "now""#.to_owned(), "expected an RFC 3339 instant"),
+            ([95, 5], r#""maxRequests": 0"#.to_owned(), "canary/maxRequests: found 0; expected a whole number from 1"),
+            ([95, 5], r#""maxRequests": 1.5"#.to_owned(), "canary/maxRequests: found 1.5"),
+            ([0, 100], r#""judge": {}"#.to_owned(), "canary: no other destination has a weight"),
+            ([95, 5], r#""judge": {"onInsufficient": "hold"}"#.to_owned(), "onInsufficient without stages"),
+            (
+                [95, 5],
+                r#""judge": {"confidence": "100%"}"#.to_owned(),
+                "judge/confidence: found \"100%\"; expected \"50%\"",
+            ),
+            ([95, 5], r#""judge": {"errorRateMax": 5}"#.to_owned(), "judge/errorRateMax: found 5"),
+            ([95, 5], r#""judge": {"p99Increase": "0s"}"#.to_owned(), "judge/p99Increase: found"),
+            ([95, 5], r#""judge": {"onFail": "explode"}"#.to_owned(), "expected one of rollback, report"),
+            ([95, 5], r#""mode": "dark""#.to_owned(), "expected one of enforce, shadow"),
+            ([0, 100], r#""maxRequests": 5"#.to_owned(), "canary: no other destination has a weight"),
+            ([0, 100], format!(r#"{start}, "stages": [{{"weight": 5}}]"#), "no other destination has a weight"),
+        ] {
+            let (_, told) = read(weights, &canary);
+            assert!(told.iter().any(|told| told.contains(expected)), "{canary}: {told:?}");
+        }
+    }
 }

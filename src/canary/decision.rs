@@ -4,7 +4,7 @@ use super::cohort::{cohort, stable_draw};
 use super::policy::{Canary, Split};
 use crate::host::Properties;
 use crate::http::Request;
-use crate::units::{Fraction, point};
+use crate::units::{Fraction, Wall, point};
 use std::borrow::Cow;
 
 /// The destination chosen, and why.
@@ -26,14 +26,53 @@ pub enum Why {
     Drawn { place: u32 },
 }
 
+/// How much of its route's traffic a canary gets, and why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Share {
+    pub weight: Fraction,
+    pub term: Term,
+}
+
+/// What a canary's share was taken from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Term {
+    /// The weight of the route.
+    Route,
+    /// Its start time is yet to come.
+    NotStarted,
+    /// This one of its stages, an index.
+    Stage(usize),
+    /// This request would have gone to the canary, and its cap on exposure is reached.
+    Exhausted,
+    /// The next stage is due, and the evidence does not let it begin.
+    Held,
+    /// It has failed.
+    RolledBack,
+}
+
+impl Canary {
+    /// The share by the clock; `now` is asked only where there are stages. `route` is the weight of the route.
+    pub fn share(&self, route: Fraction, now: impl FnOnce() -> Wall) -> Share {
+        let Some(schedule) = &self.schedule else { return Share { weight: route, term: Term::Route } };
+        let stage = schedule.stage(now());
+        Share { weight: schedule.weight(stage), term: stage.map_or(Term::NotStarted, Term::Stage) }
+    }
+}
+
 impl Split {
+    /// The weight of a destination, as the route has it.
+    pub fn weight(&self, destination: usize) -> Fraction {
+        self.destinations.get(destination).map_or(Fraction::NONE, |(_, weight)| *weight)
+    }
+
     /// The key that decides for `request`: that of the first source which it shows.
     pub fn key<'a>(&self, request: &Request<'a>, route: &'a str, properties: &dyn Properties) -> Option<Cow<'a, [u8]>> {
         self.canary.as_ref()?.key.iter().find_map(|source| source.find(request, route, properties))
     }
 
-    /// Chooses for a request with `key`; `draw` is a uniformly random number that is used where there is no key.
-    pub fn choose(&self, key: Option<&[u8]>, draw: impl FnOnce() -> u64) -> Choice {
+    /// Chooses for a request with `key`; `draw` is a uniformly random number that is used where there is no key. The
+    /// canary, if there is one, gets `weight`; the others share the rest by their relative weights.
+    pub fn choose(&self, weight: Fraction, key: Option<&[u8]>, draw: impl FnOnce() -> u64) -> Choice {
         if self.destinations.len() == 1 {
             return Choice { destination: 0, why: Why::Only };
         }
@@ -45,26 +84,25 @@ impl Split {
             Some(key) => {
                 let rollout = canary.rollout.as_bytes();
                 let place = cohort(rollout, key);
-                let destination = self.on_trial(canary, place, || stable_draw(rollout, key));
+                let destination = self.on_trial(canary, weight, place, || stable_draw(rollout, key));
                 Choice { destination, why: Why::Cohort { place } }
             }
             None => {
                 let drawn = draw();
                 let place = point(drawn);
                 // The low bits have no part in the place, so they draw among the others.
-                let destination = self.on_trial(canary, place, || drawn.wrapping_mul(1_000_000));
+                let destination = self.on_trial(canary, weight, place, || drawn.wrapping_mul(1_000_000));
                 Choice { destination, why: Why::Drawn { place } }
             }
         }
     }
 
     /// The canary for those who stand below its weight; for the others, one of the rest by their relative weights.
-    fn on_trial(&self, canary: &Canary, place: u32, draw: impl FnOnce() -> u64) -> usize {
-        let weight = self.destinations.get(canary.destination).map_or(Fraction::NONE, |(_, weight)| *weight);
+    fn on_trial(&self, canary: &Canary, weight: Fraction, place: u32, draw: impl FnOnce() -> u64) -> usize {
         if place < weight.ppm() {
             return canary.destination;
         }
-        let rest = Fraction::WHOLE.ppm() - weight.ppm();
+        let rest = Fraction::WHOLE.ppm() - self.weight(canary.destination).ppm();
         let place = (u128::from(draw()) * u128::from(rest)) >> 64;
         self.at(place as u32, Some(canary.destination))
     }
@@ -90,6 +128,7 @@ impl Split {
 #[cfg(test)]
 mod tests {
     use super::super::policy::Destination;
+    use super::super::stages::{Schedule, Stage};
     use super::*;
     use proptest::prelude::*;
 
@@ -105,12 +144,26 @@ mod tests {
                 .enumerate()
                 .map(|(name, percent)| (destination(name), Fraction::from_ppm(percent * 10_000)))
                 .collect(),
-            canary: canary.map(|destination| Canary { destination, rollout: "r".into(), key: Vec::new() }),
+            canary: canary.map(|destination| Canary {
+                destination,
+                rollout: "r".into(),
+                key: Vec::new(),
+                schedule: None,
+                max_requests: None,
+                exposed_word: "".into(),
+                judge: None,
+                shadow: false,
+                state_prefix: "".into(),
+            }),
         }
     }
 
+    fn weight(split: &Split) -> Fraction {
+        split.canary.as_ref().map_or(Fraction::NONE, |canary| split.weight(canary.destination))
+    }
+
     fn chosen(split: &Split, key: &str) -> usize {
-        split.choose(Some(key.as_bytes()), || unreachable!("a key needs no draw")).destination
+        split.choose(weight(split), Some(key.as_bytes()), || unreachable!("a key needs no draw")).destination
     }
 
     #[test]
@@ -136,13 +189,38 @@ mod tests {
     }
 
     #[test]
+    fn a_stage_replaces_the_weight_and_the_others_keep_their_proportion() {
+        let mut split = split(&[60, 30, 10], Some(2));
+        let stage = |percent: u32| Stage { weight: Fraction::from_ppm(percent * 10_000), duration: 10 };
+        let stages = vec![stage(0), stage(40), stage(100)];
+        split.canary.as_mut().unwrap().schedule = Some(Schedule { start: 100, stages });
+        for (now, term, canary) in [
+            (99, Term::NotStarted, 0.0),
+            (100, Term::Stage(0), 0.0),
+            (110, Term::Stage(1), 0.4),
+            (120, Term::Stage(2), 1.0),
+        ] {
+            let share = split.canary.as_ref().unwrap().share(Fraction::NONE, || now);
+            assert_eq!(share.term, term);
+            let mut counts = [0_u32; 3];
+            for n in 0..30_000 {
+                counts[split.choose(share.weight, Some(format!("user-{n}").as_bytes()), || 0).destination] += 1;
+            }
+            let expected = [(1.0 - canary) * 2.0 / 3.0, (1.0 - canary) / 3.0, canary];
+            for (count, expected) in counts.into_iter().zip(expected) {
+                assert!((f64::from(count) / 30_000.0 - expected).abs() < 0.015, "at {now}: {counts:?}");
+            }
+        }
+    }
+
+    #[test]
     fn without_a_key_the_weights_are_drawn() {
         for canary in [None, Some(1)] {
             let split = split(&[60, 30, 10], canary);
             let mut state = 7;
             let mut counts = [0_u32; 3];
             for _ in 0..100_000 {
-                let choice = split.choose(None, || crate::random::split_mix(&mut state));
+                let choice = split.choose(weight(&split), None, || crate::random::split_mix(&mut state));
                 counts[choice.destination] += 1;
             }
             for (count, expected) in counts.into_iter().zip([60_000.0_f64, 30_000.0, 10_000.0]) {
@@ -156,7 +234,7 @@ mod tests {
         #[test]
         fn a_weight_of_nothing_is_never_chosen(draw in any::<u64>(), key in ".*") {
             let split = split(&[0, 100, 0], Some(2));
-            prop_assert_eq!(split.choose(None, || draw).destination, 1);
+            prop_assert_eq!(split.choose(weight(&split), None, || draw).destination, 1);
             prop_assert_eq!(chosen(&split, &key), 1);
         }
 

@@ -7,8 +7,19 @@
 mod cohort;
 mod config;
 mod decision;
+mod exposure;
+mod judge;
+mod latency;
+mod logarithm;
 mod policy;
+mod stages;
+mod verdict;
 
 pub use cohort::cohort;
-pub use decision::{Choice, Why};
+pub use decision::{Choice, Share, Term, Why};
+pub use exposure::expose;
+pub use judge::{Arm, Counts, Finding, Judge, Question, Verdict, decibans};
+pub use latency::Latencies;
 pub use policy::{Canary, Destination, Split, Steering};
+pub use stages::{Progress, Schedule, Stage};
+pub use verdict::{Settled, agree_on_edge, settle};

@@ -7,7 +7,7 @@
 mod proxy_wasm;
 pub mod sim;
 
-use crate::units::Monotonic;
+use crate::units::{Monotonic, Wall};
 
 /// Words that all workers of a proxy share, with compare-and-swap. Nothing is ever deleted; whoever writes bounds the
 /// number of keys.
@@ -99,6 +99,8 @@ pub trait Properties {
 pub trait Host: StateStore + Metrics + Properties {
     /// The monotonic clock, one timeline for all workers of the process.
     fn now(&self) -> Monotonic;
+    /// The wall clock, for what proxies have to agree on.
+    fn wall_now(&self) -> Wall;
     /// A uniformly distributed number.
     fn random(&self) -> u64;
 }

@@ -12,7 +12,7 @@ use crate::filter::{Exchange, Filter, Verdict};
 use crate::http::{HeaderMutation, LocalReply, encode_headers};
 use crate::policy::Policy;
 use crate::random::split_mix;
-use crate::units::Monotonic;
+use crate::units::{Monotonic, Wall};
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::{Action, BufferType, ContextType, LogLevel, MapType, MetricType, StreamType};
 use std::cell::{Cell, RefCell};
@@ -92,6 +92,9 @@ unsafe extern "C" {
     fn clock_time_get(clock: u32, precision: u64, time: *mut u64) -> u16;
     fn random_get(buffer: *mut u8, size: usize) -> u16;
 }
+
+/// WASI's wall clock.
+const REALTIME: u32 = 0;
 
 /// WASI's monotonic clock, which in Envoy is one timeline for all workers.
 const MONOTONIC: u32 = 1;
@@ -190,6 +193,12 @@ impl Host for Envoy {
     fn now(&self) -> Monotonic {
         let mut now = 0;
         unsafe { clock_time_get(MONOTONIC, 0, &mut now) };
+        now
+    }
+
+    fn wall_now(&self) -> Wall {
+        let mut now = 0;
+        unsafe { clock_time_get(REALTIME, 0, &mut now) };
         now
     }
 
@@ -351,7 +360,7 @@ impl HttpContext for Stream {
     }
 
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
-        if let Some(filter) = self.worker.filter.borrow().as_ref() {
+        if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
             let header = |name: &str| header(MapType::HttpResponseHeaders, name);
             filter.on_response(&self.worker.envoy, &mut self.exchange, &header);
         }
@@ -359,7 +368,7 @@ impl HttpContext for Stream {
     }
 
     fn on_http_response_trailers(&mut self, _: usize) -> Action {
-        if let Some(filter) = self.worker.filter.borrow().as_ref() {
+        if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
             let header = |name: &str| header(MapType::HttpResponseTrailers, name);
             filter.on_response_trailers(&self.worker.envoy, &mut self.exchange, &header);
         }

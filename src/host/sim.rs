@@ -2,7 +2,7 @@
 //! memory. Tests and the command-line program run the filter on it.
 
 use super::{Conflict, Host, MetricId, Metrics, Properties, StateStore, Version};
-use crate::units::Monotonic;
+use crate::units::{Monotonic, Wall};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 
@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 #[derive(Debug)]
 pub struct Sim {
     now: Cell<Monotonic>,
+    wall: Cell<Wall>,
     seed: Cell<u64>,
     version: Cell<u32>,
     words: RefCell<BTreeMap<String, (Vec<u8>, Version)>>,
@@ -21,6 +22,7 @@ impl Sim {
     pub fn new(seed: u64) -> Sim {
         Sim {
             now: Cell::new(1_000_000_000_000),
+            wall: Cell::new(1_735_689_600_000_000_000),
             seed: Cell::new(seed),
             version: Cell::new(0),
             words: RefCell::default(),
@@ -29,9 +31,15 @@ impl Sim {
         }
     }
 
-    /// Moves the clock forward.
+    /// Moves both clocks forward.
     pub fn advance(&self, by: std::time::Duration) {
         self.now.set(self.now.get() + crate::units::nanoseconds(by));
+        self.wall.set(self.wall.get() + crate::units::nanoseconds(by));
+    }
+
+    /// Sets the wall clock, as an operator might.
+    pub fn set_wall(&self, to: Wall) {
+        self.wall.set(to);
     }
 
     /// What [`Properties::property`] answers from now on for `path`, its segments joined by dots.
@@ -121,6 +129,10 @@ impl Properties for Sim {
 impl Host for Sim {
     fn now(&self) -> Monotonic {
         self.now.get()
+    }
+
+    fn wall_now(&self) -> Wall {
+        self.wall.get()
     }
 
     fn random(&self) -> u64 {

@@ -6,5 +6,6 @@ mod fault;
 mod hostile;
 mod ratelimit;
 mod trace;
+mod trial;
 mod update;
 mod world;

@@ -1,10 +1,17 @@
 //! The lifecycle table: what happens to requests, from their head to their end. Every case runs twice, natively on the
 //! simulated host and in the module that ships.
 
+mod canary;
 mod native;
 mod proxy;
 mod wasm;
 
+use canary::{
+    a_cap_on_exposure_is_exact, a_failing_canary_is_rolled_back_in_all_workers_for_good,
+    a_reported_failure_keeps_its_weight_and_enters_no_stage, a_stage_may_wait_for_evidence, garbage_is_no_verdict,
+    grpc_failures_are_evidence, in_shadow_nothing_changes, slowness_is_evidence, stages_follow_the_wall_clock,
+    the_worker_that_saw_the_last_failure_sends_no_other, what_is_no_fault_of_the_canary_is_no_evidence,
+};
 use proxy::{Outcome, Proxy, exchange, get, value};
 use std::time::Duration;
 
@@ -41,6 +48,17 @@ cases![
     grpc_failures_are_seen_in_trailers,
     own_faults_are_no_failures_of_the_upstream,
     a_bad_policy_is_refused_and_the_old_one_serves_on,
+    stages_follow_the_wall_clock,
+    a_cap_on_exposure_is_exact,
+    a_failing_canary_is_rolled_back_in_all_workers_for_good,
+    the_worker_that_saw_the_last_failure_sends_no_other,
+    what_is_no_fault_of_the_canary_is_no_evidence,
+    grpc_failures_are_evidence,
+    a_reported_failure_keeps_its_weight_and_enters_no_stage,
+    a_stage_may_wait_for_evidence,
+    in_shadow_nothing_changes,
+    slowness_is_evidence,
+    garbage_is_no_verdict,
     hostile_requests_are_routed_like_any_other,
 ];
 

@@ -76,13 +76,13 @@ impl Proxy for Native {
     fn response(&mut self, stream: StreamId, headers: &[(&str, &str)]) {
         let worker = &mut self.workers[stream.worker];
         let exchange = &mut worker.streams.get_mut(&stream.id).expect("the stream is open").exchange;
-        worker.filter.as_ref().unwrap().on_response(&self.host, exchange, &|name| find(headers, name));
+        worker.filter.as_mut().unwrap().on_response(&self.host, exchange, &|name| find(headers, name));
     }
 
     fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]) {
         let worker = &mut self.workers[stream.worker];
         let exchange = &mut worker.streams.get_mut(&stream.id).expect("the stream is open").exchange;
-        worker.filter.as_ref().unwrap().on_response_trailers(&self.host, exchange, &|name| find(trailers, name));
+        worker.filter.as_mut().unwrap().on_response_trailers(&self.host, exchange, &|name| find(trailers, name));
     }
 
     fn end(&mut self, stream: StreamId) {

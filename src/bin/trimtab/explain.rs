@@ -13,7 +13,8 @@ use serde_json::{Value, json};
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::path::PathBuf;
-use trimtab::canary::{Choice, Split, Why};
+use std::time::SystemTime;
+use trimtab::canary::{Choice, Split, Term, Why};
 use trimtab::decimal::Decimal;
 use trimtab::document::quoted;
 use trimtab::fault::{Abort, DrawnFrom, Fault, Withheld};
@@ -26,7 +27,7 @@ use trimtab::matcher::Condition;
 use trimtab::policy::{Policy, Route};
 use trimtab::trace::w3c::{Flags, Invalid, format_traceparent};
 use trimtab::trace::{self, Arrived, Continuation};
-use trimtab::units::{Fraction, point};
+use trimtab::units::{Fraction, nanoseconds, point};
 
 #[derive(Args)]
 pub(crate) struct Explain {
@@ -100,6 +101,9 @@ impl Explain {
         // Small enough to be typed again.
         let seed = self.seed.unwrap_or_else(|| RandomState::new().hash_one(0) % 1_000_000);
         let host = Sim::new(seed);
+        if let Ok(now) = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH) {
+            host.set_wall(nanoseconds(now));
+        }
         for property in &self.properties {
             host.set_property(&property.path, property.value.as_bytes());
         }
@@ -343,9 +347,15 @@ impl Story<'_> {
         let Some(split) = self.route().and_then(|route| route.split.as_ref()) else { return };
         let Some(choice) = self.reasons.choice else { return };
         table.section("destination");
-        let trial = split.canary.as_ref().and_then(|canary| {
-            let (destination, weight) = split.destinations.get(canary.destination)?;
-            Some(format!("{} has those below {weight}", destination.label()))
+        let trial = split.canary.as_ref().zip(self.reasons.share).and_then(|(canary, share)| {
+            let (destination, _) = split.destinations.get(canary.destination)?;
+            let weight = if canary.shadow { split.weight(canary.destination) } else { share.weight };
+            let when = match share.term {
+                Term::NotStarted => " until its start time",
+                Term::Stage(_) => " in this stage",
+                Term::Route | Term::Exhausted | Term::Held | Term::RolledBack => "",
+            };
+            Some(format!("{} has those below {weight}{when}", destination.label()))
         });
         let shares = || {
             let share = |(destination, weight): &(trimtab::canary::Destination, Fraction)| {

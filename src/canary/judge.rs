@@ -1,0 +1,469 @@
+//! The judge: whether the canary fails more than the others do, as soon as the answers tell.
+//!
+//! # The test
+//!
+//! Every request of the route goes to the canary with probability *w*, its weight. If the canary fails no more often
+//! than the others, then a failure, wherever it came from, lies in the canary with a probability of at most *w*; if its
+//! failures are *r* times as likely, with probability *w·r / (1 + w·(r - 1))*. So a failure in the canary multiplies the
+//! likelihood of "*r* times" over that of "no more often" by *r / (1 + w·(r - 1))*, and a failure elsewhere by
+//! *1 / (1 + w·(r - 1))*. With *h* failures in the canary, and *n* in all while the weight was *w*, the logarithm of the
+//! product is
+//!
+//! > h · ln r - Σ n · ln(1 + w·(r - 1))          (the sum over all weights there were)
+//!
+//! and the *evidence* is the mean of the product over a fixed set of ratios *r*. While the canary is no worse, the
+//! expectation of each factor is at most 1, whatever came before. The evidence is then a nonnegative supermartingale
+//! that begins at 1, and by Ville's inequality the probability that it *ever* reaches 1/α is at most α. Hence one may
+//! look after every answer and act on what one sees. (Lindon and Malek, "Anytime-valid inference for multinomial count
+//! data", NeurIPS 2022, arXiv 2205.14762; there the mixture is a Dirichlet distribution, here it is a handful of points,
+//! which takes no gamma function.) The formula asks for counts only. Workers add to the same counters, in any order.
+//!
+//! # One test, three questions, two answers each
+//!
+//! - *Errors*: the canary against the others. The tolerance is a handicap: of the successes of the others, the given
+//!   share is drawn at random and counted as failures. What is then tested is whether the canary fails in more than
+//!   *p + t·(1 - p)* of its requests, *p* being the failure rate of the others and *t* the tolerance.
+//! - *Slowness*: the same with slow answers in place of failures. Those of the others are slow past an edge near their
+//!   99th percentile, those of the canary past the edge plus the tolerance.
+//! - *Limit*: the canary against a fixed rate. Each request of the canary is a trial, which fails with a probability of
+//!   at most that rate; *r* is the ratio of the odds. It is the same formula with the rate in the place of *w* and the
+//!   requests in that of the failures.
+//!
+//! The ratios above 1 speak against the canary and those below 1 for it: that it fails *less* than the tolerance allows
+//! (for errors, than a tolerance of at least [`LEAST_MARGIN`], since nothing can be shown to be no worse at all). To
+//! fail one question is to fail, so against each of *k* questions 1/α is needed *k* times over; to pass, all have to be
+//! passed. Neither: the evidence is insufficient, and the judge says so.
+//!
+//! # What it rests on
+//!
+//! That requests are alike on both sides and fail independently of each other. A few heavy users who stick to the canary
+//! make its real share differ from its weight, so of the two the one is used that is worse for the claim: the greater
+//! against the canary, the smaller for it. That only lowers the evidence, so the bound on false alarms stands. One user
+//! whose every request fails, on whichever side the cohort has put them, still weighs as many users.
+
+use super::logarithm::{exp, ln};
+use crate::units::Fraction;
+
+/// The `judge` block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Judge {
+    /// By how much the canary's failure rate may exceed that of the others.
+    pub tolerance: Fraction,
+    /// The rate that the canary's failures may not exceed in any case.
+    pub limit: Option<Fraction>,
+    /// By how many nanoseconds the canary's 99th percentile may exceed that of the others.
+    pub p99_increase: Option<u64>,
+    pub confidence: Fraction,
+    /// Whether a canary that failed gets no more requests. Otherwise it is only reported, and enters no further stage.
+    pub rolls_back: bool,
+    /// Whether a stage is entered only after the canary has passed, not already if it has not failed.
+    pub holds: bool,
+}
+
+/// What a canary is shown to be within, in its failure rate, before it passes.
+const LEAST_MARGIN: Fraction = Fraction::from_ppm(10_000);
+
+/// What is known of one side while the canary had one weight.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Arm {
+    pub requests: u64,
+    pub failures: u64,
+    pub slow: u64,
+}
+
+/// What is known of both sides while the canary had one weight.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub weight: Fraction,
+    pub canary: Arm,
+    pub others: Arm,
+    /// Successes of the others that count as failures, one for each request that [`Judge::tolerance`] includes.
+    pub handicap: u64,
+    /// The same for [`Judge::margin`].
+    pub margin: u64,
+}
+
+/// What the judge says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Verdict {
+    /// The evidence is insufficient.
+    #[default]
+    Insufficient,
+    Pass,
+    Fail,
+}
+
+/// What is asked of a canary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Question {
+    Errors,
+    Limit,
+    Slowness,
+}
+
+/// A verdict, and the evidence for it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Finding {
+    pub verdict: Verdict,
+    /// The question that the canary does worst in.
+    pub question: Question,
+    /// The natural logarithm of the evidence against the canary, divided by the number of questions.
+    pub against: f64,
+    /// The natural logarithm of the evidence for the canary in the question that is least clear.
+    pub favour: f64,
+    pub canary: Arm,
+    pub others: Arm,
+}
+
+/// How many times as likely a failure might be.
+const WORSE: [f64; 8] = [1.5, 2.0, 3.0, 5.0, 8.0, 16.0, 32.0, 64.0];
+const BETTER: [f64; 6] = [1.0 / 1.5, 1.0 / 2.0, 1.0 / 3.0, 1.0 / 5.0, 1.0 / 16.0, 1.0 / 64.0];
+
+impl Judge {
+    /// What the canary's failure rate is shown to be within before it passes.
+    pub fn margin(&self) -> Fraction {
+        self.tolerance.max(LEAST_MARGIN)
+    }
+
+    /// The natural logarithm of the evidence that decides.
+    pub fn needed(&self) -> f64 {
+        let alpha = Fraction::WHOLE.ppm().saturating_sub(self.confidence.ppm()).max(1);
+        ln(1_000_000.0 / f64::from(alpha))
+    }
+
+    /// Judges from everything that is known; `counts` has one entry for each weight there was.
+    pub fn judge(&self, counts: &[Counts]) -> Finding {
+        let sum = |side: fn(&Counts) -> Arm| {
+            counts.iter().map(side).fold(Arm::default(), |sum, arm| Arm {
+                requests: sum.requests.saturating_add(arm.requests),
+                failures: sum.failures.saturating_add(arm.failures),
+                slow: sum.slow.saturating_add(arm.slow),
+            })
+        };
+        let (canary, others) = (sum(|counts| counts.canary), sum(|counts| counts.others));
+        let mut finding = Finding {
+            verdict: Verdict::Insufficient,
+            question: Question::Errors,
+            against: f64::NEG_INFINITY,
+            favour: f64::INFINITY,
+            canary,
+            others,
+        };
+        let sides = |hits: fn(&Counts) -> u64, share: fn(&Counts) -> f64| -> Vec<(u64, f64)> {
+            counts.iter().map(|counts| (hits(counts), share(counts))).collect()
+        };
+        finding.take(
+            Question::Errors,
+            evidence(&WORSE, canary.failures, &sides(|c| c.failures().saturating_add(c.handicap), Counts::most)),
+            evidence(&BETTER, canary.failures, &sides(|c| c.failures().saturating_add(c.margin), Counts::least)),
+        );
+        if let Some(limit) = self.limit {
+            let trials = [(canary.requests, part(u64::from(limit.ppm()), 1_000_000))];
+            finding.take(
+                Question::Limit,
+                evidence(&WORSE, canary.failures, &trials),
+                evidence(&BETTER, canary.failures, &trials),
+            );
+        }
+        if self.p99_increase.is_some() {
+            finding.take(
+                Question::Slowness,
+                evidence(&WORSE, canary.slow, &sides(Counts::slow, Counts::most)),
+                evidence(&BETTER, canary.slow, &sides(Counts::slow, Counts::least)),
+            );
+        }
+        let questions = 1 + u32::from(self.limit.is_some()) + u32::from(self.p99_increase.is_some());
+        finding.against -= ln(f64::from(questions));
+        if finding.against >= self.needed() {
+            finding.verdict = Verdict::Fail;
+        } else if finding.favour >= self.needed() {
+            finding.verdict = Verdict::Pass;
+        }
+        finding
+    }
+}
+
+impl Finding {
+    fn take(&mut self, question: Question, against: f64, favour: f64) {
+        if against > self.against {
+            (self.question, self.against) = (question, against);
+        }
+        self.favour = self.favour.min(favour);
+    }
+}
+
+impl Counts {
+    fn failures(&self) -> u64 {
+        self.canary.failures.saturating_add(self.others.failures)
+    }
+
+    fn slow(&self) -> u64 {
+        self.canary.slow.saturating_add(self.others.slow)
+    }
+
+    /// The canary's share at least: its weight, or what it really got.
+    fn least(&self) -> f64 {
+        self.weight().min(self.share())
+    }
+
+    /// The canary's share at most.
+    fn most(&self) -> f64 {
+        self.weight().max(self.share())
+    }
+
+    fn weight(&self) -> f64 {
+        part(u64::from(self.weight.ppm()), 1_000_000)
+    }
+
+    fn share(&self) -> f64 {
+        match self.canary.requests.saturating_add(self.others.requests) {
+            0 => self.weight(),
+            requests => part(self.canary.requests, requests),
+        }
+    }
+}
+
+fn part(of: u64, whole: u64) -> f64 {
+    of as f64 / whole as f64
+}
+
+/// The natural logarithm of the evidence that a hit is one of `ratios` as likely, from `hits` among trials that each
+/// hit with the probability beside their number.
+#[inline(never)]
+fn evidence(ratios: &[f64], hits: u64, trials: &[(u64, f64)]) -> f64 {
+    let likelihood = |ratio: &f64| {
+        let mut sum = hits as f64 * ln(*ratio);
+        for (number, chance) in trials {
+            sum -= *number as f64 * ln(1.0 + chance * (ratio - 1.0));
+        }
+        sum
+    };
+    let logarithms: Vec<f64> = ratios.iter().map(likelihood).collect();
+    // The mean of exponentials, the greatest taken out so that none overflows.
+    let greatest = logarithms.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = logarithms.iter().map(|logarithm| exp(logarithm - greatest)).sum();
+    greatest + ln(sum / ratios.len() as f64)
+}
+
+/// Evidence as people weigh it: ten times its decimal logarithm. A likelihood of 100 to 1 is 20 decibans.
+pub fn decibans(logarithm: f64) -> u64 {
+    const DECIBAN: f64 = std::f64::consts::LN_10 / 10.0;
+    (logarithm.max(0.0) / DECIBAN + 0.5) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::split_mix;
+    use proptest::prelude::*;
+
+    const JUDGE: Judge = Judge {
+        tolerance: Fraction::NONE,
+        limit: None,
+        p99_increase: None,
+        confidence: Fraction::from_ppm(990_000),
+        rolls_back: true,
+        holds: false,
+    };
+
+    /// One stream of requests, drawn from a seed.
+    struct Run {
+        judge: Judge,
+        state: u64,
+        counts: Vec<Counts>,
+    }
+
+    impl Run {
+        fn new(judge: Judge, seed: u64, percent: u32) -> Run {
+            let weight = Fraction::from_ppm(percent * 10_000);
+            Run { judge, state: seed << 20, counts: vec![Counts { weight, ..Counts::default() }] }
+        }
+
+        fn draw(&mut self, chance: Fraction) -> bool {
+            chance.includes(split_mix(&mut self.state))
+        }
+
+        /// One request; a finding where it could have changed for the worse.
+        fn step(&mut self, stable: Fraction, trial: Fraction) -> Option<Finding> {
+            let weight = self.counts.last().unwrap().weight;
+            let on_trial = self.draw(weight);
+            let failed = self.draw(if on_trial { trial } else { stable });
+            let handicap = split_mix(&mut self.state);
+            let judge = self.judge;
+            let counts = self.counts.last_mut().unwrap();
+            let arm = if on_trial { &mut counts.canary } else { &mut counts.others };
+            arm.requests += 1;
+            arm.failures += u64::from(failed);
+            if !failed && !on_trial {
+                counts.handicap += u64::from(judge.tolerance.includes(handicap));
+                counts.margin += u64::from(judge.margin().includes(handicap));
+            }
+            (on_trial && failed).then(|| judge.judge(&self.counts))
+        }
+
+        fn requests(&self) -> u64 {
+            self.counts.iter().map(|counts| counts.canary.requests).sum()
+        }
+    }
+
+    fn ppm(ppm: u32) -> Fraction {
+        Fraction::from_ppm(ppm)
+    }
+
+    /// How many of `runs` end in a rollback within `requests`, looking after every failure of the canary.
+    fn false_alarms(judge: Judge, runs: u64, requests: u32, rate: Fraction, weights: &[u32]) -> usize {
+        let alarm = |seed: u64| {
+            let mut run = Run::new(judge, seed, weights[0]);
+            for weight in weights {
+                if *weight != weights[0] {
+                    run.counts.push(Counts { weight: ppm(weight * 10_000), ..Counts::default() });
+                }
+                for _ in 0..requests / weights.len() as u32 {
+                    if run.step(rate, rate).is_some_and(|finding| finding.verdict == Verdict::Fail) {
+                        return true;
+                    }
+                }
+            }
+            false
+        };
+        (0..runs).filter(|seed| alarm(seed + 1)).count()
+    }
+
+    #[test]
+    fn a_canary_like_the_others_is_rolled_back_in_two_of_a_hundred_runs_at_most() {
+        let alarms = false_alarms(JUDGE, 500, 50_000, ppm(10_000), &[10]);
+        assert!(alarms <= 10, "{alarms} of 500");
+        println!("false alarms at a fixed weight: {alarms} of 500");
+    }
+
+    #[test]
+    fn nor_while_its_weight_grows_or_with_every_question_asked() {
+        let alarms = false_alarms(JUDGE, 200, 20_000, ppm(20_000), &[1, 5, 25, 50]);
+        assert!(alarms <= 4, "{alarms} of 200");
+        let judge = Judge { tolerance: ppm(10_000), limit: Some(ppm(20_000)), ..JUDGE };
+        let all = false_alarms(judge, 200, 20_000, ppm(20_000), &[5, 25]);
+        assert!(all <= 4, "{all} of 200");
+        println!("false alarms at growing weights: {alarms} of 200; with a limit at the true rate: {all} of 200");
+    }
+
+    fn median_to_roll_back(judge: Judge, stable: Fraction, trial: Fraction) -> u64 {
+        let mut needed: Vec<u64> = (0..201)
+            .map(|seed| {
+                let mut run = Run::new(judge, seed + 1_000, 10);
+                while run.requests() < 20_000 {
+                    if run.step(stable, trial).is_some_and(|finding| finding.verdict == Verdict::Fail) {
+                        return run.requests();
+                    }
+                }
+                u64::MAX
+            })
+            .collect();
+        needed.sort_unstable();
+        needed[100]
+    }
+
+    #[test]
+    fn a_bad_canary_is_found_within_few_of_its_requests() {
+        for (stable, trial, at_most) in [(10_000, 200_000, 25), (10_000, 50_000, 200), (1_000, 10_000, 600)] {
+            let median = median_to_roll_back(JUDGE, ppm(stable), ppm(trial));
+            assert!(median <= at_most, "{stable} against {trial} ppm: {median}");
+            println!("{stable} against {trial} ppm: median {median} canary requests");
+        }
+        let judge = Judge { limit: Some(ppm(20_000)), ..JUDGE };
+        assert!(median_to_roll_back(judge, ppm(100_000), ppm(100_000)) <= 200, "equally bad, and past the limit");
+    }
+
+    #[test]
+    fn what_is_within_the_tolerance_is_tolerated() {
+        let judge = Judge { tolerance: ppm(10_000), ..JUDGE };
+        let alarms = (0..100)
+            .filter(|seed| {
+                let mut run = Run::new(judge, seed + 5_000, 20);
+                (0..20_000)
+                    .any(|_| run.step(ppm(10_000), ppm(19_000)).is_some_and(|found| found.verdict == Verdict::Fail))
+            })
+            .count();
+        assert!(alarms <= 2, "{alarms} of 100");
+    }
+
+    #[test]
+    fn a_good_canary_passes_and_a_bad_one_does_not() {
+        let passes = |trial: u32, requests: u64| {
+            let passes = |seed: &u64| {
+                let mut run = Run::new(JUDGE, seed + 9_000, 10);
+                for _ in 0..requests {
+                    run.step(ppm(1_000), ppm(trial));
+                }
+                JUDGE.judge(&run.counts).verdict == Verdict::Pass
+            };
+            (0..50).filter(passes).count()
+        };
+        assert_eq!(passes(1_000, 500), 0, "50 requests are insufficient evidence");
+        assert!(passes(1_000, 20_000) >= 45);
+        assert_eq!(passes(12_000, 20_000), 0);
+    }
+
+    #[test]
+    fn one_failure_decides_nothing() {
+        for weight in [1, 100, 10_000, 500_000] {
+            for limit in [None, Some(ppm(1))] {
+                let canary = Arm { requests: 1, failures: 1, slow: 0 };
+                let counts = Counts { weight: ppm(weight), canary, ..Counts::default() };
+                let finding = Judge { limit, ..JUDGE }.judge(&[counts]);
+                assert_eq!(finding.verdict, Verdict::Insufficient, "at {weight} ppm: {finding:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_heavy_user_in_the_canary_is_no_evidence_against_it() {
+        let side = |requests| Arm { requests, failures: requests / 50, slow: 0 };
+        let counts = Counts { weight: ppm(50_000), canary: side(4_000), others: side(6_000), ..Counts::default() };
+        let finding = JUDGE.judge(&[counts]);
+        assert!(finding.against < 0.0, "40 % of the requests and of the failures, at a weight of 5 %: {finding:?}");
+    }
+
+    #[test]
+    fn evidence_is_weighed_in_decibans() {
+        assert_eq!(decibans(JUDGE.needed()), 20);
+        assert_eq!(decibans(f64::NEG_INFINITY), 0);
+        assert_eq!(decibans(f64::NAN), 0);
+        // By hand: 3 of 3 failures in a canary of 10 %, at each ratio r the cube of r / (1 + 0.1 (r - 1)).
+        let by_hand: f64 = WORSE.iter().map(|r| (r / (1.0 + 0.1 * (r - 1.0))).powi(3)).sum::<f64>() / 8.0;
+        assert!((evidence(&WORSE, 3, &[(3, 0.1)]) - by_hand.ln()).abs() < 1e-12);
+    }
+
+    proptest! {
+        #[test]
+        fn any_counts_are_judged(
+            arms in proptest::collection::vec((any::<[u64; 3]>(), any::<[u64; 3]>(), any::<u32>()), 0..5),
+        ) {
+            let arm = |[requests, failures, slow]: [u64; 3]| Arm {
+                requests, failures, slow,
+            };
+            let counts: Vec<Counts> = arms.iter().map(|(canary, others, weight)| Counts {
+                weight: ppm(*weight), canary: arm(*canary), others: arm(*others), handicap: 3, margin: 5,
+            }).collect();
+            let judge = Judge { limit: Some(ppm(0)), p99_increase: Some(1), ..JUDGE };
+            let finding = judge.judge(&counts);
+            let _ = (decibans(finding.against), decibans(finding.favour));
+        }
+
+        #[test]
+        fn how_the_workers_shared_the_counting_does_not_matter(failures in 0..50_u64, more in 0..50_u64) {
+            let counts = |canary: u64, others: u64| Counts {
+                weight: ppm(100_000),
+                canary: Arm { requests: 100, failures: canary, slow: 0 },
+                others: Arm { requests: 900, failures: others, slow: 0 },
+                ..Counts::default()
+            };
+            let whole = JUDGE.judge(&[Counts {
+                canary: Arm { requests: 200, failures: failures + more, slow: 0 },
+                others: Arm { requests: 1_800, failures: failures + more, slow: 0 },
+                ..counts(0, 0)
+            }]);
+            let parts = JUDGE.judge(&[counts(failures, more), counts(more, failures)]);
+            prop_assert!((whole.against - parts.against).abs() < 1e-9);
+        }
+    }
+}

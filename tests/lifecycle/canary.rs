@@ -1,0 +1,225 @@
+//! Trials: stages, the cap on exposure, and the judge.
+
+use crate::proxy::{Outcome, Proxy, exchange, get};
+use crate::{Start, policy, subset};
+use std::time::Duration;
+
+/// The clocks of both proxies begin at 2025-01-01T00:00:00Z.
+const STAGES: &str = r#""startTime": "2025-01-01T00:01:00Z",
+    "stages": [{"weight": 10, "duration": "1m"}, {"weight": 50, "duration": "1m"}, {"weight": 100}]"#;
+
+const METRICS: &str = "trimtab.policy.p.route.default.rollout";
+
+fn trial(rollout: &str, canary: &str) -> String {
+    policy(
+        &format!(
+            r#"{{"name": "default",
+                "route": [{{"destination": {{"host": "h", "subset": "v1"}}, "weight": 50}},
+                          {{"destination": {{"host": "h", "subset": "v2"}}, "weight": 50}}],
+                "canary": {{"destination": "v2", "rollout": "{rollout}", "key": [{{"header": "x-user"}}], {canary}}}}}"#
+        ),
+        "",
+    )
+}
+
+/// Sends a request of each of `users` through both workers in turn; how many go to the canary. It answers `canary`,
+/// and the others answer 200.
+fn send(proxy: &mut dyn Proxy, users: std::ops::Range<usize>, canary: &str) -> usize {
+    let is_canary = |user: &usize| {
+        let (stream, outcome) = get(proxy, user % 2, "/", &[("x-user", &format!("user-{user}"))]);
+        let is_canary = subset(outcome).as_deref() == Some("v2");
+        proxy.response(stream, &[(":status", if is_canary { canary } else { "200" })]);
+        proxy.end(stream);
+        is_canary
+    };
+    users.filter(is_canary).count()
+}
+
+pub fn stages_follow_the_wall_clock(start: Start) {
+    let mut proxy = start(&trial("r", STAGES));
+    let share = |proxy: &mut dyn Proxy| send(proxy, 0..400, "200");
+    assert_eq!(share(&mut *proxy), 0, "before the start");
+    proxy.advance(Duration::from_millis(59_999));
+    assert_eq!(share(&mut *proxy), 0);
+    proxy.advance(Duration::from_millis(1));
+    assert!((25..=55).contains(&share(&mut *proxy)), "10 %");
+    assert_eq!(proxy.metric(&format!("{METRICS}.r.weight_ppm")), 100_000);
+    proxy.advance(Duration::from_secs(60));
+    assert!((170..=230).contains(&share(&mut *proxy)), "50 %");
+    proxy.advance(Duration::from_secs(60));
+    assert_eq!(share(&mut *proxy), 400);
+    proxy.advance(Duration::from_secs(3_600));
+    assert_eq!(share(&mut *proxy), 400, "the last stage stays");
+}
+
+pub fn a_cap_on_exposure_is_exact(start: Start) {
+    let capped = trial("r", r#""maxRequests": 25"#);
+    let mut proxy = start(&capped);
+    assert_eq!(send(&mut *proxy, 0..300, "200"), 25);
+    proxy.update(&capped).unwrap();
+    assert_eq!(send(&mut *proxy, 0..300, "200"), 0, "an update does not open it again");
+    assert!(proxy.metric(&format!("{METRICS}.r.capped")) > 100);
+    proxy.update(&trial("r", r#""maxRequests": 30"#)).unwrap();
+    assert_eq!(send(&mut *proxy, 0..300, "200"), 5, "a higher cap goes on from there");
+    proxy.update(&trial("another", r#""maxRequests": 25"#)).unwrap();
+    assert_eq!(send(&mut *proxy, 0..300, "200"), 25);
+}
+
+pub fn a_failing_canary_is_rolled_back_in_all_workers_for_good(start: Start) {
+    let judged = trial("r", r#""judge": {}"#);
+    let mut proxy = start(&judged);
+    // Half of all requests are the canary's, and all of those fail: each doubles the evidence, at the most.
+    let exposed = send(&mut *proxy, 0..300, "503");
+    assert!((7..=20).contains(&exposed), "{exposed} requests were exposed");
+    assert_eq!(proxy.metric(&format!("{METRICS}.r.judge.failed")), 1);
+    assert_eq!(proxy.metric(&format!("{METRICS}.r.judge.weight.500000.canary.failures")), exposed as u64);
+    assert!(proxy.metric(&format!("{METRICS}.r.judge.against_decibans")) >= 20);
+    assert_eq!(send(&mut *proxy, 0..300, "200"), 0);
+    proxy.advance(Duration::from_secs(3_600));
+    proxy.update(&judged).unwrap();
+    assert_eq!(send(&mut *proxy, 0..300, "200"), 0, "an update changes nothing");
+    proxy.update(&trial("r.2", r#""judge": {}"#)).unwrap();
+    assert!(send(&mut *proxy, 0..300, "200") > 100, "a new rollout has a new chance");
+    proxy.update(&judged).unwrap();
+    assert_eq!(send(&mut *proxy, 0..300, "200"), 0, "the old one has not");
+}
+
+pub fn the_worker_that_saw_the_last_failure_sends_no_other(start: Start) {
+    let mut proxy = start(&trial("r", r#""judge": {}"#));
+    let failed = format!("{METRICS}.r.judge.failed");
+    for n in 0..500 {
+        let user = [("x-user", format!("user-{n}"))];
+        let user = [("x-user", user[0].1.as_str())];
+        let (stream, outcome) = get(&mut *proxy, 0, "/", &user);
+        let is_canary = subset(outcome).as_deref() == Some("v2");
+        let was_failed = proxy.metric(&failed) == 1;
+        assert!(!is_canary || !was_failed, "request {n} went to a canary that has failed");
+        proxy.response(stream, &[(":status", if is_canary { "500" } else { "200" })]);
+        if proxy.metric(&failed) == 1 {
+            for worker in [0, 1] {
+                assert_eq!(subset(exchange(&mut *proxy, worker, &user, "200")).as_deref(), Some("v1"));
+            }
+        }
+        proxy.end(stream);
+    }
+    assert_eq!(proxy.metric(&failed), 1);
+}
+
+pub fn what_is_no_fault_of_the_canary_is_no_evidence(start: Start) {
+    let requests = format!("{METRICS}.r.judge.weight.500000.canary.requests");
+    let failures = format!("{METRICS}.r.judge.weight.500000.canary.failures");
+    let mut proxy = start(&trial("r", r#""judge": {}"#));
+    send(&mut *proxy, 0..100, "429");
+    assert_eq!(proxy.metric(&requests), 0, "somebody's limit");
+    for user in 0..100 {
+        let (stream, _) = get(&mut *proxy, 0, "/", &[("x-user", &format!("user-{user}"))]);
+        proxy.end(stream);
+    }
+    assert_eq!(proxy.metric(&requests), 0, "clients that went away");
+    send(&mut *proxy, 0..20, "404");
+    assert!(proxy.metric(&requests) > 0, "an answer");
+    assert_eq!(proxy.metric(&failures), 0, "and no failure");
+
+    let faulted = trial("r", r#""judge": {}"#)
+        .replace(r#""canary""#, r#""fault": {"abort": {"percentage": {"value": 100}, "httpStatus": 503}}, "canary""#);
+    let mut proxy = start(&faulted);
+    for user in 0..100 {
+        let outcome = exchange(&mut *proxy, 0, &[("x-user", &format!("user-{user}"))], "200");
+        assert!(matches!(outcome, Outcome::Answered(_)));
+    }
+    assert_eq!(proxy.metric(&requests), 0, "faults of our own");
+}
+
+pub fn grpc_failures_are_evidence(start: Start) {
+    let mut proxy = start(&trial("r", r#""judge": {}"#));
+    let mut exposed = 0;
+    for user in 0..100 {
+        let user = format!("user-{user}");
+        let call = [("content-type", "application/grpc"), ("x-user", user.as_str())];
+        let (stream, outcome) = get(&mut *proxy, 0, "/", &call);
+        let is_canary = subset(outcome).as_deref() == Some("v2");
+        exposed += usize::from(is_canary);
+        proxy.response(stream, &[(":status", "200")]);
+        proxy.response_trailers(stream, &[("grpc-status", if is_canary { "14" } else { "0" })]);
+        proxy.end(stream);
+    }
+    assert!((7..=20).contains(&exposed), "{exposed}");
+}
+
+pub fn a_reported_failure_keeps_its_weight_and_enters_no_stage(start: Start) {
+    let mut proxy = start(&trial("r", &format!(r#"{STAGES}, "judge": {{"onFail": "report"}}"#)));
+    proxy.advance(Duration::from_secs(60));
+    let before = send(&mut *proxy, 0..400, "500");
+    assert!((25..=55).contains(&before), "10 %: {before}");
+    assert_eq!(proxy.metric(&format!("{METRICS}.r.judge.failed")), 1);
+    proxy.advance(Duration::from_secs(60));
+    assert_eq!(send(&mut *proxy, 0..400, "500"), before, "the same users as before");
+    assert_eq!(proxy.metric(&format!("{METRICS}.r.held")), 1);
+}
+
+pub fn a_stage_may_wait_for_evidence(start: Start) {
+    let mut proxy = start(&trial("r", &format!(r#"{STAGES}, "judge": {{"onInsufficient": "hold"}}"#)));
+    proxy.advance(Duration::from_secs(60));
+    let first = send(&mut *proxy, 0..400, "200");
+    assert!((25..=55).contains(&first), "10 %: {first}");
+    proxy.advance(Duration::from_secs(600));
+    assert_eq!(send(&mut *proxy, 0..400, "200"), first, "400 answers are insufficient evidence");
+    assert_eq!(proxy.metric(&format!("{METRICS}.r.held")), 1);
+    for _ in 0..20 {
+        send(&mut *proxy, 0..400, "200");
+    }
+    proxy.advance(Duration::from_secs(2));
+    assert_eq!(proxy.metric(&format!("{METRICS}.r.judge.passed")), 1);
+    let second = send(&mut *proxy, 0..400, "200");
+    assert!((170..=230).contains(&second), "50 %, not yet all: {second}");
+    assert_eq!(proxy.metric(&format!("{METRICS}.r.held")), 0);
+    proxy.advance(Duration::from_secs(62));
+    assert_eq!(send(&mut *proxy, 0..400, "200"), 400);
+}
+
+pub fn in_shadow_nothing_changes(start: Start) {
+    let plain = trial("r", r#""mode": "enforce""#);
+    let mut proxy = start(&plain);
+    let expected = send(&mut *proxy, 0..300, "500");
+    let shadowed = trial("r", r#""mode": "shadow", "maxRequests": 200, "judge": {}"#);
+    let mut proxy = start(&shadowed);
+    assert_eq!(send(&mut *proxy, 0..300, "500"), expected);
+    assert_eq!(proxy.metric(&format!("{METRICS}.r.judge.failed")), 1, "it would have been rolled back");
+    let elsewhere = proxy.metric(&format!("{METRICS}.r.shadow"));
+    assert!((expected as u64 - 20..expected as u64).contains(&elsewhere), "{elsewhere} of {expected}");
+}
+
+pub fn slowness_is_evidence(start: Start) {
+    let slower = |by: u64| {
+        let mut proxy = start(&trial("r", r#""judge": {"p99Increase": "50ms"}"#));
+        // Before the edge is known, and after.
+        for n in 0..3_000_u64 {
+            let (stream, outcome) = get(&mut *proxy, 0, "/", &[("x-user", &format!("user-{n}"))]);
+            let is_canary = subset(outcome).as_deref() == Some("v2");
+            proxy.advance(Duration::from_millis(n % 100 + if is_canary { by } else { 0 }));
+            proxy.response(stream, &[(":status", "200")]);
+            proxy.end(stream);
+        }
+        let edge = proxy.metric(&format!("{METRICS}.r.judge.p99_edge_us"));
+        assert!((98_000..=113_000).contains(&edge), "{edge}");
+        proxy.metric(&format!("{METRICS}.r.judge.failed"))
+    };
+    assert_eq!(slower(10), 0);
+    assert_eq!(slower(100), 1);
+}
+
+pub fn garbage_is_no_verdict(start: Start) {
+    let judged = trial("r", &format!(r#"{STAGES}, "maxRequests": 1000, "judge": {{"onInsufficient": "hold"}}"#));
+    for garbage in [&b""[..], b"\x01\x02\xff", b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"] {
+        let mut proxy = start(&judged);
+        for word in ["verdict", "stage", "edge"] {
+            proxy.write_shared(&format!("trimtab/1/p/{word}/r"), garbage);
+        }
+        proxy.update(&judged).unwrap();
+        proxy.advance(Duration::from_secs(60));
+        let exposed = send(&mut *proxy, 0..400, "200");
+        assert!((25..=55).contains(&exposed), "10 %: {exposed}");
+        proxy.write_shared("trimtab/1/p/exposed/r", garbage);
+        assert_eq!(send(&mut *proxy, 0..400, "200"), 0, "who cannot count exposes nobody");
+    }
+}
