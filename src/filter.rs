@@ -12,7 +12,8 @@ use crate::outlier::{Totals, is_failure};
 use crate::policy::{Policy, TargetId};
 use crate::ratelimit::{Admission, Secret, admit};
 use crate::telemetry::{DestinationMeters, Meters};
-use crate::trace::{self, Continuation};
+use crate::trace::w3c::TraceContext;
+use crate::trace::{self, Continuation, Direction, Notes, Response};
 
 /// A policy at work in one worker.
 #[derive(Debug)]
@@ -22,6 +23,9 @@ pub struct Filter {
     secret: Secret,
     /// For each route, a watch on each of its targets; none where the route injects no fault.
     watches: Vec<Vec<Watch>>,
+    /// Where the requests come from, once it is known. It is one for all of them: Envoy gives every configuration a
+    /// root context of its own for each direction.
+    direction: Option<Direction>,
 }
 
 /// What is to be done with a request, and why.
@@ -65,6 +69,8 @@ pub struct Exchange {
     /// Whose answer is awaited; `None` where nobody wants to know.
     pub observed: Option<TargetId>,
     pub is_grpc: bool,
+    /// The trace that the client is told of; `None` where it is told nothing.
+    pub trace: Option<TraceContext>,
 }
 
 /// A message's header by its name.
@@ -87,7 +93,8 @@ impl Filter {
                 None => Vec::new(),
             })
             .collect();
-        Filter { policy, meters, secret, watches }
+        let direction = policy.trace.as_ref().and_then(trace::Trace::known_direction);
+        Filter { policy, meters, secret, watches, direction }
     }
 
     pub fn policy(&self) -> &Policy {
@@ -96,28 +103,60 @@ impl Filter {
 
     /// Decides on a request from its serialised headers. `may_hold` says whether another stream can be delayed.
     pub fn on_request<'p>(&'p mut self, host: &impl Host, headers: &[u8], may_hold: bool) -> Decision<'p> {
-        let Filter { policy, meters, secret, watches } = self;
+        let Filter { policy, meters, secret, watches, direction } = self;
         let policy: &'p Policy = policy;
         let mut request = Request::parse(headers, &policy.header_names);
         if policy.reads_route_name {
             request = request.with_route_name(host.property(&["xds", "route_name"]));
         }
+
+        // The trace first: whatever happens to the request, it belongs to one, and faults are drawn from its id.
+        let continuation = policy.trace.as_ref().and_then(|trace| {
+            let ask = || Direction::from_property(host.property(&["xds", "listener_direction"]).as_deref());
+            let direction = *direction.get_or_insert_with(ask);
+            trace.carry_on(&request, direction, &mut || host.random(), &mut |context| {
+                trace.bridge.as_ref()?.recall(&request, context, host.now(), host)
+            })
+        });
+        let mut decision = Filter::decide(policy, meters, secret, watches, host, &request, continuation, may_hold);
+
+        // Told to the next hop last, when it is known whether there is one and what was done to the request.
+        let Decision { verdict, mutations, exchange, reasons } = &mut decision;
+        if let (Some(trace), Some(continuation)) = (&policy.trace, &mut reasons.trace) {
+            let mut remembered = Notes::default();
+            if let Verdict::Continue | Verdict::Delay(_, None) = verdict {
+                continuation.inject(trace, &request, mutations);
+                if let (Some(bridge), Direction::Inbound) = (&trace.bridge, continuation.direction) {
+                    remembered = bridge.remember(&request, &continuation.context, mutations, host.now(), host);
+                }
+            }
+            let tells = trace.response != Response::None && continuation.direction != Direction::Outbound;
+            exchange.trace = tells.then_some(continuation.context);
+            meters.count_trace(continuation, remembered, host);
+        }
+        decision
+    }
+
+    /// Everything between the trace that arrives and the trace that goes on.
+    #[allow(clippy::too_many_arguments)]
+    fn decide<'p>(
+        policy: &'p Policy,
+        meters: &Meters,
+        secret: &Secret,
+        watches: &mut [Vec<Watch>],
+        host: &impl Host,
+        request: &Request<'_>,
+        continuation: Option<Continuation>,
+        may_hold: bool,
+    ) -> Decision<'p> {
         let mut decision = Decision::default();
         let Decision { verdict, mutations, exchange, reasons } = &mut decision;
         exchange.is_grpc = request.is_grpc();
+        reasons.trace = continuation;
 
-        // The trace first: whatever happens to the request, it belongs to one, and faults are drawn from its id.
-        if let Some(trace) = &policy.trace {
-            reasons.trace = trace.carry_on(&request, || host.random());
-        }
-        if let Some(continuation) = &reasons.trace {
-            host.add(meters.trace.of(continuation.arrived), 1);
-            continuation.inject(mutations);
-        }
-
-        let Some((index, route)) = policy.route(&request) else {
+        let Some((index, route)) = policy.route(request) else {
             host.add(meters.unmatched, 1);
-            policy.steer(&request, None, mutations);
+            policy.steer(request, None, mutations);
             return decision;
         };
         reasons.route = Some(index);
@@ -126,7 +165,7 @@ impl Filter {
         // Limits before anything is chosen or injected: a refused request costs its upstream and the experiment
         // nothing.
         if !route.limits.is_empty() {
-            let admission = admit(&route.limits, secret, &request, &route.name, host.now(), host);
+            let admission = admit(&route.limits, secret, request, &route.name, host.now(), host);
             meters.count_admission(&admission, host);
             if let Some((limit, wait)) = admission.refused
                 && let Some(limit) = route.limits.get(limit)
@@ -143,19 +182,19 @@ impl Filter {
 
         // The destination before the fault, because the fault's guard looks at the one that was chosen.
         let destination = route.split.as_ref().and_then(|split| {
-            let key = split.key(&request, &route.name, host);
+            let key = split.key(request, &route.name, host);
             let choice = split.choose(key.as_deref(), || host.random());
             reasons.choice = Some(choice);
             split.destinations.get(choice.destination)
         });
-        policy.steer(&request, destination.map(|(destination, _)| destination), mutations);
+        policy.steer(request, destination.map(|(destination, _)| destination), mutations);
         let chosen = reasons.choice.map_or(0, |choice| choice.destination);
         let Some(sent_to) = meters.destinations.get(chosen) else { return decision };
         host.add(sent_to.requests, 1);
 
         // The fault last: what is injected replaces what would have happened otherwise.
         if let (Some(fault), Some(faults)) = (&route.fault, &meters.faults) {
-            let inbound = || trace::extract(&request).ok().flatten();
+            let inbound = || trace::extract(request).ok().flatten();
             let context = reasons.trace.as_ref().map(|continuation| continuation.context).or_else(inbound);
             reasons.drawn = fault.draw(fault.draws(context.map(|context| context.trace_id), || host.random()));
             if !reasons.drawn.is_none() {
@@ -179,6 +218,11 @@ impl Filter {
                         (None, Some(reply)) => Verdict::Answer(reply),
                         (None, None) => Verdict::Continue,
                     };
+                    if let (Some(trace), Some(continuation)) = (&policy.trace, &mut reasons.trace)
+                        && trace.forced_by_faults
+                    {
+                        continuation.force_sampling();
+                    }
                 }
             }
         }
@@ -189,8 +233,20 @@ impl Filter {
         decision
     }
 
-    /// Learns from the head of a response; `header` is asked only where somebody wants to know.
-    pub fn on_response(&self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
+    /// Learns from the head of a response, and says how to change it; `header` is asked only where somebody wants to
+    /// know.
+    pub fn on_response(
+        &self,
+        host: &impl Host,
+        exchange: &mut Exchange,
+        header: Header<'_>,
+    ) -> Option<HeaderMutation<'static>> {
+        self.learn(host, exchange, header);
+        let response = self.policy.trace.as_ref()?.response;
+        Continuation::response(&exchange.trace.take()?, response)
+    }
+
+    fn learn(&self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
         let Some(target) = exchange.observed else { return };
         let Some(status) = number(header(":status")) else { return };
         let grpc_status = if exchange.is_grpc { number(header("grpc-status")) } else { None };
