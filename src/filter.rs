@@ -23,9 +23,6 @@ pub struct Filter {
     secret: Secret,
     /// For each route, a watch on each of its targets; none where the route injects no fault.
     watches: Vec<Vec<Watch>>,
-    /// Where the requests come from, once it is known. It is one for all of them: Envoy gives every configuration a
-    /// root context of its own for each direction.
-    direction: Option<Direction>,
 }
 
 /// What is to be done with a request, and why.
@@ -93,8 +90,7 @@ impl Filter {
                 None => Vec::new(),
             })
             .collect();
-        let direction = policy.trace.as_ref().and_then(trace::Trace::known_direction);
-        Filter { policy, meters, secret, watches, direction }
+        Filter { policy, meters, secret, watches }
     }
 
     pub fn policy(&self) -> &Policy {
@@ -103,7 +99,7 @@ impl Filter {
 
     /// Decides on a request from its serialised headers. `may_hold` says whether another stream can be delayed.
     pub fn on_request<'p>(&'p mut self, host: &impl Host, headers: &[u8], may_hold: bool) -> Decision<'p> {
-        let Filter { policy, meters, secret, watches, direction } = self;
+        let Filter { policy, meters, secret, watches } = self;
         let policy: &'p Policy = policy;
         let mut request = Request::parse(headers, &policy.header_names);
         if policy.reads_route_name {
@@ -112,8 +108,10 @@ impl Filter {
 
         // The trace first: whatever happens to the request, it belongs to one, and faults are drawn from its id.
         let continuation = policy.trace.as_ref().and_then(|trace| {
+            // Asked for every request: listeners with equal configurations share one filter in Envoy, so what one
+            // request tells does not hold for the next.
             let ask = || Direction::from_property(host.property(&["xds", "listener_direction"]).as_deref());
-            let direction = *direction.get_or_insert_with(ask);
+            let direction = trace.known_direction().unwrap_or_else(ask);
             trace.carry_on(&request, direction, &mut || host.random(), &mut |context| {
                 trace.bridge.as_ref()?.recall(&request, context, host.now(), host)
             })

@@ -75,7 +75,8 @@ pub enum Response {
 }
 
 impl Trace {
-    /// The direction, or `None` where the listener has to be asked.
+    /// The direction, or `None` where the listener has to be asked, which costs more than all else that a trace needs:
+    /// nothing is asked where the policy is the same either way.
     pub fn known_direction(&self) -> Option<Direction> {
         let matters = self.bridge.is_some()
             || matches!(self.edge, Edge::Restart | Edge::RestartExternal)
