@@ -22,8 +22,8 @@ run: setup build ## Try Trimtab on real traffic: Envoy, two upstreams, a tour (O
 	@$(CARGO) run --quiet --package trimtab-testbed --bin tour -- $(if $(ONCE),--once)
 
 .PHONY: test
-test: setup format lint build ## Run everything: format, lints, unit, property and end-to-end tests
-	$(CARGO) test --workspace
+test: setup format lint build ## Run everything: format, lints, unit, property, lifecycle, command-line and end-to-end tests
+	$(CARGO) test --workspace --features cli
 
 .PHONY: build
 build: setup-target $(MODULE) ## Build the module that ships, and print its size
@@ -33,6 +33,14 @@ $(MODULE): $(SOURCES)
 	$(CARGO) build --quiet --release --lib --target wasm32-wasip1 --target-dir target
 	@mkdir -p $(@D)
 	$(CARGO) run --quiet --features pack --bin pack -- $(COMPILED) $@
+
+.PHONY: check
+check: ## Check a policy: make check POLICY=policy.yaml
+	@$(CARGO) run --quiet --features cli --bin trimtab -- check $(or $(POLICY),envoy/policy.yaml)
+
+.PHONY: bench
+bench: build ## Count what a request costs inside the module, policy by policy
+	@$(CARGO) bench --quiet --profile dev --bench cost
 
 .PHONY: docker
 docker: build ## Run the same configuration with docker compose (ENVOY_IMAGE overrides the image)
@@ -44,7 +52,7 @@ format: ## Check the format
 
 .PHONY: lint
 lint: setup-target ## Run clippy on everything, the module included
-	$(CARGO) clippy --quiet --workspace --all-targets --features pack -- -D warnings
+	$(CARGO) clippy --quiet --workspace --all-targets --features cli,pack -- -D warnings
 	$(CARGO) clippy --quiet --lib --target wasm32-wasip1 -- -D warnings
 
 .PHONY: setup

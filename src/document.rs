@@ -14,6 +14,9 @@ use std::ops::RangeInclusive;
 /// The largest document that is read, in bytes. Three thousand routes fit.
 pub const MAX_DOCUMENT_BYTES: usize = 1 << 20;
 
+/// The most entries of one object. Each is compared with those before it.
+const MAX_ENTRIES: usize = 1024;
+
 /// A node of a document.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Node {
@@ -45,8 +48,12 @@ impl Node {
         if text.iter().all(u8::is_ascii_whitespace) {
             return Err(refused("no document".into(), "write a policy as the plugin's configuration"));
         }
-        serde_json::from_slice(text)
-            .map_err(|error| refused(format!("not valid JSON: {error}"), "write one JSON object"))
+        serde_json::from_slice(text).map_err(|error| {
+            refused(
+                format!("not valid JSON: {error}"),
+                "write one JSON object; in Envoy, as a google.protobuf.StringValue",
+            )
+        })
     }
 
     fn kind(&self) -> &'static str {
@@ -198,7 +205,12 @@ impl<'a> Value<'a> {
 
     /// A string.
     pub fn string(&self) -> Option<&'a str> {
-        self.as_string().or_else(|| self.expected("a string"))
+        match self.node {
+            Node::String(text) => Some(text),
+            // YAML takes true and 42 for what they look like.
+            Node::Bool(_) | Node::Number(_) => self.expected(&format!("a string: write \"{}\"", self.node.shown())),
+            _ => self.expected("a string"),
+        }
     }
 
     /// A string that is not empty.
@@ -259,6 +271,10 @@ impl<'a> Value<'a> {
     /// The entries of an object whose keys are the user's own, such as header names. Equal keys are an error.
     pub fn entries(&self) -> Option<Vec<(&'a str, Value<'a>)>> {
         let Node::Object(entries) = self.node else { return self.expected("an object") };
+        if entries.len() > MAX_ENTRIES {
+            self.error(format!("{} entries", entries.len()), format!("an object has at most {MAX_ENTRIES}"));
+            return None;
+        }
         for (index, (key, _)) in entries.iter().enumerate() {
             if entries.iter().take(index).any(|(earlier, _)| earlier == key) {
                 self.error(format!("{} is written twice", quoted(key)), "keep one");
@@ -412,6 +428,19 @@ mod tests {
         assert!(Node::from_json(&[b'['; 100_000]).unwrap_err().found.contains("recursion limit"));
         assert!(Node::from_json(&vec![b' '; 10 << 20]).unwrap_err().found.contains("10485760 bytes"));
         assert!(Node::from_json(b"\"\xff\"").unwrap_err().found.contains("not valid JSON"));
+    }
+
+    #[test]
+    fn a_huge_object_is_refused_before_it_costs_anything() {
+        let text = (0..=MAX_ENTRIES).map(|n| format!("\"k{n}\": 0")).collect::<Vec<_>>().join(", ");
+        let told = read(&format!("{{{text}}}"), |value| assert!(value.object().is_none()));
+        assert_eq!(told, ["error: document: 1025 entries; an object has at most 1024"]);
+    }
+
+    #[test]
+    fn what_yaml_took_for_something_else_is_told() {
+        let told = read("true", |value| assert!(value.string().is_none()));
+        assert_eq!(told, ["error: document: found true; expected a string: write \"true\""]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::host::{Change, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request};
 use crate::outlier::{Totals, is_failure};
 use crate::policy::{Policy, TargetId};
-use crate::ratelimit::{Admission, Secret, admit};
+use crate::ratelimit::{Admission, Leases, Secret, admit, return_leases};
 use crate::telemetry::{DestinationMeters, Meters};
 use crate::trace::w3c::TraceContext;
 use crate::trace::{self, Continuation, Direction, Notes, Response};
@@ -21,6 +21,7 @@ pub struct Filter {
     policy: Policy,
     meters: Meters,
     secret: Secret,
+    leases: Leases,
     /// For each route, a watch on each of its targets; none where the route injects no fault.
     watches: Vec<Vec<Watch>>,
 }
@@ -90,7 +91,7 @@ impl Filter {
                 None => Vec::new(),
             })
             .collect();
-        Filter { policy, meters, secret, watches }
+        Filter { policy, meters, secret, leases: Leases::default(), watches }
     }
 
     pub fn policy(&self) -> &Policy {
@@ -99,7 +100,7 @@ impl Filter {
 
     /// Decides on a request from its serialised headers. `may_hold` says whether another stream can be delayed.
     pub fn on_request<'p>(&'p mut self, host: &impl Host, headers: &[u8], may_hold: bool) -> Decision<'p> {
-        let Filter { policy, meters, secret, watches } = self;
+        let Filter { policy, meters, secret, leases, watches } = self;
         let policy: &'p Policy = policy;
         let mut request = Request::parse(headers, &policy.header_names);
         if policy.reads_route_name {
@@ -116,7 +117,8 @@ impl Filter {
                 trace.bridge.as_ref()?.recall(&request, context, host.now(), host)
             })
         });
-        let mut decision = Filter::decide(policy, meters, secret, watches, host, &request, continuation, may_hold);
+        let mut decision =
+            Filter::decide(policy, meters, secret, watches, leases, host, &request, continuation, may_hold);
 
         // Told to the next hop last, when it is known whether there is one and what was done to the request.
         let Decision { verdict, mutations, exchange, reasons } = &mut decision;
@@ -142,6 +144,7 @@ impl Filter {
         meters: &Meters,
         secret: &Secret,
         watches: &mut [Vec<Watch>],
+        leases: &mut Leases,
         host: &impl Host,
         request: &Request<'_>,
         continuation: Option<Continuation>,
@@ -163,7 +166,7 @@ impl Filter {
         // Limits before anything is chosen or injected: a refused request costs its upstream and the experiment
         // nothing.
         if !route.limits.is_empty() {
-            let admission = admit(&route.limits, secret, request, &route.name, host.now(), host);
+            let admission = admit(&route.limits, secret, leases, request, &route.name, host.now(), host);
             meters.count_admission(&admission, host);
             if let Some((limit, wait)) = admission.refused
                 && let Some(limit) = route.limits.get(limit)
@@ -270,8 +273,10 @@ impl Filter {
         }
     }
 
-    /// Lets the windows move on; to be called every [`Filter::tick_period`].
+    /// Lets the windows move on, and gives back what was reserved in vain; to be called every
+    /// [`Filter::tick_period`].
     pub fn on_tick(&mut self, host: &impl Host) {
+        return_leases(&mut self.leases, |id| self.policy.limit(id), host.now(), host);
         for (route, watches) in self.policy.routes.iter().zip(&mut self.watches) {
             for (target, watch) in route.targets.iter().zip(watches) {
                 if let Some(meters) = self.meters.targets.get(target.0) {
@@ -281,9 +286,11 @@ impl Filter {
         }
     }
 
-    /// How often [`Filter::on_tick`] is to be called, in nanoseconds; `None` where nothing is watched.
+    /// How often [`Filter::on_tick`] is to be called, in nanoseconds; `None` where nothing changes with time.
     pub fn tick_period(&self) -> Option<u64> {
-        self.watches.iter().flatten().map(Watch::step).min()
+        let windows = self.watches.iter().flatten().map(Watch::step).min();
+        let leases = self.policy.has_leases().then_some(Leases::TICK);
+        windows.into_iter().chain(leases).min()
     }
 }
 

@@ -130,8 +130,17 @@ pub struct Condition {
 
 impl Condition {
     fn holds(&self, request: &Request<'_>) -> bool {
-        match self.value(request) {
-            Some(value) => self.test.matches(&value, self.ignore_case) != self.inverted,
+        // What nearly every condition looks at is there to be borrowed.
+        match &self.subject {
+            Subject::Path => self.holds_for(Some(request.path())),
+            Subject::Header(id) if request.count(*id) <= 1 => self.holds_for(request.first(*id)),
+            _ => self.holds_for(self.value(request).as_deref()),
+        }
+    }
+
+    fn holds_for(&self, value: Option<&[u8]>) -> bool {
+        match value {
+            Some(value) => self.test.matches(value, self.ignore_case) != self.inverted,
             None if self.inverted => matches!(self.test, StringMatch::Present) || !self.test.matches(b"", false),
             None => false,
         }
@@ -160,8 +169,16 @@ impl Condition {
             Subject::Cookie(name) => format!("cookie {name}"),
             Subject::RouteName => "Envoy's route name".to_owned(),
         };
-        let not = if self.inverted { "not: " } else { "" };
-        format!("{not}{subject} {}", self.test)
+        let test = self.test.to_string();
+        let test = match &self.test {
+            StringMatch::Present if self.inverted => "is absent".to_owned(),
+            StringMatch::Exact(_) if self.inverted => test.replacen("is", "is not", 1),
+            StringMatch::Prefix(_) if self.inverted => test.replacen("starts", "does not start", 1),
+            StringMatch::Regex(_) if self.inverted => test.replacen("matches", "does not match", 1),
+            _ => test,
+        };
+        let case = if self.ignore_case { ", in any letter case" } else { "" };
+        format!("{subject} {test}{case}")
     }
 }
 
@@ -172,6 +189,11 @@ pub struct RequestMatch {
 }
 
 impl RequestMatch {
+    /// The conditions, in the order in which they are tried.
+    pub fn conditions(&self) -> &[Condition] {
+        &self.conditions
+    }
+
     /// The first condition that does not hold; `None` where the request matches.
     pub fn first_mismatch(&self, request: &Request<'_>) -> Option<&Condition> {
         self.conditions.iter().find(|condition| !condition.holds(request))
@@ -372,5 +394,21 @@ mod tests {
         let mismatch =
             found.first_mismatch(&Request::parse(&block, &names)).map(|condition| condition.describe(&names));
         assert_eq!(mismatch.as_deref(), Some("header x-canary matches /t.*/"));
+        let (found, names) = read(
+            r#"{"uri": {"prefix": "/A"}, "ignoreUriCase": true,
+                "withoutHeaders": {"a": {}, "b": {"exact": "is"}, "c": {"prefix": "p"}, "d": {"regex": "r"}}}"#,
+        )
+        .unwrap();
+        let told: Vec<_> = found.conditions().iter().map(|condition| condition.describe(&names)).collect();
+        assert_eq!(
+            told,
+            [
+                "path starts with \"/A\", in any letter case",
+                "header a is absent",
+                "header b is not \"is\"",
+                "header c does not start with \"p\"",
+                "header d does not match /r/",
+            ]
+        );
     }
 }

@@ -161,6 +161,16 @@ impl Policy {
         }
     }
 
+    /// The limit with the id `id`.
+    pub fn limit(&self, id: usize) -> Option<&Limit> {
+        self.routes.iter().flat_map(|route| &route.limits).nth(id)
+    }
+
+    /// Whether a worker may reserve requests of a limit ahead.
+    pub fn has_leases(&self) -> bool {
+        self.routes.iter().flat_map(|route| &route.limits).any(|limit| limit.lease > 0)
+    }
+
     /// The first route that matches.
     pub fn route(&self, request: &Request<'_>) -> Option<(usize, &Route)> {
         self.routes.iter().enumerate().find(|(_, route)| route.matches(request))
@@ -232,7 +242,10 @@ impl Reading {
         let fault = fields.optional("fault").and_then(|value| Fault::read(&value, name));
         let limits = fields
             .optional("rateLimits")
-            .map(|value| ratelimit::read(&value, &self.state_prefix, &label(name), &mut self.header_names))
+            .map(|value| {
+                let first = self.routes.iter().map(|route| route.limits.len()).sum();
+                ratelimit::read(&value, first, &self.state_prefix, &label(name), &mut self.header_names)
+            })
             .unwrap_or_default();
         for field in ["slo", "outlierDetection", "circuitBreaker"] {
             fields.not_yet(field);

@@ -49,6 +49,11 @@ impl Sim {
         self.metrics.borrow().iter().filter(|(_, value)| *value != 0).cloned().collect()
     }
 
+    /// How many writes of shared words have succeeded.
+    pub fn writes(&self) -> u64 {
+        u64::from(self.version.get())
+    }
+
     /// The keys of all shared words.
     pub fn keys(&self) -> Vec<String> {
         self.words.borrow().keys().cloned().collect()

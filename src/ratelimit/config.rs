@@ -1,6 +1,7 @@
 //! Reads `rateLimits`.
 
 use super::gcra::Gcra;
+use super::lease::most;
 use super::policy::{DEFAULT_MAX_KEYS, Limit, buckets};
 use crate::document::{Value, quoted};
 use crate::http::HeaderNames;
@@ -13,8 +14,9 @@ const UNITS: [(&str, (u64, &str)); 4] = [
     ("day", (86_400_000_000_000, "day")),
 ];
 
-/// Reads the limits of the route called `route`. `prefix` is what the policy's shared words start with.
-pub fn read(value: &Value<'_>, prefix: &str, route: &str, names: &mut HeaderNames) -> Vec<Limit> {
+/// Reads the limits of the route called `route`, whose ids begin at `first`. `prefix` is what the policy's shared words
+/// start with.
+pub fn read(value: &Value<'_>, first: usize, prefix: &str, route: &str, names: &mut HeaderNames) -> Vec<Limit> {
     const MOST: usize = 16;
     let items = value.array().unwrap_or_default();
     if items.len() > MOST {
@@ -22,7 +24,7 @@ pub fn read(value: &Value<'_>, prefix: &str, route: &str, names: &mut HeaderName
     }
     let mut limits: Vec<Limit> = Vec::new();
     for item in items.iter().take(MOST) {
-        let Some(limit) = read_limit(item, prefix, route, names) else { continue };
+        let Some(limit) = read_limit(item, first + limits.len(), prefix, route, names) else { continue };
         if limits.iter().any(|known| known.name == limit.name) {
             item.error(
                 format!("a second limit called {}", quoted(&limit.name)),
@@ -34,7 +36,7 @@ pub fn read(value: &Value<'_>, prefix: &str, route: &str, names: &mut HeaderName
     limits
 }
 
-fn read_limit(value: &Value<'_>, prefix: &str, route: &str, names: &mut HeaderNames) -> Option<Limit> {
+fn read_limit(value: &Value<'_>, id: usize, prefix: &str, route: &str, names: &mut HeaderNames) -> Option<Limit> {
     let mut fields = value.object()?;
     let name = fields.required("name").and_then(|value| crate::policy::read_name(&value));
     let rate = fields.required("limit").and_then(|value| read_rate(&value));
@@ -47,6 +49,8 @@ fn read_limit(value: &Value<'_>, prefix: &str, route: &str, names: &mut HeaderNa
     fields.end();
     let (name, (gcra, promise)) = (name?, rate?);
     Some(Limit {
+        id,
+        lease: most(gcra.burst()),
         prefix: format!("{prefix}limit/{route}/{name}/").into(),
         name: name.into(),
         gcra,

@@ -37,10 +37,16 @@ impl Gcra {
         Some(Gcra { interval, tolerance })
     }
 
-    /// Tests a request at `now` against the arrival time `tat`, of which any instant that has passed means "fresh".
-    pub fn test(&self, tat: Monotonic, now: Monotonic) -> Test {
-        let after = tat.max(now).saturating_add(self.interval);
-        let ahead = after - now;
+    /// How many requests may come at once.
+    pub fn burst(&self) -> u64 {
+        self.tolerance / self.interval
+    }
+
+    /// Tests a request at `now` against the arrival time `tat`, of which any instant that has passed means "fresh",
+    /// where `reserved` further requests have been promised already.
+    pub fn test(&self, tat: Monotonic, reserved: u32, now: Monotonic) -> Test {
+        let after = self.charge(tat, 1, now);
+        let ahead = (after - now).saturating_add(self.interval.saturating_mul(reserved.into()));
         if ahead <= self.tolerance {
             Test::Conforms { tat: after }
         } else {
@@ -48,12 +54,23 @@ impl Gcra {
         }
     }
 
+    /// How many more requests could be admitted at `now`.
+    pub fn room(&self, tat: Monotonic, reserved: u32, now: Monotonic) -> u64 {
+        let ahead = tat.max(now) - now;
+        (self.tolerance.saturating_sub(ahead) / self.interval).saturating_sub(reserved.into())
+    }
+
+    /// The TAT after `requests` that were admitted by `now` at the latest.
+    pub fn charge(&self, tat: Monotonic, requests: u32, now: Monotonic) -> Monotonic {
+        tat.max(now).saturating_add(self.interval.saturating_mul(requests.into()))
+    }
+
     /// The TAT after a request that had been admitted is taken back.
     pub fn take_back(&self, tat: Monotonic) -> Monotonic {
         tat.saturating_sub(self.interval)
     }
 
-    /// The latest arrival time that a request can have led to. A later one is not ours.
+    /// The latest arrival time that requests can have led to. A later one was left by a slower rate.
     pub fn latest(&self, now: Monotonic) -> Monotonic {
         now.saturating_add(self.tolerance)
     }
@@ -70,14 +87,14 @@ mod tests {
         let mut tat = 0;
         let now = 5_000_000_000;
         for _ in 0..3 {
-            let Test::Conforms { tat: after } = gcra.test(tat, now) else { panic!("the burst is admitted") };
+            let Test::Conforms { tat: after } = gcra.test(tat, 0, now) else { panic!("the burst is admitted") };
             tat = after;
         }
-        assert_eq!(gcra.test(tat, now), Test::TooEarly { wait: 600_000_000 });
-        assert_eq!(gcra.test(tat, now + 599_999_999), Test::TooEarly { wait: 1 });
-        assert!(matches!(gcra.test(tat, now + 600_000_000), Test::Conforms { .. }));
+        assert_eq!(gcra.test(tat, 0, now), Test::TooEarly { wait: 600_000_000 });
+        assert_eq!(gcra.test(tat, 0, now + 599_999_999), Test::TooEarly { wait: 1 });
+        assert!(matches!(gcra.test(tat, 0, now + 600_000_000), Test::Conforms { .. }));
         let back = gcra.take_back(tat);
-        assert!(matches!(gcra.test(back, now), Test::Conforms { .. }));
+        assert!(matches!(gcra.test(back, 0, now), Test::Conforms { .. }));
     }
 
     #[test]
@@ -101,7 +118,7 @@ mod tests {
             let mut admitted = 0_u64;
             for step in steps {
                 now += step;
-                if let Test::Conforms { tat: after } = gcra.test(tat, now) {
+                if let Test::Conforms { tat: after } = gcra.test(tat, 0, now) {
                     tat = after;
                     admitted += 1;
                 }

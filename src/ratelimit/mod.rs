@@ -1,16 +1,18 @@
 //! Per-route rate limiting: exact over all workers of a proxy.
 //!
 //! Each key's allowance is one number, its theoretical arrival time ([`gcra`]), kept in a fixed number of shared
-//! words ([`table`]) that change by compare-and-swap. All limits of a route must admit a request; where one refuses,
-//! what the earlier ones charged is given back.
+//! words ([`table`]) that change by compare-and-swap. A worker reserves requests of hot keys ahead ([`lease`]). All
+//! limits of a route must admit a request; where one refuses, what the earlier ones charged is given back.
 
 mod config;
 mod decision;
 mod gcra;
+mod lease;
 mod policy;
 mod table;
 
 pub use config::read;
-pub use decision::{Admission, admit};
+pub use decision::{Admission, admit, return_leases};
 pub use gcra::Gcra;
+pub use lease::Leases;
 pub use policy::{Limit, Secret};

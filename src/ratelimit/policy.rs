@@ -9,6 +9,8 @@ use std::hash::Hasher;
 /// One limit of a route.
 #[derive(Debug)]
 pub struct Limit {
+    /// Which limit of the policy it is.
+    pub id: usize,
     pub name: Box<str>,
     pub gcra: Gcra,
     /// For the answer: what was promised, such as "100 requests a minute".
@@ -18,6 +20,8 @@ pub struct Limit {
     pub key: Vec<KeySource>,
     /// Requests over the limit are counted and let through.
     pub shadow: bool,
+    /// The most requests of one key that a worker reserves ahead; 0: none.
+    pub lease: u32,
     /// How many words the limit's keys are spread over.
     pub buckets: u64,
     /// What the keys of this limit's shared words start with.

@@ -114,14 +114,15 @@ impl Trace {
 fn read_formats(fields: &mut Fields<'_>, field: &'static str) -> Vec<Format> {
     let Some(value) = fields.optional(field) else { return vec![Format::TraceContext] };
     let mut formats = Vec::new();
-    for item in value.array().unwrap_or_default() {
+    let items = value.array().unwrap_or_default();
+    for item in &items {
         match item.one_of(&Format::ALL) {
             Some(format) if formats.contains(&format) => item.unfit("write each format once"),
             Some(format) => formats.push(format),
             None => {}
         }
     }
-    if formats.is_empty() {
+    if items.is_empty() {
         value.unfit("expected a list of formats, such as [tracecontext, b3]");
     }
     formats

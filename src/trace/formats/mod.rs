@@ -55,6 +55,14 @@ impl Format {
         ("grpc", Format::Grpc),
     ];
 
+    /// The format as it is told of: by its only header, or by its name.
+    pub fn describe(self) -> &'static str {
+        match (self.headers(), Format::ALL.iter().find(|(_, format)| *format == self)) {
+            ([header], _) => header,
+            (_, found) => found.map_or("", |(name, _)| name),
+        }
+    }
+
     /// Its headers; `tracestate` is a matter of its own.
     pub const fn headers(self) -> &'static [&'static str] {
         match self {

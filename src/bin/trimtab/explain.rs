@@ -1,0 +1,617 @@
+//! `trimtab explain`: what the filter does to one request, and why.
+//!
+//! The filter runs as it does in the proxy, on a simulated host; what it decided comes with its reasons, and the rest is
+//! looked up in the policy with the functions that the filter itself has used. Nothing is decided here.
+
+use crate::check::{judge, report};
+use crate::finding::printable;
+use crate::request::{Header, Property, RequestLine, block, field_value};
+use crate::source::find_all;
+use crate::{Format, Outcome, WRONG};
+use clap::Args;
+use serde_json::{Value, json};
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
+use std::path::PathBuf;
+use trimtab::canary::{Choice, Split, Why};
+use trimtab::decimal::Decimal;
+use trimtab::document::quoted;
+use trimtab::fault::{Abort, DrawnFrom, Fault, Withheld};
+use trimtab::filter::{Decision, Filter, Reasons, Verdict};
+use trimtab::host::Properties;
+use trimtab::host::sim::Sim;
+use trimtab::http::{HeaderMutation, LocalReply, Request};
+use trimtab::key::KeySource;
+use trimtab::matcher::Condition;
+use trimtab::policy::{Policy, Route};
+use trimtab::trace::w3c::{Flags, Invalid, format_traceparent};
+use trimtab::trace::{self, Arrived, Continuation};
+use trimtab::units::{Fraction, point};
+
+#[derive(Args)]
+pub(crate) struct Explain {
+    /// A file with one policy, as `check` reads it; - is the standard input
+    file: PathBuf,
+
+    /// Method and target; GET where there is no method
+    #[arg(long, short, value_name = "REQUEST", value_parser = RequestLine::parse)]
+    request: RequestLine,
+
+    /// A header of the request; may be repeated
+    #[arg(long = "header", short = 'H', value_name = "NAME: VALUE", value_parser = Header::parse)]
+    headers: Vec<Header>,
+
+    /// The request's authority, or host
+    #[arg(long, value_parser = field_value)]
+    authority: Option<String>,
+
+    /// The request's scheme
+    #[arg(long, default_value = "http", value_parser = ["http", "https"])]
+    scheme: String,
+
+    /// An attribute of the proxy, such as source.address or xds.route_name; may be repeated
+    #[arg(long = "property", value_name = "PATH=VALUE", value_parser = Property::parse)]
+    properties: Vec<Property>,
+
+    /// Draws what is random; the same seed draws the same
+    #[arg(long)]
+    seed: Option<u64>,
+
+    /// `json`: one object
+    #[arg(long, value_enum, default_value_t)]
+    format: Format,
+}
+
+impl Explain {
+    pub(crate) fn run(&self) -> Outcome {
+        let mut outcome = Outcome::default();
+        let name = self.file.display();
+        let contents = match find_all(std::slice::from_ref(&self.file)) {
+            (sources, failures) if failures.is_empty() => match sources.as_slice() {
+                [source] => source.read().map_err(|error| format!("{name}: {error}")),
+                several => Err(format!("{name}: {} files; name one", several.len())),
+            },
+            (_, failures) => Err(failures.join("\n")),
+        };
+        let contents = match contents {
+            Ok(contents) => contents,
+            Err(message) => {
+                outcome.complain(&message);
+                return outcome;
+            }
+        };
+        let shown = if self.file.as_os_str() == "-" { "<stdin>".to_owned() } else { name.to_string() };
+        let (mut policies, findings) = judge(contents);
+        if findings.iter().any(|finding| finding.is_error()) {
+            outcome.stderr = report(&shown, &policies, &findings);
+            outcome.code = WRONG;
+            return outcome;
+        }
+        outcome.stderr = findings.iter().map(|finding| finding.line(&shown) + "\n").collect();
+        match (policies.pop(), policies.len()) {
+            (Some(policy), 0) => outcome.stdout = self.explain(policy),
+            (None, _) => outcome.complain(&format!("{shown}: no policy")),
+            (Some(_), others) => outcome.complain(&format!("{shown}: {} policies; name a file with one", others + 1)),
+        }
+        outcome
+    }
+
+    fn explain(&self, policy: Policy) -> String {
+        // Small enough to be typed again.
+        let seed = self.seed.unwrap_or_else(|| RandomState::new().hash_one(0) % 1_000_000);
+        let host = Sim::new(seed);
+        for property in &self.properties {
+            host.set_property(&property.path, property.value.as_bytes());
+        }
+        let block = block(&self.request, &self.scheme, self.authority.as_deref(), &self.headers);
+        let mut filter = Filter::new(policy, &host);
+        let Decision { verdict, mutations, reasons, .. } = filter.on_request(&host, &block, true);
+        let changes = mutations.iter().map(Change::from).collect();
+        let policy = filter.policy();
+        let mut request = Request::parse(&block, &policy.header_names);
+        if policy.reads_route_name {
+            request = request.with_route_name(host.property(&["xds", "route_name"]));
+        }
+        let story = Story { asked: self, seed, policy, host: &host, request, verdict, changes, reasons };
+        match self.format {
+            Format::Text => story.text(),
+            Format::Json => format!("{:#}\n", story.json()),
+        }
+    }
+}
+
+/// A header that is set, or removed where there is no value.
+struct Change {
+    name: String,
+    value: Option<String>,
+}
+
+impl From<&HeaderMutation<'_>> for Change {
+    fn from(mutation: &HeaderMutation<'_>) -> Change {
+        match mutation {
+            HeaderMutation::Set(name, value) | HeaderMutation::Add(name, value) => {
+                Change { name: (*name).to_owned(), value: Some(String::from_utf8_lossy(value).into_owned()) }
+            }
+            HeaderMutation::Remove(name) => Change { name: (*name).to_owned(), value: None },
+        }
+    }
+}
+
+/// Everything that is known of one request.
+struct Story<'s> {
+    asked: &'s Explain,
+    seed: u64,
+    policy: &'s Policy,
+    host: &'s Sim,
+    request: Request<'s>,
+    verdict: Verdict,
+    changes: Vec<Change>,
+    reasons: Reasons,
+}
+
+/// One kind of fault of a route, and what was drawn.
+struct Dice {
+    fault: String,
+    share: Fraction,
+    drawn: bool,
+    /// Where the trace id stands, if it decides.
+    place: Option<Fraction>,
+}
+
+impl Story<'_> {
+    fn route(&self) -> Option<&Route> {
+        self.policy.routes.get(self.reasons.route?)
+    }
+
+    /// The routes that were tried: those before the one that matched, and that one.
+    fn tried(&self) -> &[Route] {
+        let last = self.reasons.route.map_or(self.policy.routes.len(), |index| index + 1);
+        self.policy.routes.get(..last).unwrap_or_default()
+    }
+
+    fn condition(&self, condition: &Condition) -> String {
+        condition.describe(&self.policy.header_names)
+    }
+
+    /// Why a route matched: the conditions of the first entry that holds.
+    fn why_matched(&self, route: &Route) -> String {
+        let entry = route.matches.iter().find(|entry| entry.first_mismatch(&self.request).is_none());
+        let conditions: Vec<String> =
+            entry.map_or(&[][..], |entry| entry.conditions()).iter().map(|one| self.condition(one)).collect();
+        if conditions.is_empty() { "every request".into() } else { conditions.join(" and ") }
+    }
+
+    fn found(&self, condition: &Condition) -> Option<String> {
+        condition.value(&self.request).map(|value| String::from_utf8_lossy(&value).into_owned())
+    }
+
+    /// A key's source in words, and its value.
+    fn key_part(&self, source: &KeySource) -> (String, Option<String>) {
+        let route = self.route().map_or("", |route| &route.name);
+        let value = source.find(&self.request, route, self.host);
+        (source.describe(&self.policy.header_names), value.map(|value| String::from_utf8_lossy(&value).into_owned()))
+    }
+
+    /// What the request's cohort was taken from.
+    fn cohort_key(&self, split: &Split) -> Option<(String, String)> {
+        split.canary.as_ref()?.key.iter().find_map(|source| {
+            let (source, value) = self.key_part(source);
+            Some((source, value?))
+        })
+    }
+
+    fn dice(&self, fault: &Fault) -> Vec<Dice> {
+        let context = self.reasons.trace.as_ref().map(|continuation| continuation.context);
+        let context = context.or_else(|| trace::extract(&self.request).ok().flatten());
+        let trace_id = context.map(|context| context.trace_id).filter(|_| fault.drawn_from == DrawnFrom::TraceId);
+        let draws = trace_id.map(|id| fault.draws(Some(id), || 0));
+        let place = |draw: u64| Fraction::from_ppm(point(draw));
+        let delay = fault.delay.map(|(share, delay)| Dice {
+            fault: format!("delay {}", duration(delay)),
+            share,
+            drawn: self.reasons.drawn.delay.is_some(),
+            place: draws.map(|draws| place(draws.delay)),
+        });
+        let abort = fault.abort.map(|(share, abort)| Dice {
+            fault: match abort {
+                Abort::Http(status) => format!("abort {status}"),
+                Abort::Grpc(code) => format!("abort grpc {code}"),
+            },
+            share,
+            drawn: self.reasons.drawn.abort.is_some(),
+            place: draws.map(|draws| place(draws.abort)),
+        });
+        delay.into_iter().chain(abort).collect()
+    }
+
+    /// Whether another seed could tell another story.
+    fn is_random(&self) -> bool {
+        let by_trace_id = |fault: &Fault| self.dice(fault).iter().all(|dice| dice.place.is_some());
+        self.reasons.trace.is_some()
+            || matches!(self.reasons.choice, Some(Choice { why: Why::Drawn { .. }, .. }))
+            || self.route().and_then(|route| route.fault.as_ref()).is_some_and(|fault| !by_trace_id(fault))
+    }
+
+    /// The destination, as people call it; the route's own where it names none.
+    fn destination(&self) -> String {
+        let split = self.route().and_then(|route| route.split.as_ref());
+        let chosen = self.reasons.choice.and_then(|choice| split?.destinations.get(choice.destination));
+        chosen.map_or("the proxy's own route".into(), |(destination, _)| destination.label().to_owned())
+    }
+
+    /// The answer that is given in the upstream's place.
+    fn reply(&self) -> Option<&LocalReply> {
+        match &self.verdict {
+            Verdict::Answer(reply) | Verdict::Delay(_, Some(reply)) => Some(reply),
+            Verdict::Continue | Verdict::Delay(_, None) => None,
+        }
+    }
+}
+
+/// The story as a table.
+impl Story<'_> {
+    fn text(&self) -> String {
+        let mut table = Table::default();
+        self.tell_request(&mut table);
+        self.tell_trace(&mut table);
+        self.tell_routes(&mut table);
+        self.tell_limits(&mut table);
+        self.tell_destination(&mut table);
+        self.tell_fault(&mut table);
+        self.tell_headers(&mut table);
+        self.tell_verdict(&mut table);
+        if self.is_random() {
+            table.section("drawn");
+            table.row(format!("--seed {}", self.seed), "draws the same again");
+        }
+        table.text()
+    }
+
+    fn tell_request(&self, table: &mut Table) {
+        table.section("request");
+        let RequestLine { method, target } = &self.asked.request;
+        table.row(format!("{method} {target}"), "");
+    }
+
+    fn tell_trace(&self, table: &mut Table) {
+        table.section("trace");
+        let Some(Continuation { arrived, from, root, context, .. }) = &self.reasons.trace else {
+            table.row(
+                "left alone",
+                if self.policy.trace.is_some() { "edge: ignore" } else { "the policy has no trace block" },
+            );
+            return;
+        };
+        let arrival = match arrived {
+            Arrived::Valid => format!("a valid {} arrived", from.map_or("context", |from| from.describe())),
+            Arrived::Missing => "no traceparent arrived".to_owned(),
+            Arrived::Invalid(invalid) => format!("the traceparent is invalid: {}", describe_invalid(*invalid)),
+        };
+        let sampled = if context.flags.contains(Flags::SAMPLED) { "sampled" } else { "not sampled" };
+        if *root {
+            let restarted = if *arrived == Arrived::Valid { ", but edge is restart" } else { "" };
+            let share = self.policy.trace.as_ref().map_or(Fraction::NONE, |trace| trace.sampling);
+            table.row("begins here", format!("{arrival}{restarted}; its id is drawn; {sampled} ({share} are)"));
+        } else {
+            table.row("goes on", format!("{arrival}; its new parent id is drawn; {sampled}, as the caller decided"));
+        }
+    }
+
+    fn tell_routes(&self, table: &mut Table) {
+        table.section("route");
+        for (index, route) in self.tried().iter().enumerate() {
+            if self.reasons.route == Some(index) {
+                table.row(&*route.name, format!("yes: {}", self.why_matched(route)));
+                continue;
+            }
+            for (entry, condition) in route.mismatches(&self.request).into_iter().enumerate() {
+                let found =
+                    self.found(condition).map_or("absent".to_owned(), |found| format!("found {}", quoted(&found)));
+                let name = if entry == 0 { &*route.name } else { "" };
+                table.row(name, format!("no: {}; {found}", self.condition(condition)));
+            }
+        }
+        if self.reasons.route.is_none() {
+            table.row("none", "the request is left to the proxy's own routes");
+        }
+    }
+
+    fn tell_limits(&self, table: &mut Table) {
+        let (Some(route), Some(admission)) = (self.route(), &self.reasons.admission) else { return };
+        table.section("limit");
+        for (index, limit) in route.limits.iter().enumerate() {
+            let parts: Vec<String> = limit
+                .key
+                .iter()
+                .map(|source| match self.key_part(source) {
+                    (source, Some(value)) => format!("{source} {}", quoted(&value)),
+                    (source, None) => format!("{source} absent"),
+                })
+                .collect();
+            let whom = if parts.is_empty() { "one allowance for all".to_owned() } else { parts.join(", ") };
+            let verdict = match admission.refused {
+                Some((refused, wait)) if refused == index => format!("refused, for {}", duration(wait)),
+                Some((refused, _)) if refused < index => "not asked".to_owned(),
+                _ if admission.would_refuse.contains(&index) => "would be refused, but mode is shadow".to_owned(),
+                _ => "admitted".to_owned(),
+            };
+            table.row(&*limit.name, format!("{verdict}: {}; {whom}", limit.promise));
+        }
+    }
+
+    fn tell_destination(&self, table: &mut Table) {
+        let Some(split) = self.route().and_then(|route| route.split.as_ref()) else { return };
+        let Some(choice) = self.reasons.choice else { return };
+        table.section("destination");
+        let trial = split.canary.as_ref().and_then(|canary| {
+            let (destination, weight) = split.destinations.get(canary.destination)?;
+            Some(format!("{} has those below {weight}", destination.label()))
+        });
+        let shares = || {
+            let share = |(destination, weight): &(trimtab::canary::Destination, Fraction)| {
+                format!("{} {weight}", destination.label())
+            };
+            split.destinations.iter().map(share).collect::<Vec<_>>().join(", ")
+        };
+        let why = match choice.why {
+            Why::Only => "the only one".to_owned(),
+            Why::Cohort { place } => {
+                let (source, value) = self.cohort_key(split).unwrap_or_default();
+                let rollout = split.canary.as_ref().map_or("", |canary| &canary.rollout);
+                let place = Fraction::from_ppm(place);
+                format!("{source} {} stands at {place} of {rollout}; {}", quoted(&value), trial.unwrap_or_default())
+            }
+            Why::Drawn { place } => {
+                let absent = if split.canary.is_some() { "no key, so it was " } else { "" };
+                let place = Fraction::from_ppm(place);
+                format!("{absent}drawn at {place}; {}", trial.unwrap_or_else(shares))
+            }
+        };
+        table.row(self.destination(), why);
+    }
+
+    fn tell_fault(&self, table: &mut Table) {
+        let Some(fault) = self.route().and_then(|route| route.fault.as_ref()) else { return };
+        table.section("fault");
+        if self.reasons.admission.as_ref().is_some_and(|admission| admission.refused.is_some()) {
+            table.row("none", "a limit refused the request before");
+            return;
+        }
+        for Dice { fault, share, drawn, place } in self.dice(fault) {
+            let outcome = match (drawn, self.reasons.withheld) {
+                (false, _) => "no",
+                (true, None) => "yes",
+                (true, Some(Withheld::Shadow)) => "only counted, mode is shadow",
+                (true, Some(Withheld::Suspended)) => "withheld, the guard has suspended it",
+                (true, Some(Withheld::Overflow)) => "withheld, too many requests are held",
+            };
+            let why = match place {
+                Some(place) => format!("the trace id stands at {place}; below {share} it happens"),
+                None => format!("drawn at random, {share} of requests"),
+            };
+            table.row(fault, format!("{outcome}: {why}"));
+        }
+        let guard = fault.guard;
+        let window = duration(guard.window);
+        table.row(
+            "guard",
+            format!("armed: trips at {} failures among {} or more in {window}", guard.error_rate, guard.min_requests),
+        );
+    }
+
+    fn tell_headers(&self, table: &mut Table) {
+        table.section("headers");
+        if self.reply().is_some() {
+            table.row("none", "the request is answered here");
+            return;
+        }
+        for Change { name, value } in &self.changes {
+            match value {
+                Some(value) => table.row(name.as_str(), format!("set to {value}")),
+                None => table.row(name.as_str(), "removed"),
+            }
+        }
+        if self.changes.is_empty() {
+            table.row("none", "nothing is changed");
+        }
+    }
+
+    fn tell_verdict(&self, table: &mut Table) {
+        table.section("verdict");
+        let answered = |reply: &LocalReply| {
+            let grpc = reply.grpc_status.map(|code| format!(", grpc-status {code}")).unwrap_or_default();
+            format!("{}{grpc} ({})", reply.status, reply.details)
+        };
+        match &self.verdict {
+            Verdict::Continue => table.row("continues", format!("to {}", self.destination())),
+            Verdict::Delay(time, None) => {
+                table.row("continues", format!("to {}, {} later", self.destination(), duration(*time)));
+            }
+            Verdict::Delay(time, Some(reply)) => {
+                table.row("answered", format!("{}, {} later", answered(reply), duration(*time)));
+            }
+            Verdict::Answer(reply) => table.row("answered", answered(reply)),
+        }
+    }
+}
+
+/// The story as JSON.
+impl Story<'_> {
+    fn json(&self) -> Value {
+        let routes: Vec<Value> = self
+            .tried()
+            .iter()
+            .enumerate()
+            .map(|(index, route)| {
+                let mismatch = |condition: &Condition| {
+                    json!({"condition": self.condition(condition), "found": self.found(condition)})
+                };
+                json!({
+                    "name": &*route.name,
+                    "matched": self.reasons.route == Some(index),
+                    "mismatches": route.mismatches(&self.request).into_iter().map(mismatch).collect::<Vec<_>>(),
+                })
+            })
+            .collect();
+        let changes = |change: &Change| json!({"name": change.name, "value": change.value});
+        json!({
+            "policy": &*self.policy.name,
+            "request": {"method": self.asked.request.method, "target": self.asked.request.target},
+            "seed": if self.is_random() { Some(self.seed) } else { None },
+            "trace": self.reasons.trace.as_ref().map(json_trace),
+            "route": self.route().map(|route| &*route.name),
+            "tried": routes,
+            "limits": self.json_limits(),
+            "destination": self.json_destination(),
+            "fault": self.json_fault(),
+            "headers": if self.reply().is_some() { Vec::new() } else { self.changes.iter().map(changes).collect() },
+            "verdict": self.json_verdict(),
+        })
+    }
+
+    fn json_limits(&self) -> Vec<Value> {
+        let (Some(route), Some(admission)) = (self.route(), &self.reasons.admission) else { return Vec::new() };
+        let key = |source: &KeySource| {
+            let (source, value) = self.key_part(source);
+            json!({"source": source, "value": value})
+        };
+        let limits = route.limits.iter().enumerate().map(|(index, limit)| {
+            json!({
+                "name": &*limit.name,
+                "promise": &*limit.promise,
+                "key": limit.key.iter().map(key).collect::<Vec<_>>(),
+                "admitted": admission.refused.is_none_or(|(refused, _)| refused != index),
+                "shadow": limit.shadow,
+            })
+        });
+        limits.collect()
+    }
+
+    fn json_destination(&self) -> Option<Value> {
+        let split = self.route()?.split.as_ref()?;
+        let choice = self.reasons.choice?;
+        let (destination, weight) = split.destinations.get(choice.destination)?;
+        let (why, place) = match choice.why {
+            Why::Only => ("only", None),
+            Why::Cohort { place } => ("cohort", Some(place)),
+            Why::Drawn { place } => ("drawn", Some(place)),
+        };
+        let key = self.cohort_key(split).map(|(source, value)| json!({"source": source, "value": value}));
+        Some(json!({
+            "host": &*destination.host,
+            "subset": &*destination.subset,
+            "weightPpm": weight.ppm(),
+            "why": why,
+            "placePpm": place,
+            "rollout": split.canary.as_ref().map(|canary| &*canary.rollout),
+            "key": key,
+        }))
+    }
+
+    fn json_fault(&self) -> Option<Value> {
+        let fault = self.route()?.fault.as_ref()?;
+        let dice = |dice: Dice| {
+            json!({
+                "fault": dice.fault,
+                "sharePpm": dice.share.ppm(),
+                "drawn": dice.drawn,
+                "placePpm": dice.place.map(Fraction::ppm),
+            })
+        };
+        let withheld = self.reasons.withheld.map(|withheld| match withheld {
+            Withheld::Suspended => "suspended",
+            Withheld::Shadow => "shadow",
+            Withheld::Overflow => "overflow",
+        });
+        let dice: Vec<Value> = self.dice(fault).into_iter().map(dice).collect();
+        Some(json!({"draws": dice, "withheld": withheld, "guard": "armed"}))
+    }
+
+    fn json_verdict(&self) -> Value {
+        let (action, delay) = match &self.verdict {
+            Verdict::Continue => ("continue", None),
+            Verdict::Delay(time, None) => ("continue", Some(*time)),
+            Verdict::Delay(time, Some(_)) => ("answer", Some(*time)),
+            Verdict::Answer(_) => ("answer", None),
+        };
+        let reply = self.reply().map(|reply| {
+            json!({
+                "status": reply.status,
+                "grpcStatus": reply.grpc_status,
+                "details": reply.details,
+                "headers": reply.headers.iter().map(|(name, value)| json!({"name": name, "value": value})).collect::<Vec<_>>(),
+                "body": reply.body,
+            })
+        });
+        json!({"action": action, "delayNanoseconds": delay, "reply": reply})
+    }
+}
+
+fn json_trace(continuation: &Continuation) -> Value {
+    let (arrived, reason) = match continuation.arrived {
+        Arrived::Valid => ("valid", None),
+        Arrived::Missing => ("missing", None),
+        Arrived::Invalid(invalid) => ("invalid", Some(describe_invalid(invalid))),
+    };
+    json!({
+        "arrived": arrived,
+        "reason": reason,
+        "root": continuation.root,
+        "sampled": continuation.context.flags.contains(Flags::SAMPLED),
+        "traceparent": String::from_utf8_lossy(&format_traceparent(&continuation.context)),
+    })
+}
+
+fn describe_invalid(invalid: Invalid) -> &'static str {
+    match invalid {
+        Invalid::Duplicate => "it was sent more than once",
+        Invalid::Shape => "it is too short, too long, or lacks a dash",
+        Invalid::Version => "its version is ff",
+        Invalid::Character => "it has a character that is no lower-case hexadecimal digit",
+        Invalid::ZeroTraceId => "its trace id is zero",
+        Invalid::ZeroParentId => "its parent id is zero",
+    }
+}
+
+/// `500ms`, `1.5s`.
+fn duration(nanoseconds: u64) -> String {
+    const SECOND: u64 = 1_000_000_000;
+    if nanoseconds < SECOND {
+        format!("{}ms", Decimal(nanoseconds, 1_000_000))
+    } else {
+        format!("{}s", Decimal(nanoseconds, SECOND))
+    }
+}
+
+/// Three columns: a section's label, what a row is about, what there is to say of it.
+#[derive(Default)]
+struct Table {
+    rows: Vec<(&'static str, String, String)>,
+    label: &'static str,
+}
+
+impl Table {
+    /// The label of the next row.
+    fn section(&mut self, label: &'static str) {
+        self.label = label;
+    }
+
+    fn row(&mut self, subject: impl Into<String>, text: impl Into<String>) {
+        let label = std::mem::take(&mut self.label);
+        self.rows.push((label, printable(&subject.into()), printable(&text.into())));
+    }
+
+    fn text(&self) -> String {
+        const WIDEST: usize = 28;
+        let width = |text: &str| text.chars().count();
+        let label = self.rows.iter().map(|(label, ..)| width(label)).max().unwrap_or(0) + 2;
+        let with_text = self.rows.iter().filter(|(_, subject, text)| !text.is_empty() && width(subject) <= WIDEST);
+        let subject = with_text.map(|(_, subject, _)| width(subject)).max().unwrap_or(0) + 2;
+        let line = |(name, about, text): &(&str, String, String)| {
+            let line = format!("{name:label$}{about:subject$}");
+            let gap = if width(about) >= subject && !text.is_empty() { "  " } else { "" };
+            format!("{}\n", format!("{line}{gap}{text}").trim_end())
+        };
+        self.rows.iter().map(line).collect()
+    }
+}

@@ -1,0 +1,115 @@
+//! Requests of hot keys that a worker has reserved ahead, so that it need not ask shared data for each.
+//!
+//! A reservation is room in the key's bucket that nobody else gets ([`super::table`]): all workers together never admit
+//! more than the limit. It lasts one to two seconds. A worker reserves nothing for a key that it sees once in a while;
+//! each reservation that it uses up within a second doubles the next, up to a sixteenth of the burst, so limits with a
+//! burst below 16 are never leased. What one worker holds another may lack: at most a sixteenth of the burst for each
+//! worker, for two seconds.
+
+use super::table::{EPOCH, Reservation, epoch};
+use crate::units::Monotonic;
+
+/// The part of the burst that one worker may hold.
+const SHARE: u64 = 16;
+
+/// How many keys a worker holds leases of; a further one takes the place of another, which then expires.
+const PLACES: usize = 1024;
+
+/// The most requests that a limit of this burst lets one worker reserve.
+pub(super) fn most(burst: u64) -> u32 {
+    u32::try_from(burst / SHARE).unwrap_or(u32::MAX)
+}
+
+/// The leases of one worker.
+#[derive(Debug, Default)]
+pub struct Leases {
+    places: Vec<Lease>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Lease {
+    limit: usize,
+    fingerprint: u64,
+    held: Reservation,
+    /// How much to ask for next.
+    wanted: u32,
+}
+
+impl Lease {
+    fn left(&self) -> u32 {
+        self.held.size.saturating_sub(self.held.used)
+    }
+
+    /// For how many epochs it has been held; it must not be used from the second on.
+    fn age(&self, now: Monotonic) -> u32 {
+        epoch(now).wrapping_sub(self.held.epoch)
+    }
+}
+
+impl Leases {
+    /// How often leases that end have to be looked for, in nanoseconds: twice in an epoch.
+    pub const TICK: u64 = EPOCH / 2;
+
+    fn place(&mut self, limit: usize, fingerprint: u64) -> Option<&mut Lease> {
+        if self.places.is_empty() {
+            self.places = vec![Lease::default(); PLACES];
+        }
+        let place = (fingerprint ^ limit as u64) as usize % PLACES;
+        self.places.get_mut(place)
+    }
+
+    fn find(&mut self, limit: usize, fingerprint: u64) -> Option<&mut Lease> {
+        self.place(limit, fingerprint).filter(|lease| lease.limit == limit && lease.fingerprint == fingerprint)
+    }
+
+    /// Spends one reserved request of a key, if there is one.
+    pub(super) fn spend(&mut self, limit: usize, fingerprint: u64, now: Monotonic) -> bool {
+        match self.find(limit, fingerprint) {
+            Some(lease) if lease.left() > 0 && lease.age(now) <= 1 => {
+                lease.held.used += 1;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Takes back what [`Leases::spend`] spent.
+    pub(super) fn take_back(&mut self, limit: usize, fingerprint: u64) {
+        if let Some(lease) = self.find(limit, fingerprint) {
+            lease.held.used = lease.held.used.saturating_sub(1);
+        }
+    }
+
+    /// What to settle and how much to ask for, now that shared data has to be asked anyhow.
+    pub(super) fn renew(&mut self, limit: usize, fingerprint: u64, most: u32, now: Monotonic) -> (Reservation, u32) {
+        let Some(lease) = self.place(limit, fingerprint) else { return (Reservation::default(), 0) };
+        if lease.limit != limit || lease.fingerprint != fingerprint {
+            let held = Reservation { epoch: epoch(now), ..Reservation::default() };
+            *lease = Lease { limit, fingerprint, held, wanted: 0 };
+            return (held, 0);
+        }
+        lease.wanted = match lease.age(now) {
+            0 => lease.wanted.saturating_mul(2).max(1),
+            1 => lease.wanted,
+            _ => lease.held.used,
+        }
+        .min(most);
+        (lease.held, lease.wanted)
+    }
+
+    /// Notes what has been reserved instead of what was held.
+    pub(super) fn hold(&mut self, limit: usize, fingerprint: u64, size: u32, now: Monotonic) {
+        if let Some(lease) = self.find(limit, fingerprint) {
+            lease.held = Reservation { epoch: epoch(now), size, used: 0 };
+        }
+    }
+
+    /// Takes the leases that end soon and have something left, to be settled: their limit, fingerprint, reservation.
+    pub(super) fn ending(&mut self, now: Monotonic) -> impl Iterator<Item = (usize, u64, Reservation)> {
+        self.places.iter_mut().filter(move |lease| lease.left() > 0 && lease.age(now) == 1).map(|lease| {
+            let held = lease.held;
+            lease.held.size = held.used;
+            (lease.limit, lease.fingerprint, held)
+        })
+    }
+}

@@ -1,0 +1,472 @@
+//! The lifecycle table: what happens to requests, from their head to their end. Every case runs twice, natively on the
+//! simulated host and in the module that ships.
+
+mod native;
+mod proxy;
+mod wasm;
+
+use proxy::{Headers, Outcome, Proxy, exchange, get, value};
+use std::time::Duration;
+
+/// Declares each case as a native test and as a test of the module.
+macro_rules! cases {
+    ($($case:ident),+ $(,)?) => {
+        mod natively {
+            $(#[test] fn $case() { crate::$case(&crate::native::Native::start); })+
+        }
+        mod in_the_module {
+            $(#[test] fn $case() { crate::$case(&crate::wasm::Module::start); })+
+        }
+    };
+}
+
+cases![
+    a_header_chooses_the_canary,
+    a_forged_steering_header_never_gets_through,
+    a_cohort_is_the_same_in_every_worker,
+    raising_the_weight_moves_nobody_out,
+    envoys_route_name_can_be_matched,
+    a_valid_trace_goes_on,
+    a_broken_trace_is_replaced,
+    an_application_that_copies_an_id_keeps_its_trace,
+    a_stranger_brings_no_trace_in,
+    b3_is_translated,
+    a_limit_is_exact_over_the_workers,
+    a_grpc_call_is_refused_in_grpc,
+    limits_are_charged_all_or_none,
+    spent_allowance_survives_an_update,
+    garbage_in_shared_data_is_counted_and_replaced,
+    a_delay_ends_on_time,
+    a_delay_may_be_followed_by_an_abort,
+    a_client_may_leave_while_it_is_held,
+    an_abort_speaks_the_clients_protocol,
+    injection_stops_in_all_workers_while_the_upstream_fails,
+    grpc_failures_are_seen_in_trailers,
+    own_faults_are_no_failures_of_the_upstream,
+    a_bad_policy_is_refused_and_the_old_one_serves_on,
+    hostile_requests_are_routed_like_any_other,
+];
+
+type Start<'a> = &'a dyn Fn(&str) -> Box<dyn Proxy>;
+
+const TRACEPARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+
+/// A policy of these routes, and what else is written after them.
+fn policy(routes: &str, more: &str) -> String {
+    format!(r#"{{"apiVersion": "trimtab/v1alpha1", "name": "p", "routes": [{routes}]{more}}}"#)
+}
+
+fn weighted(canary: u32) -> String {
+    let stable = 100 - canary;
+    policy(
+        &format!(
+            r#"{{"name": "default",
+                "route": [{{"destination": {{"host": "h", "subset": "v1"}}, "weight": {stable}}},
+                          {{"destination": {{"host": "h", "subset": "v2"}}, "weight": {canary}}}],
+                "canary": {{"destination": "v2", "rollout": "r", "key": [{{"header": "x-user"}}]}}}}"#
+        ),
+        "",
+    )
+}
+
+/// Where a request was steered.
+fn subset(outcome: Outcome) -> Option<String> {
+    value(&outcome.continued(), "x-trimtab-subset").map(str::to_owned)
+}
+
+fn a_header_chooses_the_canary(start: Start) {
+    let mut proxy = start(&policy(
+        r#"{"name": "canary", "match": [{"headers": {"x-canary": {"exact": "true"}}}],
+            "route": [{"destination": {"host": "h", "subset": "v2"}}]},
+           {"name": "default", "route": [{"destination": {"host": "h", "subset": "v1"}}]}"#,
+        "",
+    ));
+    for (header, expected) in [("true", "v2"), ("false", "v1"), ("true,true", "v1"), ("", "v1")] {
+        let outcome = exchange(&mut *proxy, 0, &[("x-canary", header)], "200");
+        assert_eq!(subset(outcome).as_deref(), Some(expected), "x-canary: {header}");
+    }
+    assert_eq!(proxy.metric("trimtab.policy.p.route.canary.subset.v2.requests"), 1);
+    assert_eq!(proxy.metric("trimtab.policy.p.route.default.subset.v1.requests"), 3);
+}
+
+fn a_forged_steering_header_never_gets_through(start: Start) {
+    let mut proxy = start(&policy(
+        r#"{"name": "steered", "match": [{"uri": {"prefix": "/steered"}}],
+            "route": [{"destination": {"host": "h", "subset": "v1"}}]},
+           {"name": "unsteered", "match": [{"uri": {"prefix": "/unsteered"}}]}"#,
+        "",
+    ));
+    for (path, expected) in [("/steered", Some("v1")), ("/unsteered", None), ("/unmatched", None)] {
+        let forged = [("x-trimtab-subset", "v2"), ("x-trimtab-subset", "v1")];
+        let (_, outcome) = get(&mut *proxy, 0, path, &forged);
+        let headers = outcome.continued();
+        assert_eq!(value(&headers, "x-trimtab-subset"), expected, "{path}");
+        let count = headers.iter().filter(|(name, _)| name == "x-trimtab-subset").count();
+        assert_eq!(count, usize::from(expected.is_some()), "{path}");
+    }
+    assert_eq!(proxy.metric("trimtab.policy.p.unmatched"), 1);
+}
+
+fn a_cohort_is_the_same_in_every_worker(start: Start) {
+    let mut proxy = start(&weighted(10));
+    let mut canaries = 0;
+    for user in 0..300 {
+        let user = format!("user-{user}");
+        let first = subset(exchange(&mut *proxy, 0, &[("x-user", &user)], "200")).unwrap();
+        let second = subset(exchange(&mut *proxy, 1, &[("x-user", &user)], "200")).unwrap();
+        assert_eq!(first, second, "{user}");
+        // Computed with another implementation of XXH64, by the definition in canary/cohort.rs.
+        canaries += usize::from(first == "v2");
+    }
+    assert_eq!(canaries, 30);
+}
+
+fn raising_the_weight_moves_nobody_out(start: Start) {
+    let mut proxy = start(&weighted(5));
+    let users: Vec<String> = (0..300).map(|user| format!("user-{user}")).collect();
+    let is_canary = |proxy: &mut dyn Proxy, user: &String| {
+        subset(exchange(proxy, 0, &[("x-user", user)], "200")).as_deref() == Some("v2")
+    };
+    let before: Vec<&String> = users.iter().filter(|user| is_canary(&mut *proxy, user)).collect();
+    proxy.update(&weighted(25)).unwrap();
+    assert!(!before.is_empty());
+    for user in before {
+        assert!(is_canary(&mut *proxy, user), "{user} was moved out");
+    }
+}
+
+fn envoys_route_name_can_be_matched(start: Start) {
+    let mut proxy = start(&policy(
+        r#"{"name": "checkout", "match": [{"routeName": {"prefix": "checkout-"}}],
+            "route": [{"destination": {"host": "h", "subset": "v2"}}]}"#,
+        "",
+    ));
+    assert_eq!(subset(exchange(&mut *proxy, 0, &[], "200")), None);
+    proxy.set_property("xds.route_name", b"checkout-eu");
+    assert_eq!(subset(exchange(&mut *proxy, 0, &[], "200")).as_deref(), Some("v2"));
+}
+
+fn a_valid_trace_goes_on(start: Start) {
+    let mut proxy = start(&policy("", r#", "trace": {}"#));
+    let headers = exchange(&mut *proxy, 0, &[("traceparent", TRACEPARENT), ("tracestate", "a=1")], "200").continued();
+    let traceparent = value(&headers, "traceparent").unwrap();
+    assert_eq!(traceparent[..36], TRACEPARENT[..36], "the trace id is kept");
+    assert_ne!(traceparent[36..52], TRACEPARENT[36..52], "the parent is new");
+    assert_eq!(traceparent[52..], TRACEPARENT[52..], "the caller's flags are kept");
+    assert_eq!(value(&headers, "tracestate"), Some("a=1"));
+    assert_eq!(proxy.metric("trimtab.policy.p.trace.valid"), 1);
+}
+
+fn a_broken_trace_is_replaced(start: Start) {
+    let mut proxy = start(&policy("", r#", "trace": {"sampling": {"percentage": "0%"}}"#));
+    let broken: [&[(&str, &str)]; 4] = [
+        &[],
+        &[("tracestate", "a=1")],
+        &[("traceparent", "00-zzz"), ("tracestate", "a=1")],
+        &[("traceparent", TRACEPARENT), ("traceparent", TRACEPARENT), ("tracestate", "a=1")],
+    ];
+    let mut seen = Vec::new();
+    for headers in broken {
+        let after = exchange(&mut *proxy, 0, headers, "200").continued();
+        let traceparent = value(&after, "traceparent").unwrap().to_owned();
+        assert_eq!(traceparent.len(), 55, "{traceparent}");
+        assert_ne!(traceparent[..36], TRACEPARENT[..36]);
+        assert_eq!(value(&after, "tracestate"), None);
+        assert!(!seen.contains(&traceparent), "ids repeat");
+        seen.push(traceparent);
+    }
+    assert_eq!(proxy.metric("trimtab.policy.p.trace.missing"), 2);
+    assert_eq!(proxy.metric("trimtab.policy.p.trace.invalid"), 2);
+}
+
+fn an_application_that_copies_an_id_keeps_its_trace(start: Start) {
+    let mut proxy = start(&policy("", r#", "trace": {"bridge": {}}"#));
+    let sent = [("traceparent", TRACEPARENT), ("tracestate", "a=1"), ("baggage", "user=ann"), ("x-request-id", "r-1")];
+    proxy.set_property("xds.listener_direction", &1_i64.to_le_bytes());
+    let arrived = exchange(&mut *proxy, 0, &sent, "200").continued();
+    let parent = value(&arrived, "traceparent").unwrap().to_owned();
+
+    proxy.set_property("xds.listener_direction", &2_i64.to_le_bytes());
+    let restored = |headers: &Headers| {
+        let traceparent = value(headers, "traceparent").unwrap();
+        traceparent[..36] == TRACEPARENT[..36]
+            && traceparent[36..52] != parent[36..52]
+            && value(headers, "tracestate") == Some("a=1")
+            && value(headers, "baggage") == Some("user=ann")
+    };
+    // The other worker sends the application's requests.
+    for copied in [("x-request-id", "r-1"), ("traceparent", parent.as_str())] {
+        assert!(restored(&exchange(&mut *proxy, 1, &[copied], "200").continued()), "{copied:?}");
+    }
+    assert!(!restored(&exchange(&mut *proxy, 1, &[("x-request-id", "r-2")], "200").continued()));
+    assert_eq!(proxy.metric("trimtab.policy.p.outbound.trace.bridged"), 1);
+    assert_eq!(proxy.metric("trimtab.policy.p.outbound.trace.repaired"), 1);
+    proxy.advance(Duration::from_secs(60));
+    assert!(!restored(&exchange(&mut *proxy, 1, &[("x-request-id", "r-1")], "200").continued()), "it has lapsed");
+}
+
+fn a_stranger_brings_no_trace_in(start: Start) {
+    let trace = r#", "trace": {"edge": "restartExternal", "tracestate": {"key": "acme"}, "direction": "inbound"}"#;
+    let mut proxy = start(&policy("", trace));
+    for (tracestate, is_ours) in [("acme=1", true), ("a=1", false)] {
+        let sent = [("traceparent", TRACEPARENT), ("tracestate", tracestate), ("baggage", "a=1"), ("x-b3-flags", "1")];
+        let headers = exchange(&mut *proxy, 0, &sent, "200").continued();
+        assert_eq!(value(&headers, "traceparent").unwrap()[..36] == TRACEPARENT[..36], is_ours);
+        assert_eq!(value(&headers, "baggage").is_some(), is_ours);
+        assert_eq!(value(&headers, "x-b3-flags"), None);
+    }
+    assert_eq!(proxy.metric("trimtab.policy.p.trace.restarted"), 1);
+}
+
+fn b3_is_translated(start: Start) {
+    let mut proxy =
+        start(&policy("", r#", "trace": {"extract": ["b3", "tracecontext"], "inject": ["tracecontext", "datadog"]}"#));
+    let b3 = "4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-1";
+    let headers = exchange(&mut *proxy, 0, &[("b3", b3)], "200").continued();
+    assert_eq!(value(&headers, "traceparent").unwrap()[..36], TRACEPARENT[..36]);
+    assert_eq!(value(&headers, "x-datadog-trace-id"), Some("11803532876627986230"));
+    assert_eq!(value(&headers, "x-datadog-tags"), Some("_dd.p.tid=4bf92f3577b34da6"));
+    assert_eq!(value(&headers, "x-datadog-sampling-priority"), Some("1"));
+    assert_eq!(value(&headers, "b3"), None);
+    assert_eq!(proxy.metric("trimtab.policy.p.trace.converted"), 1);
+}
+
+fn limited(limits: &str) -> String {
+    policy(&format!(r#"{{"name": "r", "rateLimits": [{limits}]}}"#), "")
+}
+
+const TEN_A_MINUTE: &str = r#"{"name": "all", "limit": {"requestsPerUnit": 10, "unit": "minute"}}"#;
+
+fn a_limit_is_exact_over_the_workers(start: Start) {
+    let mut proxy = start(&limited(TEN_A_MINUTE));
+    let admitted = |proxy: &mut dyn Proxy| {
+        let is_admitted = |n: &usize| matches!(exchange(proxy, n % 2, &[], "200"), Outcome::Continued(_));
+        (0..40).filter(is_admitted).count()
+    };
+    assert_eq!(admitted(&mut *proxy), 10);
+    proxy.advance(Duration::from_millis(5_999));
+    assert_eq!(admitted(&mut *proxy), 0);
+    proxy.advance(Duration::from_millis(1));
+    assert_eq!(admitted(&mut *proxy), 1, "one every six seconds");
+    proxy.advance(Duration::from_secs(3_600));
+    assert_eq!(admitted(&mut *proxy), 10, "no more than the burst is saved up");
+
+    let reply = exchange(&mut *proxy, 0, &[], "200").answered();
+    assert_eq!((reply.status, reply.grpc_status), (429, None));
+    assert_eq!(reply.details, "trimtab_rate_limited");
+    assert_eq!(value(&reply.headers, "retry-after"), Some("6"));
+    assert_eq!(value(&reply.headers, "x-envoy-ratelimited"), Some("true"));
+    assert_eq!(reply.body, "rate limit all exceeded: 10 requests a minute; retry in 6 s");
+    proxy.advance(Duration::from_millis(5_500));
+    let reply = exchange(&mut *proxy, 0, &[], "200").answered();
+    assert_eq!(value(&reply.headers, "retry-after"), Some("1"), "rounded up, never 0");
+}
+
+fn a_grpc_call_is_refused_in_grpc(start: Start) {
+    let mut proxy = start(&limited(r#"{"name": "all", "limit": {"requestsPerUnit": 1, "unit": "hour"}}"#));
+    let call = [("content-type", "application/grpc")];
+    exchange(&mut *proxy, 0, &call, "200").continued();
+    let reply = exchange(&mut *proxy, 0, &call, "200").answered();
+    assert_eq!(reply.grpc_status, Some(8), "RESOURCE_EXHAUSTED");
+}
+
+fn limits_are_charged_all_or_none(start: Start) {
+    let each = r#"{"name": "each", "limit": {"requestsPerUnit": 2, "unit": "minute"}, "key": [{"header": "x-user"}]}"#;
+    let mut proxy = start(&limited(&format!("{TEN_A_MINUTE}, {each}")));
+    let admitted = |proxy: &mut dyn Proxy, user: &str| {
+        let is_admitted =
+            |n: &usize| matches!(exchange(proxy, n % 2, &[("x-user", user)], "200"), Outcome::Continued(_));
+        (0..20).filter(is_admitted).count()
+    };
+    assert_eq!(admitted(&mut *proxy, "ann"), 2);
+    let others: usize = ["bob", "cid", "dee", "eve", "fay"].iter().map(|user| admitted(&mut *proxy, user)).sum();
+    assert_eq!(others, 8, "what ann was refused spent nothing of the limit for all");
+    assert_eq!(proxy.metric("trimtab.policy.p.route.r.limit.each.refused"), 4 * 18);
+    assert_eq!(proxy.metric("trimtab.policy.p.route.r.limit.all.refused"), 18 + 20, "eve's rest and all of fay's");
+}
+
+fn spent_allowance_survives_an_update(start: Start) {
+    let mut proxy = start(&limited(TEN_A_MINUTE));
+    for _ in 0..10 {
+        exchange(&mut *proxy, 0, &[], "200").continued();
+    }
+    proxy.update(&limited(TEN_A_MINUTE)).unwrap();
+    exchange(&mut *proxy, 1, &[], "200").answered();
+}
+
+fn garbage_in_shared_data_is_counted_and_replaced(start: Start) {
+    let mut proxy = start(&limited(TEN_A_MINUTE));
+    proxy.write_shared("trimtab/1/p/limit/r/all/", b"\xff\x00not ours");
+    for _ in 0..10 {
+        exchange(&mut *proxy, 0, &[], "200").continued();
+    }
+    exchange(&mut *proxy, 1, &[], "200").answered();
+    assert_eq!(proxy.metric("trimtab.policy.p.state.garbage"), 1);
+}
+
+fn faulty(fault: &str) -> String {
+    policy(&format!(r#"{{"name": "r", "fault": {{{fault}}}}}"#), "")
+}
+
+const DELAY: &str = r#""delay": {"percentage": {"value": 100}, "fixedDelay": "250ms"}"#;
+const ABORT: &str = r#""abort": {"percentage": {"value": 100}, "httpStatus": 503}"#;
+
+fn a_delay_ends_on_time(start: Start) {
+    let mut proxy = start(&faulty(DELAY));
+    let (first, outcome) = get(&mut *proxy, 0, "/", &[]);
+    assert_eq!(outcome, Outcome::Held);
+    proxy.advance(Duration::from_millis(100));
+    let (second, _) = get(&mut *proxy, 0, "/", &[]);
+    proxy.advance(Duration::from_millis(149));
+    assert_eq!(proxy.outcome(first), Outcome::Held, "not a millisecond early");
+    proxy.advance(Duration::from_millis(1));
+    proxy.outcome(first).continued();
+    assert_eq!(proxy.outcome(second), Outcome::Held);
+    proxy.advance(Duration::from_millis(100));
+    proxy.outcome(second).continued();
+    assert_eq!(proxy.metric("trimtab.policy.p.route.r.fault.delays"), 2);
+}
+
+fn a_delay_may_be_followed_by_an_abort(start: Start) {
+    let mut proxy = start(&faulty(&format!("{DELAY}, {ABORT}")));
+    let (stream, outcome) = get(&mut *proxy, 1, "/", &[]);
+    assert_eq!(outcome, Outcome::Held);
+    proxy.advance(Duration::from_millis(250));
+    assert_eq!(proxy.outcome(stream).answered().status, 503);
+}
+
+fn a_client_may_leave_while_it_is_held(start: Start) {
+    let mut proxy = start(&faulty(DELAY));
+    let (gone, _) = get(&mut *proxy, 0, "/", &[]);
+    let (stays, _) = get(&mut *proxy, 0, "/", &[]);
+    proxy.end(gone);
+    proxy.advance(Duration::from_millis(250));
+    proxy.outcome(stays).continued();
+}
+
+fn an_abort_speaks_the_clients_protocol(start: Start) {
+    let mut proxy = start(&faulty(ABORT));
+    let reply = exchange(&mut *proxy, 0, &[], "200").answered();
+    assert_eq!((reply.status, reply.grpc_status), (503, None));
+    assert_eq!(reply.details, "trimtab_fault_abort");
+    assert_eq!(value(&reply.headers, "x-trimtab-fault"), Some("abort"));
+    let reply = exchange(&mut *proxy, 0, &[("content-type", "application/grpc+proto")], "200").answered();
+    assert_eq!(reply.grpc_status, Some(14), "UNAVAILABLE");
+    assert_eq!(proxy.metric("trimtab.policy.p.route.r.fault.aborts"), 2);
+}
+
+/// Faults requests with `x-fault` only; the others are the control sample.
+fn guarded() -> String {
+    policy(
+        &format!(
+            r#"{{"name": "experiment", "match": [{{"headers": {{"x-fault": {{}}}}}}],
+                 "route": [{{"destination": {{"host": "h", "subset": "v1"}}}}],
+                 "fault": {{{ABORT}, "guard": {{"errorRate": "20%", "minRequests": 10, "window": "10s", "holdDown": "30s"}}}}}},
+               {{"name": "default", "route": [{{"destination": {{"host": "h", "subset": "v1"}}}}]}}"#
+        ),
+        "",
+    )
+}
+
+fn is_faulted(proxy: &mut dyn Proxy, worker: usize) -> bool {
+    matches!(exchange(proxy, worker, &[("x-fault", "")], "200"), Outcome::Answered(_))
+}
+
+fn injection_stops_in_all_workers_while_the_upstream_fails(start: Start) {
+    let mut proxy = start(&guarded());
+    for n in 0..8 {
+        exchange(&mut *proxy, 0, &[], if n < 2 { "500" } else { "200" });
+    }
+    assert!(is_faulted(&mut *proxy, 0), "8 requests are too few to tell");
+    exchange(&mut *proxy, 0, &[], "200");
+    exchange(&mut *proxy, 1, &[], "200");
+    assert!(!is_faulted(&mut *proxy, 1), "2 of 10 failed, half of them seen by the other worker");
+    assert!(!is_faulted(&mut *proxy, 0));
+    proxy.advance(Duration::from_millis(29_900));
+    assert!(!is_faulted(&mut *proxy, 0), "held down for 30 seconds");
+    proxy.advance(Duration::from_millis(200));
+    assert!(is_faulted(&mut *proxy, 0) && is_faulted(&mut *proxy, 1), "the failures have left the window");
+    assert_eq!(proxy.metric("trimtab.policy.p.route.experiment.fault.suspended"), 3);
+}
+
+fn grpc_failures_are_seen_in_trailers(start: Start) {
+    let mut proxy = start(&guarded());
+    let call = [("content-type", "application/grpc")];
+    for status in ["14", "0", "5", "13"] {
+        let (stream, _) = get(&mut *proxy, 0, "/", &call);
+        proxy.response(stream, &[(":status", "200")]);
+        proxy.response_trailers(stream, &[("grpc-status", status)]);
+        proxy.end(stream);
+    }
+    let (stream, _) = get(&mut *proxy, 0, "/", &call);
+    proxy.response(stream, &[(":status", "200"), ("grpc-status", "4")]);
+    proxy.end(stream);
+    assert_eq!(proxy.metric("trimtab.policy.p.target.h_v1.requests"), 5);
+    assert_eq!(proxy.metric("trimtab.policy.p.target.h_v1.failures"), 3);
+}
+
+fn own_faults_are_no_failures_of_the_upstream(start: Start) {
+    let mut proxy = start(&guarded());
+    for n in 0..100 {
+        assert!(is_faulted(&mut *proxy, n % 2), "request {n}");
+    }
+    assert_eq!(proxy.metric("trimtab.policy.p.target.h_v1.requests"), 0);
+}
+
+fn a_bad_policy_is_refused_and_the_old_one_serves_on(start: Start) {
+    let mut proxy = start(&limited(TEN_A_MINUTE));
+    for bad in ["", "{", "[]", "7", &"[".repeat(10_000), &" ".repeat(10 << 20), r#"{"apiVersion": "trimtab/v1alpha1"}"#]
+    {
+        let told = proxy.update(bad).unwrap_err();
+        assert!(told.contains("policy refused: error: "), "{told}");
+    }
+    let told = proxy
+        .update(r#"{"apiVersion": "x", "name": "y", "routes": [{"fault": {"abort": {}}}, {"mirror": {}}]}"#)
+        .unwrap_err();
+    for pointer in ["/apiVersion", "/routes/0/fault/abort", "/routes/1/mirror"] {
+        assert!(told.contains(&format!("error: {pointer}: ")), "{told}");
+    }
+    for _ in 0..10 {
+        exchange(&mut *proxy, 0, &[], "200").continued();
+    }
+    exchange(&mut *proxy, 0, &[], "200").answered();
+}
+
+fn hostile_requests_are_routed_like_any_other(start: Start) {
+    let everything = r#"{"name": "r",
+        "match": [{"uri": {"regex": "/x.*"}, "headers": {"x-a": {"regex": ".*"}}, "queryParams": {"q": {}}, "cookies": {"c": {}}},
+                  {"withoutHeaders": {"x-a": {"exact": "never"}}}],
+        "route": [{"destination": {"host": "h", "subset": "v1"}, "weight": 50},
+                  {"destination": {"host": "h", "subset": "v2"}, "weight": 50}],
+        "canary": {"destination": "v2", "rollout": "r",
+                   "key": [{"cookie": "c"}, {"queryParam": "q"}, {"pathSegment": 3}, {"sourceAddress": {}}, {"header": "x-a"}]},
+        "rateLimits": [{"name": "l", "limit": {"requestsPerUnit": 1000, "unit": "second"}, "key": [{"header": "x-a"}, {"cookie": "c"}]}],
+        "fault": {"abort": {"percentage": {"value": 0}, "httpStatus": 500}}}"#;
+    let mut proxy = start(&policy(everything, r#", "trace": {}"#));
+    let large = vec![b'x'; 60_000];
+    let names: Vec<String> = (0..100).map(|n| format!("x-header-{n}")).collect();
+    let mut many: Vec<(&str, &[u8])> = names.iter().map(|name| (name.as_str(), &b""[..])).collect();
+    many.push((":path", b"/"));
+    let requests: Vec<Vec<(&str, &[u8])>> = vec![
+        vec![],
+        vec![(":path", b"")],
+        vec![(":path", b"*"), (":method", b"OPTIONS")],
+        vec![(":authority", b"example.com:443"), (":method", b"CONNECT")],
+        vec![(":path", b"http://example.com/absolute?q=")],
+        vec![(":path", b"/x\xff\xfe?q=\xff&=&&;#"), ("x-a", b"\xff\x00\xfe")],
+        vec![(":path", b"?"), ("x-a", b""), ("x-a", b""), ("cookie", b"c"), ("cookie", b"=;;c=\xff")],
+        vec![(":path", b"/"), ("x-a", &large), ("cookie", &large), ("traceparent", &large), ("tracestate", &large)],
+        many,
+    ];
+    for request in requests {
+        let (stream, outcome) = proxy.request(0, &request);
+        let headers = outcome.continued();
+        let shown: Vec<_> = request.iter().map(|(name, _)| *name).collect();
+        assert!(matches!(value(&headers, "x-trimtab-subset"), Some("v1" | "v2")), "{shown:?}");
+        proxy.response(stream, &[(":status", "banana")]);
+        proxy.end(stream);
+        let (stream, _) = proxy.request(1, &request);
+        proxy.response(stream, &[]);
+        proxy.end(stream);
+    }
+}

@@ -1,0 +1,147 @@
+//! The filter on the simulated host: what `host/proxy_wasm.rs` does for Envoy, done here for a clock that stands still.
+
+use crate::proxy::{Headers, Outcome, Proxy, Reply, StreamId};
+use std::collections::HashMap;
+use std::time::Duration;
+use trimtab::fault::HeldStreams;
+use trimtab::filter::{Exchange, Filter, Verdict};
+use trimtab::host::sim::Sim;
+use trimtab::host::{Host, StateStore, Version};
+use trimtab::http::{LocalReply, encode_headers};
+use trimtab::policy::Policy;
+
+#[derive(Default)]
+struct Worker {
+    filter: Option<Filter>,
+    held: HeldStreams<Option<LocalReply>>,
+    next_stream: u32,
+    streams: HashMap<u32, Stream>,
+}
+
+struct Stream {
+    exchange: Exchange,
+    headers: Headers,
+    outcome: Outcome,
+}
+
+pub struct Native {
+    host: Sim,
+    workers: [Worker; 2],
+}
+
+impl Native {
+    pub fn start(policy: &str) -> Box<dyn Proxy> {
+        let mut native = Native { host: Sim::new(1), workers: Default::default() };
+        native.update(policy).expect("the case's policy is valid");
+        Box::new(native)
+    }
+}
+
+impl Proxy for Native {
+    fn update(&mut self, policy: &str) -> Result<(), String> {
+        for worker in &mut self.workers {
+            let (policy, _) = Policy::from_json(policy.as_bytes())
+                .map_err(|told| told.iter().map(|told| format!("policy refused: {told}\n")).collect::<String>())?;
+            worker.filter = Some(Filter::new(policy, &self.host));
+        }
+        Ok(())
+    }
+
+    fn request(&mut self, worker: usize, headers: &[(&str, &[u8])]) -> (StreamId, Outcome) {
+        let at = worker;
+        let worker = &mut self.workers[worker];
+        let id = worker.next_stream;
+        worker.next_stream += 1;
+        let may_hold = worker.held.has_room();
+        let filter = worker.filter.as_mut().expect("a policy is loaded");
+        let decision = filter.on_request(&self.host, &encode_headers(headers), may_hold);
+        let mut headers: Vec<(Vec<u8>, Vec<u8>)> =
+            headers.iter().map(|(name, value)| (name.as_bytes().to_vec(), value.to_vec())).collect();
+        decision.mutations.iter().for_each(|mutation| mutation.apply(&mut headers));
+        let headers: Headers =
+            headers.into_iter().map(|(name, value)| (String::from_utf8(name).unwrap(), value)).collect();
+        let outcome = match decision.verdict {
+            Verdict::Continue => Outcome::Continued(headers.clone()),
+            Verdict::Answer(reply) => Outcome::Answered(answer(reply)),
+            Verdict::Delay(delay, then) => {
+                worker.held.hold(id, self.host.now() + delay, then);
+                Outcome::Held
+            }
+        };
+        let exchange = decision.exchange;
+        worker.streams.insert(id, Stream { exchange, headers, outcome: outcome.clone() });
+        (StreamId { worker: at, id }, outcome)
+    }
+
+    fn response(&mut self, stream: StreamId, headers: &[(&str, &str)]) {
+        let worker = &mut self.workers[stream.worker];
+        let exchange = &mut worker.streams.get_mut(&stream.id).expect("the stream is open").exchange;
+        worker.filter.as_ref().unwrap().on_response(&self.host, exchange, &|name| find(headers, name));
+    }
+
+    fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]) {
+        let worker = &mut self.workers[stream.worker];
+        let exchange = &mut worker.streams.get_mut(&stream.id).expect("the stream is open").exchange;
+        worker.filter.as_ref().unwrap().on_response_trailers(&self.host, exchange, &|name| find(trailers, name));
+    }
+
+    fn end(&mut self, stream: StreamId) {
+        let worker = &mut self.workers[stream.worker];
+        worker.streams.remove(&stream.id);
+        worker.held.forget(stream.id);
+    }
+
+    fn advance(&mut self, time: Duration) {
+        const TICK: Duration = Duration::from_millis(1);
+        let mut left = time;
+        while !left.is_zero() {
+            let step = left.min(TICK);
+            left -= step;
+            self.host.advance(step);
+            for worker in &mut self.workers {
+                if let Some(filter) = &mut worker.filter {
+                    filter.on_tick(&self.host);
+                }
+                while let Some((id, then)) = worker.held.take_due(self.host.now()) {
+                    if let Some(stream) = worker.streams.get_mut(&id) {
+                        stream.outcome = match then {
+                            Some(reply) => Outcome::Answered(answer(reply)),
+                            None => Outcome::Continued(stream.headers.clone()),
+                        };
+                    }
+                }
+            }
+        }
+    }
+
+    fn outcome(&mut self, stream: StreamId) -> Outcome {
+        self.workers[stream.worker].streams[&stream.id].outcome.clone()
+    }
+
+    fn set_property(&mut self, path: &str, value: &[u8]) {
+        self.host.set_property(path, value);
+    }
+
+    fn write_shared(&mut self, key: &str, value: &[u8]) {
+        let version = self.host.get(key).map_or(Version::ABSENT, |(_, version)| version);
+        self.host.set(key, value, version).expect("nobody else writes");
+    }
+
+    fn metric(&mut self, name: &str) -> u64 {
+        self.host.metric(name)
+    }
+}
+
+fn find(headers: &[(&str, &str)], name: &str) -> Option<Vec<u8>> {
+    headers.iter().find(|(found, _)| *found == name).map(|(_, value)| value.as_bytes().to_vec())
+}
+
+fn answer(reply: LocalReply) -> Reply {
+    Reply {
+        status: u32::from(reply.status),
+        details: reply.details.to_owned(),
+        headers: reply.headers.into_iter().map(|(name, value)| (name.to_owned(), value.into_bytes())).collect(),
+        body: reply.body,
+        grpc_status: reply.grpc_status.map(u32::from),
+    }
+}
