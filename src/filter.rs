@@ -14,7 +14,8 @@ use crate::outlier::{Totals, is_failure};
 use crate::policy::{Policy, Route, TargetId};
 use crate::ratelimit::{Admission, Leases, Secret, admit, return_leases};
 use crate::telemetry::{DestinationMeters, Meters, Stand};
-use crate::trace::{self, Continuation};
+use crate::trace::w3c::TraceContext;
+use crate::trace::{self, Continuation, Direction, Notes, Response};
 use crate::units::Fraction;
 use trial::{JUDGE_PERIOD, Trial};
 
@@ -25,6 +26,12 @@ pub use trial::Sample;
 pub struct Filter {
     policy: Policy,
     meters: Meters,
+    worker: WorkerState,
+}
+
+/// What a worker keeps from one request to the next.
+#[derive(Debug)]
+struct WorkerState {
     secret: Secret,
     leases: Leases,
     /// For each route, a watch on each of its targets; none where the route injects no fault.
@@ -78,6 +85,8 @@ pub struct Exchange {
     /// What the answer is to a judge.
     pub sample: Option<Sample>,
     pub is_grpc: bool,
+    /// The trace that the client is told of; `None` where it is told nothing.
+    pub trace: Option<TraceContext>,
 }
 
 impl Exchange {
@@ -109,7 +118,8 @@ impl Filter {
         let stands = policy.routes.iter().zip(&meters.routes).map(|(route, meters)| Stand::new(route, meters));
         let trials =
             stands.map(|stand| stand.map_or_else(Trial::default, |stand| Trial::take_up(&stand, host))).collect();
-        Filter { policy, meters, secret, leases: Leases::default(), watches, trials }
+        let worker = WorkerState { secret, leases: Leases::default(), watches, trials };
+        Filter { policy, meters, worker }
     }
 
     pub fn policy(&self) -> &Policy {
@@ -118,112 +128,56 @@ impl Filter {
 
     /// Decides on a request from its serialised headers. `may_hold` says whether another stream can be delayed.
     pub fn on_request<'p>(&'p mut self, host: &impl Host, headers: &[u8], may_hold: bool) -> Decision<'p> {
-        let Filter { policy, meters, secret, leases, watches, trials } = self;
+        let Filter { policy, meters, worker } = self;
         let policy: &'p Policy = policy;
         let mut request = Request::parse(headers, &policy.header_names);
         if policy.reads_route_name {
             request = request.with_route_name(host.property(&["xds", "route_name"]));
         }
-        let mut decision = Decision::default();
-        let Decision { verdict, mutations, exchange, reasons } = &mut decision;
-        exchange.is_grpc = request.is_grpc();
 
         // The trace first: whatever happens to the request, it belongs to one, and faults are drawn from its id.
-        if let Some(trace) = &policy.trace {
-            reasons.trace = trace.carry_on(&request, || host.random());
-        }
-        if let Some(continuation) = &reasons.trace {
-            host.add(meters.trace.of(continuation.arrived), 1);
-            continuation.inject(mutations);
-        }
-
-        let Some((index, route)) = policy.route(&request) else {
-            host.add(meters.unmatched, 1);
-            policy.steer(&request, None, mutations);
-            return decision;
-        };
-        reasons.route = Some(index);
-        let Some(meters) = meters.routes.get(index) else { return decision };
-
-        // Limits before anything is chosen or injected: a refused request costs its upstream and the experiment
-        // nothing.
-        if !route.limits.is_empty() {
-            let admission = admit(&route.limits, secret, leases, &request, &route.name, host.now(), host);
-            meters.count_admission(&admission, host);
-            if let Some((limit, wait)) = admission.refused
-                && let Some(limit) = route.limits.get(limit)
-            {
-                *verdict = Verdict::Answer(limit.refusal(wait, exchange.is_grpc));
-                mutations.clear();
-            }
-            let refused = admission.refused.is_some();
-            reasons.admission = Some(admission);
-            if refused {
-                return decision;
-            }
-        }
-
-        // The destination before the fault, because the fault's guard looks at the one that was chosen.
-        let trial = Stand::new(route, meters).zip(trials.get_mut(index));
-        let destination = route.split.as_ref().and_then(|split| {
-            let choice = match trial {
-                Some((stand, trial)) => {
-                    let (choice, share) = trial.choose(&stand, &request, host);
-                    reasons.share = Some(share);
-                    exchange.sample = trial.sample(&stand, index, choice, host);
-                    choice
-                }
-                None => split.choose(Fraction::NONE, None, || host.random()),
-            };
-            reasons.choice = Some(choice);
-            split.destinations.get(choice.destination)
+        let continuation = policy.trace.as_ref().and_then(|trace| {
+            // Asked for every request: listeners with equal configurations share one filter in Envoy, so what one
+            // request tells does not hold for the next.
+            let ask = || Direction::from_property(host.property(&["xds", "listener_direction"]).as_deref());
+            let direction = trace.known_direction().unwrap_or_else(ask);
+            trace.carry_on(&request, direction, &mut || host.random(), &mut |context| {
+                trace.bridge.as_ref()?.recall(&request, context, host.now(), host)
+            })
         });
-        policy.steer(&request, destination.map(|(destination, _)| destination), mutations);
-        let chosen = reasons.choice.map_or(0, |choice| choice.destination);
-        let Some(sent_to) = meters.destinations.get(chosen) else { return decision };
-        host.add(sent_to.requests, 1);
+        let mut decision = worker.decide(policy, meters, host, &request, continuation, may_hold);
 
-        // The fault last: what is injected replaces what would have happened otherwise.
-        if let (Some(fault), Some(faults)) = (&route.fault, &meters.faults) {
-            let inbound = || trace::extract(&request).ok().flatten();
-            let context = reasons.trace.as_ref().map(|continuation| continuation.context).or_else(inbound);
-            reasons.drawn = fault.draw(fault.draws(context.map(|context| context.trace_id), || host.random()));
-            if !reasons.drawn.is_none() {
-                let watch = watches.get_mut(index).and_then(|watches| watches.get_mut(chosen));
-                let name = destination.map_or(&*route.name, |(destination, _)| destination.label());
-                let is_unwell = watch.is_none_or(|watch| is_suspended(watch, sent_to, &route.name, name, host));
-                reasons.withheld = if is_unwell {
-                    Some(Withheld::Suspended)
-                } else if fault.shadow {
-                    Some(Withheld::Shadow)
-                } else if reasons.drawn.delay.is_some() && !may_hold {
-                    Some(Withheld::Overflow)
-                } else {
-                    None
-                };
-                faults.count(&reasons.drawn, reasons.withheld, host);
-                if reasons.withheld.is_none() {
-                    let reply = reasons.drawn.abort.map(|abort| abort.reply(exchange.is_grpc));
-                    *verdict = match (reasons.drawn.delay, reply) {
-                        (Some(delay), reply) => Verdict::Delay(delay, reply),
-                        (None, Some(reply)) => Verdict::Answer(reply),
-                        (None, None) => Verdict::Continue,
-                    };
+        // Told to the next hop last, when it is known whether there is one and what was done to the request.
+        let Decision { verdict, mutations, exchange, reasons } = &mut decision;
+        if let (Some(trace), Some(continuation)) = (&policy.trace, &mut reasons.trace) {
+            let mut remembered = Notes::default();
+            if let Verdict::Continue | Verdict::Delay(_, None) = verdict {
+                continuation.inject(trace, &request, mutations);
+                if let (Some(bridge), Direction::Inbound) = (&trace.bridge, continuation.direction) {
+                    remembered = bridge.remember(&request, &continuation.context, mutations, host.now(), host);
                 }
             }
-        }
-
-        // Only a request that nothing was done to tells how its target is.
-        if *verdict == Verdict::Continue {
-            exchange.observed = route.targets.get(chosen).copied().filter(|target| policy.is_watched(*target));
-        } else {
-            exchange.sample = None;
+            let tells = trace.response != Response::None && continuation.direction != Direction::Outbound;
+            exchange.trace = tells.then_some(continuation.context);
+            meters.count_trace(continuation, remembered, host);
         }
         decision
     }
 
-    /// Learns from the head of a response; `header` is asked only where somebody wants to know.
-    pub fn on_response(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
+    /// Learns from the head of a response, and says how to change it; `header` is asked only where somebody wants to
+    /// know.
+    pub fn on_response(
+        &mut self,
+        host: &impl Host,
+        exchange: &mut Exchange,
+        header: Header<'_>,
+    ) -> Option<HeaderMutation<'static>> {
+        self.learn(host, exchange, header);
+        let response = self.policy.trace.as_ref()?.response;
+        Continuation::response(&exchange.trace.take()?, response)
+    }
+
+    fn learn(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
         if !exchange.is_awaited() {
             return;
         }
@@ -258,7 +212,7 @@ impl Filter {
         if let Some(sample) = exchange.sample.take().filter(|_| !is_limited)
             && let Some(route) = self.policy.routes.get(sample.route())
             && let Some(stand) = self.meters.routes.get(sample.route()).and_then(|meters| Stand::new(route, meters))
-            && let Some(trial) = self.trials.get_mut(sample.route())
+            && let Some(trial) = self.worker.trials.get_mut(sample.route())
         {
             trial.learn(&stand, sample, failed, host);
         }
@@ -267,15 +221,16 @@ impl Filter {
     /// Lets the windows move on and the judges look, and gives back what was reserved in vain; to be called every
     /// [`Filter::tick_period`].
     pub fn on_tick(&mut self, host: &impl Host) {
-        return_leases(&mut self.leases, |id| self.policy.limit(id), host.now(), host);
-        for (route, watches) in self.policy.routes.iter().zip(&mut self.watches) {
+        return_leases(&mut self.worker.leases, |id| self.policy.limit(id), host.now(), host);
+        for (route, watches) in self.policy.routes.iter().zip(&mut self.worker.watches) {
             for (target, watch) in route.targets.iter().zip(watches) {
                 if let Some(meters) = self.meters.targets.get(target.0) {
                     watch.mark(host.now(), meters.totals(host));
                 }
             }
         }
-        for ((route, meters), trial) in self.policy.routes.iter().zip(&self.meters.routes).zip(&mut self.trials) {
+        for ((route, meters), trial) in self.policy.routes.iter().zip(&self.meters.routes).zip(&mut self.worker.trials)
+        {
             if let Some(stand) = Stand::new(route, meters) {
                 trial.look(&stand, host);
             }
@@ -284,10 +239,118 @@ impl Filter {
 
     /// How often [`Filter::on_tick`] is to be called, in nanoseconds; `None` where nothing changes with time.
     pub fn tick_period(&self) -> Option<u64> {
-        let windows = self.watches.iter().flatten().map(Watch::step).min();
+        let windows = self.worker.watches.iter().flatten().map(Watch::step).min();
         let leases = self.policy.has_leases().then_some(Leases::TICK);
         let is_judged = self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some());
         windows.into_iter().chain(leases).chain(is_judged.then_some(JUDGE_PERIOD)).min()
+    }
+}
+
+impl WorkerState {
+    /// Everything between the trace that arrives and the trace that goes on.
+    fn decide<'p>(
+        &mut self,
+        policy: &'p Policy,
+        meters: &Meters,
+        host: &impl Host,
+        request: &Request<'_>,
+        continuation: Option<Continuation>,
+        may_hold: bool,
+    ) -> Decision<'p> {
+        let WorkerState { secret, leases, watches, trials } = self;
+        let mut decision = Decision::default();
+        let Decision { verdict, mutations, exchange, reasons } = &mut decision;
+        exchange.is_grpc = request.is_grpc();
+        reasons.trace = continuation;
+
+        let Some((index, route)) = policy.route(request) else {
+            host.add(meters.unmatched, 1);
+            policy.steer(request, None, mutations);
+            return decision;
+        };
+        reasons.route = Some(index);
+        let Some(meters) = meters.routes.get(index) else { return decision };
+
+        // Limits before anything is chosen or injected: a refused request costs its upstream and the experiment
+        // nothing.
+        if !route.limits.is_empty() {
+            let admission = admit(&route.limits, secret, leases, request, &route.name, host.now(), host);
+            meters.count_admission(&admission, host);
+            if let Some((limit, wait)) = admission.refused
+                && let Some(limit) = route.limits.get(limit)
+            {
+                *verdict = Verdict::Answer(limit.refusal(wait, exchange.is_grpc));
+                mutations.clear();
+            }
+            let refused = admission.refused.is_some();
+            reasons.admission = Some(admission);
+            if refused {
+                return decision;
+            }
+        }
+
+        // The destination before the fault, because the fault's guard looks at the one that was chosen.
+        let trial = Stand::new(route, meters).zip(trials.get_mut(index));
+        let destination = route.split.as_ref().and_then(|split| {
+            let choice = match trial {
+                Some((stand, trial)) => {
+                    let (choice, share) = trial.choose(&stand, request, host);
+                    reasons.share = Some(share);
+                    exchange.sample = trial.sample(&stand, index, choice, host);
+                    choice
+                }
+                None => split.choose(Fraction::NONE, None, || host.random()),
+            };
+            reasons.choice = Some(choice);
+            split.destinations.get(choice.destination)
+        });
+        policy.steer(request, destination.map(|(destination, _)| destination), mutations);
+        let chosen = reasons.choice.map_or(0, |choice| choice.destination);
+        let Some(sent_to) = meters.destinations.get(chosen) else { return decision };
+        host.add(sent_to.requests, 1);
+
+        // The fault last: what is injected replaces what would have happened otherwise.
+        if let (Some(fault), Some(faults)) = (&route.fault, &meters.faults) {
+            let inbound = || trace::extract(request).ok().flatten();
+            let context = reasons.trace.as_ref().map(|continuation| continuation.context).or_else(inbound);
+            reasons.drawn = fault.draw(fault.draws(context.map(|context| context.trace_id), || host.random()));
+            if !reasons.drawn.is_none() {
+                let watch = watches.get_mut(index).and_then(|watches| watches.get_mut(chosen));
+                let name = destination.map_or(&*route.name, |(destination, _)| destination.label());
+                let is_unwell = watch.is_none_or(|watch| is_suspended(watch, sent_to, &route.name, name, host));
+                reasons.withheld = if is_unwell {
+                    Some(Withheld::Suspended)
+                } else if fault.shadow {
+                    Some(Withheld::Shadow)
+                } else if reasons.drawn.delay.is_some() && !may_hold {
+                    Some(Withheld::Overflow)
+                } else {
+                    None
+                };
+                faults.count(&reasons.drawn, reasons.withheld, host);
+                if reasons.withheld.is_none() {
+                    let reply = reasons.drawn.abort.map(|abort| abort.reply(exchange.is_grpc));
+                    *verdict = match (reasons.drawn.delay, reply) {
+                        (Some(delay), reply) => Verdict::Delay(delay, reply),
+                        (None, Some(reply)) => Verdict::Answer(reply),
+                        (None, None) => Verdict::Continue,
+                    };
+                    if let (Some(trace), Some(continuation)) = (&policy.trace, &mut reasons.trace)
+                        && trace.forced_by_faults
+                    {
+                        continuation.force_sampling();
+                    }
+                }
+            }
+        }
+
+        // Only a request that nothing was done to tells how its target is.
+        if *verdict == Verdict::Continue {
+            exchange.observed = route.targets.get(chosen).copied().filter(|target| policy.is_watched(*target));
+        } else {
+            exchange.sample = None;
+        }
+        decision
     }
 }
 

@@ -305,17 +305,27 @@ pub fn encode_headers<N: AsRef<[u8]>, V: AsRef<[u8]>>(headers: &[(N, V)]) -> Vec
 pub enum HeaderMutation<'p> {
     /// The header has this one value afterwards.
     Set(&'p str, Cow<'p, [u8]>),
+    /// The header has this value besides those it had.
+    Add(&'p str, Cow<'p, [u8]>),
     /// The header is gone afterwards.
     Remove(&'p str),
 }
 
-impl HeaderMutation<'_> {
+impl<'p> HeaderMutation<'p> {
+    /// The header's name.
+    pub fn name(&self) -> &'p str {
+        let (HeaderMutation::Set(name, _) | HeaderMutation::Add(name, _) | HeaderMutation::Remove(name)) = self;
+        name
+    }
+
     /// Does the change to a list of headers.
     pub fn apply(&self, headers: &mut Vec<(Vec<u8>, Vec<u8>)>) {
-        let (HeaderMutation::Set(name, _) | HeaderMutation::Remove(name)) = self;
-        headers.retain(|(found, _)| found != name.as_bytes());
-        if let HeaderMutation::Set(name, value) = self {
-            headers.push((name.as_bytes().to_vec(), value.to_vec()));
+        let name = self.name().as_bytes();
+        if !matches!(self, HeaderMutation::Add(..)) {
+            headers.retain(|(found, _)| found != name);
+        }
+        if let HeaderMutation::Set(_, value) | HeaderMutation::Add(_, value) = self {
+            headers.push((name.to_vec(), value.to_vec()));
         }
     }
 }

@@ -110,7 +110,7 @@ impl Policy {
             None => Steering::default(),
         };
         let steering_header = header_names.intern(&steering.header)?;
-        let trace = fields.optional("trace").and_then(|value| Trace::read(&value));
+        let trace = fields.optional("trace").and_then(|value| Trace::read(&value, &state_prefix, &mut header_names));
         let mut reading = Reading { state_prefix, steering, header_names, routes: Vec::new(), targets: Vec::new() };
         if let Some(routes) = fields.optional("routes") {
             reading.routes(&routes);

@@ -11,7 +11,8 @@ use crate::host::{MetricId, Metrics};
 use crate::outlier::Totals;
 use crate::policy::{Policy, Route, label};
 use crate::ratelimit::Admission;
-use crate::trace::Arrived;
+use crate::trace::w3c::Invalid;
+use crate::trace::{Arrived, Continuation, Direction, Format, Note, Notes};
 use crate::units::Fraction;
 use std::fmt;
 use xxhash_rust::xxh64::xxh64;
@@ -25,7 +26,10 @@ pub struct Meters {
     pub routes: Vec<RouteMeters>,
     /// In the order of the policy's targets.
     pub targets: Vec<TargetMeters>,
-    pub trace: TraceMeters,
+    /// Of requests that leave the application.
+    outbound: TraceMeters,
+    /// Of all others.
+    trace: TraceMeters,
 }
 
 /// A route with a destination on trial.
@@ -148,13 +152,41 @@ pub struct FaultMeters {
     overflow: MetricId,
 }
 
-/// What requests arrived with.
-#[derive(Clone, Copy, Debug)]
-pub struct TraceMeters {
-    valid: MetricId,
-    missing: MetricId,
-    invalid: MetricId,
+/// What requests arrived with, and what was done about it.
+#[derive(Debug, Default)]
+struct TraceMeters {
+    /// In the order of [`ARRIVED`].
+    arrived: Vec<MetricId>,
+    /// In the order of [`NOTES`].
+    notes: Vec<MetricId>,
+    /// In the order of [`Format::ALL`].
+    from: Vec<MetricId>,
 }
+
+/// What a request arrives with; after the first three the reasons of the third.
+const ARRIVED: [&str; 9] = [
+    "valid",
+    "missing",
+    "invalid",
+    "invalid.duplicate",
+    "invalid.shape",
+    "invalid.version",
+    "invalid.character",
+    "invalid.zero_trace_id",
+    "invalid.zero_parent_id",
+];
+
+/// What is done about it.
+const NOTES: [(Note, &str); 8] = [
+    (Note::Restarted, "restarted"),
+    (Note::Bridged, "bridged"),
+    (Note::Repaired, "repaired"),
+    (Note::Ambiguous, "ambiguous"),
+    (Note::Truncated, "truncated"),
+    (Note::Converted, "converted"),
+    (Note::BadTracestate, "tracestate_invalid"),
+    (Note::Displaced, "displaced"),
+];
 
 /// The health of shared data.
 #[derive(Clone, Copy, Debug)]
@@ -193,11 +225,50 @@ impl Meters {
             unmatched: counter("unmatched"),
             routes: routes.map(|route| RouteMeters::define(&prefix, route, &targets, state, metrics)).collect(),
             targets,
-            trace: TraceMeters {
-                valid: counter("trace.valid"),
-                missing: counter("trace.missing"),
-                invalid: counter("trace.invalid"),
+            outbound: match &policy.trace {
+                Some(trace) if trace.bridge.is_some() => {
+                    TraceMeters::define(&|name| counter(&format!("outbound.trace.{name}")))
+                }
+                _ => TraceMeters::default(),
             },
+            trace: match &policy.trace {
+                Some(_) => TraceMeters::define(&|name| counter(&format!("trace.{name}"))),
+                None => TraceMeters::default(),
+            },
+        }
+    }
+
+    /// Counts what a request arrived with and what was done about it.
+    pub fn count_trace(&self, continuation: &Continuation, remembered: Notes, metrics: &impl Metrics) {
+        let is_outbound = continuation.direction == Direction::Outbound && !self.outbound.arrived.is_empty();
+        let meters = if is_outbound { &self.outbound } else { &self.trace };
+        let add = |metric: Option<&MetricId>| {
+            if let Some(metric) = metric {
+                metrics.add(*metric, 1);
+            }
+        };
+        let (arrived, reason) = match continuation.arrived {
+            Arrived::Valid => (0, None),
+            Arrived::Missing => (1, None),
+            Arrived::Invalid(Invalid::Duplicate) => (2, Some(3)),
+            Arrived::Invalid(Invalid::Shape) => (2, Some(4)),
+            Arrived::Invalid(Invalid::Version) => (2, Some(5)),
+            Arrived::Invalid(Invalid::Character) => (2, Some(6)),
+            Arrived::Invalid(Invalid::ZeroTraceId) => (2, Some(7)),
+            Arrived::Invalid(Invalid::ZeroParentId) => (2, Some(8)),
+        };
+        add(meters.arrived.get(arrived));
+        add(reason.and_then(|reason| meters.arrived.get(reason)));
+        // Where it came from tells nothing new of W3C's own format.
+        if let Some(from) = continuation.from.filter(|from| *from != Format::TraceContext) {
+            add(meters.from.get(from as usize));
+        }
+        let mut notes = continuation.notes;
+        notes.add_all(remembered);
+        if notes != Notes::default() {
+            for ((note, _), metric) in NOTES.iter().zip(&meters.notes) {
+                add(notes.contains(*note).then_some(metric));
+            }
         }
     }
 }
@@ -469,12 +540,11 @@ impl TargetMeters {
 }
 
 impl TraceMeters {
-    /// The counter of what a request arrived with.
-    pub fn of(&self, arrived: Arrived) -> MetricId {
-        match arrived {
-            Arrived::Valid => self.valid,
-            Arrived::Missing => self.missing,
-            Arrived::Invalid(_) => self.invalid,
+    fn define(counter: &dyn Fn(&str) -> MetricId) -> TraceMeters {
+        TraceMeters {
+            arrived: ARRIVED.iter().map(|name| counter(name)).collect(),
+            notes: NOTES.iter().map(|(_, name)| counter(name)).collect(),
+            from: Format::ALL.iter().map(|(name, _)| counter(&format!("from.{name}"))).collect(),
         }
     }
 }

@@ -78,6 +78,10 @@ mod tests {
         fn set(&self, key: &str, value: &[u8], expected: Version) -> Result<(), Conflict> {
             self.store.set(key, value, expected)
         }
+
+        fn put(&self, key: &str, value: &[u8]) {
+            self.store.put(key, value);
+        }
     }
 
     const MOST: u64 = 10;
@@ -112,6 +116,12 @@ mod tests {
             }
             *word = Some((value.to_vec(), if version == Version::ABSENT { 1 } else { version.0 + 1 }));
             Ok(())
+        }
+
+        fn put(&self, _: &str, value: &[u8]) {
+            let mut word = self.0.lock().unwrap();
+            let version = word.as_ref().map_or(1, |(_, version)| version + 1);
+            *word = Some((value.to_vec(), version));
         }
     }
 

@@ -20,6 +20,9 @@ pub trait StateStore {
     /// # Errors
     /// [`Conflict`] if somebody else was faster; nothing was written.
     fn set(&self, key: &str, value: &[u8], expected: Version) -> Result<(), Conflict>;
+
+    /// Writes `value`, whatever was there.
+    fn put(&self, key: &str, value: &[u8]);
 }
 
 /// The version of a shared value.

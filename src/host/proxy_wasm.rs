@@ -46,6 +46,13 @@ unsafe extern "C" {
         data: *mut *mut u8,
         size: *mut usize,
     ) -> Status;
+    fn proxy_add_header_map_value(
+        map: MapType,
+        name: *const u8,
+        name_size: usize,
+        value: *const u8,
+        value_size: usize,
+    ) -> Status;
     fn proxy_replace_header_map_value(
         map: MapType,
         name: *const u8,
@@ -149,6 +156,11 @@ impl StateStore for Envoy {
             OK => Ok(()),
             _ => Err(Conflict),
         }
+    }
+
+    fn put(&self, key: &str, value: &[u8]) {
+        // Version 0 is any.
+        unsafe { proxy_set_shared_data(key.as_ptr(), key.len(), value.as_ptr(), value.len(), 0) };
     }
 }
 
@@ -338,7 +350,7 @@ impl HttpContext for Stream {
             let may_hold = worker.held.borrow().has_room();
             let decision = filter.on_request(&worker.envoy, &headers.unwrap_or_default(), may_hold);
             for mutation in &decision.mutations {
-                mutate(mutation);
+                mutate(MapType::HttpRequestHeaders, mutation);
             }
             self.exchange = decision.exchange;
             decision.verdict
@@ -362,7 +374,9 @@ impl HttpContext for Stream {
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
         if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
             let header = |name: &str| header(MapType::HttpResponseHeaders, name);
-            filter.on_response(&self.worker.envoy, &mut self.exchange, &header);
+            if let Some(mutation) = filter.on_response(&self.worker.envoy, &mut self.exchange, &header) {
+                mutate(MapType::HttpResponseHeaders, &mutation);
+            }
         }
         Action::Continue
     }
@@ -384,9 +398,11 @@ impl Drop for Stream {
     }
 }
 
-fn mutate(mutation: &HeaderMutation<'_>) {
-    let map = MapType::HttpRequestHeaders;
+fn mutate(map: MapType, mutation: &HeaderMutation<'_>) {
     match mutation {
+        HeaderMutation::Add(name, value) => unsafe {
+            proxy_add_header_map_value(map, name.as_ptr(), name.len(), value.as_ptr(), value.len())
+        },
         HeaderMutation::Set(name, value) => unsafe {
             proxy_replace_header_map_value(map, name.as_ptr(), name.len(), value.as_ptr(), value.len())
         },

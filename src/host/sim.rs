@@ -83,14 +83,19 @@ impl StateStore for Sim {
     }
 
     fn set(&self, key: &str, value: &[u8], expected: Version) -> Result<(), Conflict> {
-        let mut words = self.words.borrow_mut();
+        let words = self.words.borrow();
         let found = words.get(key).map_or(Version::ABSENT, |(_, version)| *version);
         if found != expected {
             return Err(Conflict);
         }
-        self.version.set(self.version.get() + 1);
-        words.insert(key.to_owned(), (value.to_vec(), Version(self.version.get())));
+        drop(words);
+        self.put(key, value);
         Ok(())
+    }
+
+    fn put(&self, key: &str, value: &[u8]) {
+        self.version.set(self.version.get() + 1);
+        self.words.borrow_mut().insert(key.to_owned(), (value.to_vec(), Version(self.version.get())));
     }
 }
 

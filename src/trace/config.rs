@@ -1,54 +1,242 @@
 //! Reads the `trace` block.
+//!
+//! ```yaml
+//! trace:
+//!   extract: [tracecontext, b3]   # read in this order, the first valid context wins; default [tracecontext]
+//!   inject: [tracecontext]        # all of them are written; a format that is only extracted is removed
+//!   edge: continue                # continue restart restartExternal ignore
+//!   sampling:                     # of new traces; a caller's decision is respected
+//!     percentage: {value: 1}
+//!     force: [fault]              # a request with an injected fault is sampled in any case
+//!   tracestate:
+//!     key: acme                   # our own member; restartExternal trusts callers that send it (default trimtab)
+//!     allow: [acme, ot]           # the only keys that leave, inbound requests aside
+//!   baggage: {allow: [tenant]}    # the same
+//!   direction: auto               # auto inbound outbound
+//!   bridge:                       # gives outbound requests what the application did not copy
+//!     key: {header: x-request-id}
+//!     capacity: 4096
+//!     ttl: 60s
+//!     carry: [baggage]
+//!   response: none                # none serverTiming traceresponse
+//! ```
 
-use super::policy::{Edge, Trace};
-use crate::document::{Fields, Value};
+use super::bridge::Bridge;
+use super::decision::threshold;
+use super::formats::Format;
+use super::policy::{Direction, Edge, Recognised, Response, Trace};
+use super::tracestate::is_key;
+use crate::document::{Fields, Value, quoted};
+use crate::http::HeaderNames;
 use crate::units::Fraction;
 
 /// Istio's default: one new trace in a hundred is sampled.
 const DEFAULT_SAMPLING: Fraction = Fraction::from_ppm(10_000);
 
+/// Our own key in `tracestate`, where an edge needs one and the policy names none.
+const DEFAULT_MARK: &str = "trimtab";
+
+/// The most entries of an allow-list.
+const MAX_ALLOWED: usize = 64;
+
 impl Trace {
-    /// Reads the block.
-    pub fn read(value: &Value<'_>) -> Option<Trace> {
+    /// Reads the block. `prefix` is what the policy's shared words start with.
+    pub fn read(value: &Value<'_>, prefix: &str, names: &mut HeaderNames) -> Option<Trace> {
         let mut fields = value.object()?;
-        for field in ["extract", "inject"] {
-            read_formats(&mut fields, field);
-        }
-        let edge = fields.optional("edge").and_then(|value| match value.as_string() {
-            Some("restartExternal") => {
-                value.error("restartExternal is not yet supported", "expected one of continue, restart, ignore");
-                None
-            }
-            _ => value.one_of(&[("continue", Edge::Continue), ("restart", Edge::Restart), ("ignore", Edge::Ignore)]),
-        });
-        let sampling = fields.optional("sampling").and_then(|value| {
+        let extract = read_formats(&mut fields, "extract");
+        let inject = read_formats(&mut fields, "inject");
+        let edges = [
+            ("continue", Edge::Continue),
+            ("restart", Edge::Restart),
+            ("restartExternal", Edge::RestartExternal),
+            ("ignore", Edge::Ignore),
+        ];
+        let edge = fields.optional("edge").and_then(|value| value.one_of(&edges)).unwrap_or(Edge::Continue);
+        let (sampling, forced_by_faults) = match fields.optional("sampling") {
+            Some(value) => read_sampling(&value)?,
+            None => (DEFAULT_SAMPLING, false),
+        };
+        let (mark, tracestate_allow) = match fields.optional("tracestate") {
+            Some(value) => read_tracestate(&value)?,
+            None => (None, None),
+        };
+        let mark = mark.or_else(|| (edge == Edge::RestartExternal).then(|| DEFAULT_MARK.into()));
+        let baggage_allow = fields.optional("baggage").and_then(|value| {
             let mut fields = value.object()?;
-            let percentage = fields.required("percentage").and_then(|value| Fraction::read(&value));
+            let allow = read_allow(&mut fields);
             fields.end();
-            percentage
+            allow
         });
-        for (field, only) in [("direction", "auto"), ("response", "none")] {
-            if let Some(value) = fields.optional(field)
-                && value.string().is_some_and(|word| word != only)
-            {
-                value.unfit(format!("only {only} is supported yet"));
+        let directions =
+            [("auto", None), ("inbound", Some(Direction::Inbound)), ("outbound", Some(Direction::Outbound))];
+        let direction = fields.optional("direction").and_then(|value| value.one_of(&directions)).flatten();
+        let responses = [
+            ("none", Response::None),
+            ("serverTiming", Response::ServerTiming),
+            ("traceresponse", Response::Traceresponse),
+        ];
+        let response = fields.optional("response").and_then(|value| value.one_of(&responses));
+        let bridge = fields.optional("bridge").and_then(|value| Bridge::read(&value, prefix, names));
+        fields.end();
+
+        // An edge that starts traces anew lets no header of any format through.
+        let restarts = matches!(edge, Edge::Restart | Edge::RestartExternal);
+        let mut formats: Vec<Recognised> = Vec::new();
+        let others = Format::ALL.iter().filter(|_| restarts).map(|(_, format)| format);
+        for format in extract.iter().chain(&inject).chain(others) {
+            if !formats.iter().any(|known| known.format == *format) {
+                let (extracted, injected) = (extract.contains(format), inject.contains(format));
+                formats.push(Recognised { extracted, injected, ..Recognised::intern(*format, names)? });
             }
         }
-        fields.not_yet("bridge");
-        fields.end();
-        Some(Trace { edge: edge.unwrap_or(Edge::Continue), sampling: sampling.unwrap_or(DEFAULT_SAMPLING) })
+        const UNTRUSTED: [&str; 4] = ["baggage", "x-client-trace-id", "x-envoy-force-trace", "jaeger-debug-id"];
+        let untrusted = UNTRUSTED.into_iter().filter(|_| restarts).filter_map(|name| Some((name, names.intern(name)?)));
+        Some(Trace {
+            edge,
+            formats,
+            threshold: threshold(sampling),
+            sampling,
+            forced_by_faults,
+            mark,
+            tracestate_allow,
+            baggage_allow,
+            untrusted: untrusted.collect(),
+            baggage: names.intern("baggage")?,
+            request_id: names.intern("x-request-id")?,
+            direction,
+            response: response.unwrap_or(Response::None),
+            bridge,
+        })
     }
 }
 
-fn read_formats(fields: &mut Fields<'_>, field: &'static str) {
-    const LATER: [&str; 8] = ["b3", "b3multi", "jaeger", "xray", "gcp", "datadog", "ottrace", "grpc"];
-    for format in fields.optional(field).and_then(|value| value.array()).unwrap_or_default() {
-        match format.string() {
-            Some("tracecontext") | None => {}
-            Some(name) if LATER.contains(&name) => {
-                format.error(format!("{name} is not yet supported"), "write tracecontext");
-            }
-            Some(_) => format.unfit("expected tracecontext"),
+/// A list of formats, each once; W3C's where none is written.
+fn read_formats(fields: &mut Fields<'_>, field: &'static str) -> Vec<Format> {
+    let Some(value) = fields.optional(field) else { return vec![Format::TraceContext] };
+    let mut formats = Vec::new();
+    let items = value.array().unwrap_or_default();
+    for item in &items {
+        match item.one_of(&Format::ALL) {
+            Some(format) if formats.contains(&format) => item.unfit("write each format once"),
+            Some(format) => formats.push(format),
+            None => {}
         }
+    }
+    if items.is_empty() {
+        value.unfit("expected a list of formats, such as [tracecontext, b3]");
+    }
+    formats
+}
+
+fn read_sampling(value: &Value<'_>) -> Option<(Fraction, bool)> {
+    let mut fields = value.object()?;
+    let percentage = fields.optional("percentage").map(|value| Fraction::read(&value));
+    let mut force = false;
+    for item in fields.optional("force").and_then(|value| value.array()).unwrap_or_default() {
+        match item.string() {
+            Some("fault") => force = true,
+            Some(word @ ("rateLimit" | "rollback")) => {
+                item.error(format!("{word} is not yet supported"), "expected fault");
+            }
+            Some(_) => item.unfit("expected fault"),
+            None => {}
+        }
+    }
+    fields.end();
+    Some((percentage.unwrap_or(Some(DEFAULT_SAMPLING))?, force))
+}
+
+type Allow = Option<Box<[Box<str>]>>;
+
+fn read_tracestate(value: &Value<'_>) -> Option<(Option<Box<str>>, Allow)> {
+    let mut fields = value.object()?;
+    let key = fields.optional("key").and_then(|value| {
+        let key = value.text()?;
+        // OpenTelemetry's is not ours to take.
+        if !is_key(key.as_bytes()) || key == "ot" || key.len() > 64 {
+            value.unfit("expected 1 to 64 of a-z, 0-9 and _-*/@, a letter or digit first, and not ot");
+            return None;
+        }
+        Some(key.into())
+    });
+    let allow = read_allow(&mut fields);
+    fields.end();
+    Some((key, allow))
+}
+
+fn read_allow(fields: &mut Fields<'_>) -> Allow {
+    let value = fields.optional("allow")?;
+    let items = value.array()?;
+    if items.len() > MAX_ALLOWED {
+        value.error(format!("{} keys", items.len()), format!("write at most {MAX_ALLOWED}"));
+        return None;
+    }
+    items
+        .iter()
+        .map(|item| {
+            let key = item.text()?;
+            if key.len() > 256 || key.bytes().any(|byte| !byte.is_ascii_graphic() || b",;=".contains(&byte)) {
+                item.error(format!("{} is not a key", quoted(key)), "expected printable characters but , ; and =");
+                return None;
+            }
+            Some(key.into())
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::diagnostic::Report;
+    use crate::document::Node;
+
+    fn told(text: &str) -> Vec<String> {
+        let node = Node::from_json(text.as_bytes()).unwrap();
+        let report = Report::default();
+        Trace::read(&Value::root(&node, &report), "t/", &mut HeaderNames::default());
+        report.into_diagnostics().iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn the_whole_block_is_read() {
+        let full = r#"{"extract": ["tracecontext", "b3", "b3multi", "jaeger", "xray", "gcp", "datadog", "ottrace", "grpc"],
+            "inject": ["tracecontext", "b3"], "edge": "restartExternal",
+            "sampling": {"percentage": "5%", "force": ["fault"]},
+            "tracestate": {"key": "acme@mesh", "allow": ["acme@mesh", "ot"]}, "baggage": {"allow": []},
+            "direction": "inbound", "response": "serverTiming",
+            "bridge": {"key": {"header": "x-correlation-id"}, "capacity": 16, "ttl": "5s", "carry": ["baggage", "x-cohort"]}}"#;
+        assert_eq!(told(full), [] as [&str; 0]);
+        assert_eq!(told("{}"), [] as [&str; 0]);
+        assert_eq!(told(r#"{"bridge": {}}"#), [] as [&str; 0]);
+    }
+
+    #[test]
+    fn mistakes_are_told_where_they_are() {
+        let bad = told(
+            r#"{"extract": ["b3", "b3", "sw8"], "inject": [], "edge": "drop", "sampling": {"force": ["rollback", "all"]},
+                "tracestate": {"key": "ot", "allow": ["a=b"]}, "baggage": {"deny": []}, "direction": "both",
+                "response": "header", "bridge": {"key": {"cookie": "a"}, "capacity": 0, "ttl": "1ms", "carry": ["a b"]}}"#,
+        );
+        let expected = [
+            "error: /extract/1: found \"b3\"; write each format once",
+            "error: /extract/2: found \"sw8\"; expected one of tracecontext, b3, b3multi, jaeger, xray, gcp, datadog, \
+             ottrace, grpc",
+            "error: /inject: found a list; expected a list of formats, such as [tracecontext, b3]",
+            "error: /edge: found \"drop\"; expected one of continue, restart, restartExternal, ignore",
+            "error: /sampling/force/0: rollback is not yet supported; expected fault",
+            "error: /sampling/force/1: found \"all\"; expected fault",
+            "error: /tracestate/key: found \"ot\"; expected 1 to 64 of a-z, 0-9 and _-*/@, a letter or digit first, and \
+             not ot",
+            "error: /tracestate/allow/0: \"a=b\" is not a key; expected printable characters but , ; and =",
+            "error: /baggage/deny: unknown field \"deny\"; expected one of allow",
+            "error: /direction: found \"both\"; expected one of auto, inbound, outbound",
+            "error: /response: found \"header\"; expected one of none, serverTiming, traceresponse",
+            "error: /bridge/key: header is missing; write header",
+            "error: /bridge/key/cookie: unknown field \"cookie\"; expected one of header",
+            "error: /bridge/capacity: found 0; expected a whole number from 1 to 65536",
+            "error: /bridge/ttl: found \"1ms\"; expected a duration such as \"250ms\", \"30s\" or \"5m\", from 1s to 24h",
+            "error: /bridge/carry/0: \"a b\" is not a header name; expected letters, digits and -",
+        ];
+        assert_eq!(bad, expected);
     }
 }

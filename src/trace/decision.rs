@@ -1,8 +1,13 @@
 //! Where one request stands in its trace, and what the next hop is told.
 
-use super::policy::{Edge, Trace};
-use super::w3c::{Flags, Invalid, TraceContext, format_traceparent, is_tracestate, parse_traceparent};
-use crate::http::{HeaderMutation, HeaderNames, Request};
+use super::baggage;
+use super::bridge::Remembered;
+use super::formats::Format;
+use super::policy::{Direction, Edge, Recognised, Response, Trace};
+use super::tracestate::{Edit, has_member, is_tracestate, rewrite};
+use super::w3c::{Flags, Invalid, TraceContext, format_traceparent, parse_traceparent};
+use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
+use crate::units::Fraction;
 use std::borrow::Cow;
 
 /// What a request arrived with.
@@ -13,64 +18,378 @@ pub enum Arrived {
     Invalid(Invalid),
 }
 
+/// Something that was done, and that an operator wants to count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Note {
+    /// A context was set aside and a new trace begun, because the edge says so.
+    Restarted,
+    /// The context came from what was remembered, because the application had copied none.
+    Bridged,
+    /// The application had copied a part of the context, and got the rest back.
+    Repaired,
+    /// Several different contexts arrived under one id.
+    Ambiguous,
+    /// A list was too long, and members of it were dropped.
+    Truncated,
+    /// The context came in a format that is not injected.
+    Converted,
+    /// A `tracestate` was invalid and dropped.
+    BadTracestate,
+    /// Another request's context, still alive, lost its place to this one's.
+    Displaced,
+}
+
+/// A set of notes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Notes(u16);
+
+impl Notes {
+    pub fn add(&mut self, note: Note) {
+        self.0 |= 1 << note as u16;
+    }
+
+    pub fn add_if(&mut self, condition: bool, note: Note) {
+        self.0 |= u16::from(condition) << note as u16;
+    }
+
+    pub fn add_all(&mut self, notes: Notes) {
+        self.0 |= notes.0;
+    }
+
+    pub fn contains(self, note: Note) -> bool {
+        self.0 & 1 << note as u16 != 0
+    }
+
+    /// As a number: the bit of each note stands at its own place.
+    pub fn bits(self) -> u16 {
+        self.0
+    }
+}
+
 /// What a request goes on with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Continuation {
     pub arrived: Arrived,
+    /// The format of the context that arrived.
+    pub from: Option<Format>,
     /// Whether the trace began here.
     pub root: bool,
     pub context: TraceContext,
-    /// Whether the request's `tracestate` may go on.
-    keeps_tracestate: bool,
-    has_tracestate: bool,
+    pub direction: Direction,
+    pub notes: Notes,
+    tracestate: Tracestate,
+    /// The threshold by which the trace was sampled here.
+    threshold: Option<u64>,
+    is_forced: bool,
+    remembered: Option<Remembered>,
+}
+
+/// Where the request's `tracestate` comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Tracestate {
+    /// As it arrived.
+    Kept,
+    /// From nowhere: there is none.
+    Dropped,
+    /// From what was remembered.
+    Restored(Vec<u8>),
+}
+
+/// What the headers of all formats together say.
+struct Found {
+    arrived: Arrived,
+    from: Option<Format>,
+    context: Option<TraceContext>,
+    /// A decision that came without ids.
+    decision: Option<Flags>,
+}
+
+/// The 56 bits of a trace id that are random and that samplers go by.
+const RANDOM_BITS: u64 = (1 << 56) - 1;
+
+/// The least value of the random bits with which `share` of all traces are sampled, exact to 2^-50.
+pub(super) fn threshold(share: Fraction) -> u64 {
+    // A millionth of 2^56 is 2^50 / 15625. Taken in two steps, because the product does not fit.
+    let ppm = u64::from(share.ppm());
+    (1 << 56) - (((ppm / 15_625) << 50) + ((ppm % 15_625) << 50) / 15_625)
 }
 
 impl Trace {
-    /// Reads the request's context, and continues it or begins a new trace; `random` draws the new ids.
-    /// `None` where the policy leaves trace headers alone.
-    pub fn carry_on(&self, request: &Request<'_>, mut random: impl FnMut() -> u64) -> Option<Continuation> {
+    /// Reads the request's context, and continues it or begins a new trace; `random` draws the new ids. `recall` is
+    /// asked what is remembered for a request that leaves with this context, or with none. `None` where the policy
+    /// leaves trace headers alone.
+    pub fn carry_on(
+        &self,
+        request: &Request<'_>,
+        direction: Direction,
+        random: &mut dyn FnMut() -> u64,
+        recall: &mut dyn FnMut(Option<&TraceContext>) -> Option<Remembered>,
+    ) -> Option<Continuation> {
         if self.edge == Edge::Ignore {
             return None;
         }
-        let (arrived, inbound) = match extract(request) {
-            Ok(Some(context)) => (Arrived::Valid, Some(context)),
-            Ok(None) => (Arrived::Missing, None),
-            Err(invalid) => (Arrived::Invalid(invalid), None),
+        let found = self.read_headers(request);
+        let mut notes = Notes::default();
+        let restarts = match self.edge {
+            _ if direction == Direction::Outbound => false,
+            Edge::Restart => true,
+            Edge::RestartExternal => !self.is_marked(request),
+            Edge::Continue | Edge::Ignore => false,
         };
-        let inbound = inbound.filter(|_| self.edge != Edge::Restart);
-        let parent_id = not_zero(&mut random).to_be_bytes();
-        let context = match inbound {
-            Some(inbound) => TraceContext { parent_id, ..inbound },
-            None => self.root(parent_id, random),
+        notes.add_if(restarts, Note::Restarted);
+        let inbound = found.context.filter(|_| !restarts);
+        let mut remembered = if direction == Direction::Outbound { recall(inbound.as_ref()) } else { None };
+
+        // What arrived valid is never overruled, only completed.
+        let known = match (inbound, &remembered) {
+            (Some(context), Some(remembered)) => Some(remembered.complete(context, &mut notes)),
+            (None, Some(remembered)) => {
+                notes.add(Note::Bridged);
+                Some(remembered.context)
+            }
+            (inbound, None) => inbound,
         };
-        let has_tracestate = request.has(HeaderNames::TRACESTATE);
-        let keeps_tracestate =
-            inbound.is_some() && has_tracestate && is_tracestate(request.values(HeaderNames::TRACESTATE));
-        Some(Continuation { arrived, root: inbound.is_none(), context, keeps_tracestate, has_tracestate })
+        let parent_id = random().max(1).to_be_bytes();
+        let mut context = match known {
+            Some(known) => TraceContext { parent_id, ..known },
+            None => {
+                let low = random().max(1);
+                let trace_id = ((u128::from(random()) << 64) | u128::from(low)).to_be_bytes();
+                let decision = found.decision.filter(|_| !restarts).unwrap_or(Flags::UNDECIDED);
+                TraceContext { trace_id, parent_id, flags: decision.with(Flags::RANDOM) }
+            }
+        };
+        let mut threshold = None;
+        if context.flags.contains(Flags::UNDECIDED) {
+            let (sampled, by) = self.sample(request, &context, restarts);
+            context.flags = context.flags.without(Flags::UNDECIDED).with(Flags::decided(Some(sampled)));
+            threshold = by.filter(|_| sampled);
+        }
+
+        let mut tracestate = Tracestate::Dropped;
+        if let Some(inbound) = inbound
+            && request.has(HeaderNames::TRACESTATE)
+        {
+            // A list belongs to the traceparent beside it, and only by it to a context in another format.
+            let is_its = found.from == Some(Format::TraceContext)
+                || extract(request).ok().flatten().is_some_and(|beside| beside.trace_id == inbound.trace_id);
+            let is_valid = is_its && is_tracestate(request.values(HeaderNames::TRACESTATE));
+            notes.add_if(is_its && !is_valid, Note::BadTracestate);
+            if is_valid {
+                tracestate = Tracestate::Kept;
+            }
+        }
+        if tracestate == Tracestate::Dropped
+            && let Some(list) = remembered.as_mut().and_then(|remembered| remembered.tracestate.take())
+        {
+            notes.add_if(inbound.is_some(), Note::Repaired);
+            tracestate = Tracestate::Restored(list);
+        }
+        let is_converted =
+            inbound.is_some() && self.formats.iter().any(|known| Some(known.format) == found.from && !known.injected);
+        notes.add_if(is_converted, Note::Converted);
+        Some(Continuation {
+            arrived: found.arrived,
+            from: found.from,
+            root: known.is_none(),
+            context,
+            direction,
+            notes,
+            tracestate,
+            threshold,
+            is_forced: false,
+            remembered,
+        })
     }
 
-    fn root(&self, parent_id: [u8; 8], mut random: impl FnMut() -> u64) -> TraceContext {
-        let low = not_zero(&mut random);
-        let trace_id = ((u128::from(random()) << 64) | u128::from(low)).to_be_bytes();
-        // Consistent probability sampling (OpenTelemetry, "TraceState: Probability Sampling"): the 56 random bits of
-        // the trace id decide, the highest are kept, so that samplers further on agree.
-        let sampled = self.sampling.includes(!(low << 8));
-        let flags = if sampled { Flags::RANDOM.with(Flags::SAMPLED) } else { Flags::RANDOM };
-        TraceContext { trace_id, parent_id, flags }
+    /// The first valid context in the configured order. One that is invalid takes nothing from a later one.
+    fn read_headers(&self, request: &Request<'_>) -> Found {
+        let mut found = Found { arrived: Arrived::Missing, from: None, context: None, decision: None };
+        for known in self.formats.iter().filter(|known| known.extracted) {
+            match known.format.parse(&|place| known.read(request, place)) {
+                Ok(Some(context)) if context.trace_id == [0; 16] => {
+                    found.decision = found.decision.or(Some(context.flags));
+                }
+                Ok(Some(context)) => {
+                    let (arrived, from) = (Arrived::Valid, Some(known.format));
+                    return Found { arrived, from, context: Some(context), decision: None };
+                }
+                Err(invalid) if found.arrived == Arrived::Missing => found.arrived = Arrived::Invalid(invalid),
+                _ => {}
+            }
+        }
+        found
+    }
+
+    /// Whether the caller is one of ours.
+    fn is_marked(&self, request: &Request<'_>) -> bool {
+        let values = || request.values(HeaderNames::TRACESTATE);
+        self.mark.as_ref().is_some_and(|mark| is_tracestate(values()) && has_member(values(), mark))
+    }
+
+    /// Decides for a trace that nobody decided for, and by which threshold.
+    fn sample(&self, request: &Request<'_>, context: &TraceContext, restarts: bool) -> (bool, Option<u64>) {
+        // Envoy writes into its request id why it traces a request: sampled, forced here, forced by the client. Such
+        // a trace has no known probability.
+        const REASON: usize = 14;
+        let id = request.first(self.request_id).filter(|id| id.len() == 36 && !restarts);
+        if id.and_then(|id| id.get(REASON)).is_some_and(|reason| matches!(reason, b'9' | b'a' | b'b')) {
+            return (true, None);
+        }
+        // Consistent probability sampling (OpenTelemetry, "TraceState: Probability Sampling"): the random bits decide,
+        // the highest values are kept, so that samplers further on agree.
+        let (_, low) = context.trace_id.split_at(8);
+        let randomness = low.iter().fold(0, |bits, byte| bits << 8 | u64::from(*byte)) & RANDOM_BITS;
+        (randomness >= self.threshold, Some(self.threshold))
     }
 }
 
 impl Continuation {
+    /// Samples the trace whatever was decided. With what probability that happens nobody knows, so no threshold stays.
+    pub fn force_sampling(&mut self) {
+        self.context.flags = self.context.flags.with(Flags::SAMPLED);
+        self.threshold = None;
+        self.is_forced = true;
+    }
+
     /// The header changes that tell the next hop.
-    pub fn inject(&self, mutations: &mut Vec<HeaderMutation<'_>>) {
-        mutations.push(HeaderMutation::Set("traceparent", Cow::Owned(format_traceparent(&self.context))));
-        if self.has_tracestate && !self.keeps_tracestate {
-            mutations.push(HeaderMutation::Remove("tracestate"));
+    pub fn inject<'p>(&mut self, trace: &'p Trace, request: &Request<'_>, mutations: &mut Vec<HeaderMutation<'p>>) {
+        let restarted = self.notes.contains(Note::Restarted);
+        for known in &trace.formats {
+            self.inject_format(known, request, restarted, mutations);
+        }
+        self.inject_tracestate(trace, request, mutations);
+
+        if restarted {
+            let sent = trace.untrusted.iter().filter(|(_, id)| request.has(*id));
+            mutations.extend(sent.map(|(name, _)| HeaderMutation::Remove(name)));
+            return;
+        }
+        let leaves = self.direction != Direction::Inbound;
+        let allow = trace.baggage_allow.as_deref().filter(|_| leaves);
+        if request.has(trace.baggage) {
+            let (list, cut) = baggage::limit(request.values(trace.baggage), allow);
+            self.notes.add_if(cut, Note::Truncated);
+            if let Some(list) = list {
+                mutations.push(set_or_remove("baggage", list));
+            }
+        }
+        let (Some(bridge), Some(remembered)) = (&trace.bridge, &mut self.remembered) else { return };
+        for ((name, id), value) in bridge.carry.iter().zip(&mut remembered.carried) {
+            let Some(mut value) = value.take().filter(|_| !request.has(*id)) else { continue };
+            if *id == trace.baggage
+                && let (Some(list), _) = baggage::limit([value.as_slice()].into_iter(), allow)
+            {
+                value = list;
+            }
+            // A header that this request was given meanwhile is newer.
+            if !value.is_empty() && !mutations.iter().any(|mutation| mutation.name() == &**name) {
+                self.notes.add(if self.notes.contains(Note::Bridged) { Note::Bridged } else { Note::Repaired });
+                mutations.push(HeaderMutation::Set(name, Cow::Owned(value)));
+            }
+        }
+    }
+
+    /// Writes a format, or removes it: a header that says something else must not stay.
+    fn inject_format<'p>(
+        &self,
+        known: &'p Recognised,
+        request: &Request<'_>,
+        restarted: bool,
+        mutations: &mut Vec<HeaderMutation<'p>>,
+    ) {
+        let headers = known.format.headers();
+        let mut written = 0_u8;
+        if known.injected {
+            let read = |place| if restarted { Ok(None) } else { known.read(request, place) };
+            known.format.write(&self.context, &read, &mut |place, value| {
+                written |= 1 << place;
+                if let Some(name) = headers.get(place)
+                    && read(place) != Ok(Some(&value))
+                {
+                    mutations.push(HeaderMutation::Set(name, Cow::Owned(value)));
+                }
+            });
+        }
+        for (place, (name, id)) in headers.iter().zip(&known.ids).enumerate() {
+            if written & 1 << place == 0 && request.has(*id) {
+                mutations.push(HeaderMutation::Remove(name));
+            }
+        }
+    }
+
+    fn inject_tracestate<'p>(
+        &mut self,
+        trace: &'p Trace,
+        request: &Request<'_>,
+        mutations: &mut Vec<HeaderMutation<'p>>,
+    ) {
+        const NAME: &str = "tracestate";
+        let Some(known) = trace.formats.iter().find(|known| known.format == Format::TraceContext) else { return };
+        let has = request.has(HeaderNames::TRACESTATE);
+        let edit = Edit {
+            allow: trace.tracestate_allow.as_deref().filter(|_| self.direction != Direction::Inbound),
+            mark: trace.mark.as_deref(),
+            threshold: self.threshold,
+            erase_threshold: self.is_forced,
+        };
+        let is_edited = edit.allow.is_some() || edit.mark.is_some() || edit.threshold.is_some() || edit.erase_threshold;
+        if !known.injected || (self.tracestate == Tracestate::Dropped && !is_edited) {
+            if has {
+                mutations.push(HeaderMutation::Remove(NAME));
+            }
+            return;
+        }
+        if self.tracestate == Tracestate::Kept && !is_edited {
+            return;
+        }
+        let (list, cut) = match &self.tracestate {
+            Tracestate::Kept => rewrite(request.values(HeaderNames::TRACESTATE), &edit),
+            Tracestate::Restored(list) => rewrite([list.as_slice()].into_iter(), &edit),
+            Tracestate::Dropped => rewrite([].into_iter(), &edit),
+        };
+        self.notes.add_if(cut, Note::Truncated);
+        let unchanged = request.count(HeaderNames::TRACESTATE) == 1
+            && request.first(HeaderNames::TRACESTATE) == Some(list.as_slice());
+        if !unchanged && (has || !list.is_empty()) {
+            mutations.push(set_or_remove(NAME, list));
+        }
+    }
+
+    /// The response header that tells the client its trace.
+    pub fn response(context: &TraceContext, response: Response) -> Option<HeaderMutation<'static>> {
+        let traceparent = format_traceparent(context);
+        match response {
+            Response::None => None,
+            Response::Traceresponse => Some(HeaderMutation::Set("traceresponse", Cow::Owned(traceparent))),
+            // A list, in which the upstream may have its own metrics.
+            Response::ServerTiming => {
+                let value = [b"trace;desc=", traceparent.as_slice()].concat();
+                Some(HeaderMutation::Add("server-timing", Cow::Owned(value)))
+            }
         }
     }
 }
 
-/// The context that a request carries, whatever is done with it.
+fn set_or_remove(name: &'static str, value: Vec<u8>) -> HeaderMutation<'static> {
+    if value.is_empty() { HeaderMutation::Remove(name) } else { HeaderMutation::Set(name, Cow::Owned(value)) }
+}
+
+/// The value of a header as the next hop will see it.
+pub(super) fn value_after<'a>(
+    name: &str,
+    id: HeaderId,
+    request: &Request<'a>,
+    mutations: &'a [HeaderMutation<'_>],
+) -> Option<Cow<'a, [u8]>> {
+    match mutations.iter().rev().find(|mutation| mutation.name() == name) {
+        Some(HeaderMutation::Set(_, value) | HeaderMutation::Add(_, value)) => Some(Cow::Borrowed(value)),
+        Some(HeaderMutation::Remove(_)) => None,
+        None => request.joined(id),
+    }
+}
+
+/// The context in a request's `traceparent`, whatever is done with it.
 ///
 /// # Errors
 /// Why its `traceparent` cannot be used.
@@ -81,72 +400,239 @@ pub fn extract(request: &Request<'_>) -> Result<Option<TraceContext>, Invalid> {
     request.first(HeaderNames::TRACEPARENT).map(parse_traceparent).transpose()
 }
 
-fn not_zero(mut random: impl FnMut() -> u64) -> u64 {
-    random().max(1)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::diagnostic::Report;
+    use crate::document::{Node, Value};
     use crate::http::encode_headers;
-    use crate::units::Fraction;
+    use proptest::prelude::*;
 
+    const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
     const INBOUND: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    const B3: (&str, &str) = ("b3", "4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-1");
 
-    fn passed_on(edge: Edge, sampling: Fraction, headers: &[(&str, &str)]) -> Vec<(String, String)> {
-        let names = HeaderNames::default();
-        let trace = Trace { edge, sampling };
+    type Headers = Vec<(String, String)>;
+
+    fn go(trace: &str, direction: Direction, forced: bool, headers: &[(&str, &str)]) -> (Headers, Continuation) {
+        let mut names = HeaderNames::default();
+        let node = Node::from_json(trace.as_bytes()).unwrap();
+        let report = Report::default();
+        let trace = Trace::read(&Value::root(&node, &report), "t/", &mut names).unwrap();
+        assert_eq!(report.into_diagnostics(), []);
         let block = encode_headers(headers);
+        let request = Request::parse(&block, &names);
         let mut state = 42;
-        let mut mutations = Vec::new();
-        let continuation = trace.carry_on(&Request::parse(&block, &names), || crate::random::split_mix(&mut state));
-        if let Some(continuation) = continuation {
-            continuation.inject(&mut mutations);
+        let mut random = || crate::random::split_mix(&mut state);
+        let mut continuation = trace.carry_on(&request, direction, &mut random, &mut |_| None).unwrap();
+        if forced {
+            continuation.force_sampling();
         }
+        let mut mutations = Vec::new();
+        continuation.inject(&trace, &request, &mut mutations);
         let mut after: Vec<_> =
             headers.iter().map(|(name, value)| (name.as_bytes().to_vec(), value.as_bytes().to_vec())).collect();
         mutations.iter().for_each(|mutation| mutation.apply(&mut after));
         let text = |bytes| String::from_utf8(bytes).unwrap();
-        after.into_iter().map(|(name, value)| (text(name), text(value))).collect()
+        (after.into_iter().map(|(name, value)| (text(name), text(value))).collect(), continuation)
+    }
+
+    fn passed_on(trace: &str, headers: &[(&str, &str)]) -> Headers {
+        go(trace, Direction::Neither, false, headers).0
+    }
+
+    fn value<'h>(headers: &'h Headers, name: &str) -> Option<&'h str> {
+        let mut values = headers.iter().filter(|(found, _)| found == name).map(|(_, value)| value.as_str());
+        let first = values.next();
+        assert_eq!(values.next(), None, "{name} twice");
+        first
     }
 
     #[test]
-    fn a_valid_context_goes_on_with_a_new_parent() {
-        let after = passed_on(Edge::Continue, Fraction::NONE, &[("traceparent", INBOUND), ("tracestate", "a=1")]);
-        let [(_, tracestate), (_, traceparent)] = after.as_slice() else { panic!("{after:?}") };
-        assert_eq!(tracestate, "a=1");
-        assert_eq!(traceparent[..36], INBOUND[..36]);
-        assert_ne!(traceparent[36..52], INBOUND[36..52]);
-        assert_eq!(traceparent[52..], INBOUND[52..], "the caller's sampling decision is respected");
+    fn formats_are_tried_in_order_and_the_first_valid_one_wins() {
+        let policy = r#"{"extract": ["tracecontext", "b3", "b3multi"]}"#;
+        let multi = [("x-b3-traceid", "1111111111111111"), ("x-b3-spanid", "2222222222222222")];
+        let after = passed_on(policy, &[("traceparent", "00-bad"), ("b3", "nonsense"), multi[0], multi[1]]);
+        assert_eq!(value(&after, "traceparent").unwrap()[..36], *"00-00000000000000001111111111111111-");
+        for removed in ["b3", "x-b3-traceid", "x-b3-spanid"] {
+            assert_eq!(value(&after, removed), None, "{removed} would disagree");
+        }
+        let (_, continuation) = go(policy, Direction::Neither, false, &[("traceparent", INBOUND), multi[0], multi[1]]);
+        assert_eq!((continuation.arrived, continuation.from), (Arrived::Valid, Some(Format::TraceContext)));
+        let (_, continuation) = go(policy, Direction::Neither, false, &[("b3", "nonsense")]);
+        assert_eq!(continuation.arrived, Arrived::Invalid(Invalid::Shape));
     }
 
     #[test]
-    fn anything_else_starts_a_new_trace_and_drops_the_tracestate() {
-        let twice: &[_] = &[("traceparent", INBOUND), ("traceparent", INBOUND), ("tracestate", "a=1")];
-        for headers in [&[][..], &[("tracestate", "a=1")], &[("traceparent", "00-"), ("tracestate", "a=1")], twice] {
-            let after = passed_on(Edge::Continue, Fraction::WHOLE, headers);
-            let [(name, traceparent)] = after.as_slice() else { panic!("{after:?}") };
-            assert_eq!(name, "traceparent");
-            assert_ne!(traceparent[..36], INBOUND[..36]);
-            assert_eq!(traceparent[52..], *"-03", "sampled, and the id is random");
+    fn all_injected_formats_say_the_same() {
+        let policy = r#"{"extract": ["b3"], "inject": ["tracecontext", "b3", "b3multi", "jaeger", "xray", "gcp", "datadog",
+            "ottrace", "grpc"]}"#;
+        let (after, continuation) =
+            go(policy, Direction::Neither, false, &[B3, ("x-b3-parentspanid", "1"), ("x-b3-flags", "1")]);
+        assert!(!continuation.notes.contains(Note::Converted));
+        let mut names = HeaderNames::default();
+        for (name, format) in Format::ALL {
+            let known = Recognised::intern(format, &mut names).unwrap();
+            let block = encode_headers(&after);
+            let request = Request::parse(&block, &names);
+            let parsed = format.parse(&|place| known.read(&request, place)).unwrap().unwrap();
+            assert_eq!(parsed.parent_id, continuation.context.parent_id, "{name}");
+            assert_eq!(parsed.trace_id[8..], continuation.context.trace_id[8..], "{name}");
+            assert!(parsed.flags.sampled(), "{name}");
+        }
+        assert_eq!(value(&after, "x-b3-parentspanid"), None);
+        assert_eq!(value(&after, "x-b3-flags"), None);
+    }
+
+    #[test]
+    fn a_tracestate_stays_with_its_traceparent() {
+        let policy = r#"{"extract": ["b3", "tracecontext"]}"#;
+        let after = passed_on(policy, &[B3, ("traceparent", INBOUND), ("tracestate", "a=1")]);
+        assert_eq!(value(&after, "tracestate"), Some("a=1"), "the same trace in both formats");
+        let other = INBOUND.replace("4bf", "5bf");
+        let after = passed_on(policy, &[B3, ("traceparent", &other), ("tracestate", "a=1")]);
+        assert_eq!(value(&after, "tracestate"), None);
+        let after = passed_on(r#"{"inject": ["b3"]}"#, &[("traceparent", INBOUND), ("tracestate", "a=1")]);
+        assert_eq!((value(&after, "tracestate"), value(&after, "traceparent")), (None, None));
+        assert_eq!(value(&after, "b3").unwrap()[..33], *format!("{TRACE}-"));
+    }
+
+    #[test]
+    fn a_caller_may_leave_the_decision_to_us() {
+        let undecided = ("b3", "4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7");
+        for (percentage, flags) in [("0%", "00"), ("100%", "01")] {
+            let policy = format!(r#"{{"extract": ["b3"], "sampling": {{"percentage": "{percentage}"}}}}"#);
+            assert_eq!(value(&passed_on(&policy, &[undecided]), "traceparent").unwrap()[53..], *flags);
+        }
+        let denied = passed_on(r#"{"extract": ["b3"], "sampling": {"percentage": "100%"}}"#, &[("b3", "0")]);
+        assert_eq!(value(&denied, "traceparent").unwrap()[53..], *"02", "a decision without ids begins a trace");
+    }
+
+    #[test]
+    fn a_new_trace_says_how_it_was_sampled() {
+        let after = passed_on(r#"{"sampling": {"percentage": "100%"}}"#, &[("tracestate", "a=1")]);
+        assert_eq!(value(&after, "tracestate"), Some("ot=th:0"));
+        assert_eq!(value(&after, "traceparent").unwrap()[53..], *"03");
+        let after = passed_on(r#"{"sampling": {"percentage": "0%"}}"#, &[("tracestate", "a=1")]);
+        assert_eq!(value(&after, "tracestate"), None);
+        assert_eq!(threshold(Fraction::from_ppm(500_000)), 0x80_0000_0000_0000);
+        assert_eq!(threshold(Fraction::from_ppm(250_000)), 0xc0_0000_0000_0000);
+        assert_eq!(threshold(Fraction::NONE), 1 << 56);
+        assert_eq!(threshold(Fraction::WHOLE), 0);
+    }
+
+    #[test]
+    fn a_forced_decision_has_no_threshold() {
+        let headers =
+            [("traceparent", &*INBOUND.replace("-01", "-00")), ("tracestate", "a=1,ot=th:c;rv:0123456789abcd")];
+        let (after, _) = go("{}", Direction::Neither, true, &headers);
+        assert_eq!(value(&after, "tracestate"), Some("ot=rv:0123456789abcd,a=1"));
+        assert_eq!(value(&after, "traceparent").unwrap()[53..], *"01");
+        let (after, _) = go(r#"{"sampling": {"percentage": "100%"}}"#, Direction::Neither, true, &[]);
+        assert_eq!(value(&after, "tracestate"), None);
+    }
+
+    #[test]
+    fn envoys_reason_in_the_request_id_is_honoured() {
+        let id = |reason: &str| format!("a6f8a1b2-0c1d-{reason}234-9abc-0123456789ab");
+        for (reason, flags) in [("4", "02"), ("9", "03"), ("a", "03"), ("b", "03")] {
+            let id = id(reason);
+            let headers = [("x-request-id", id.as_str())];
+            let after = passed_on(r#"{"sampling": {"percentage": "0%"}}"#, &headers);
+            assert_eq!(value(&after, "traceparent").unwrap()[53..], *flags, "{reason}");
+            assert_eq!(value(&after, "tracestate"), None, "no threshold is known");
+            let after = passed_on(r#"{"edge": "restart", "sampling": {"percentage": "0%"}}"#, &headers);
+            assert_eq!(value(&after, "traceparent").unwrap()[53..], *"02", "a stranger forces nothing");
         }
     }
 
     #[test]
-    fn a_bad_tracestate_does_not_spoil_the_traceparent() {
-        let after = passed_on(Edge::Continue, Fraction::NONE, &[("traceparent", INBOUND), ("tracestate", "a==1")]);
-        let [(_, traceparent)] = after.as_slice() else { panic!("{after:?}") };
-        assert_eq!(traceparent[..36], INBOUND[..36]);
+    fn a_restarting_edge_lets_nothing_of_the_caller_through() {
+        let headers = [
+            ("traceparent", INBOUND),
+            ("tracestate", "a=1"),
+            ("x-b3-flags", "1"),
+            B3,
+            ("uber-trace-id", "1:2:0:3"),
+            ("baggage", "tenant=evil"),
+            ("x-client-trace-id", "1"),
+            ("x-envoy-force-trace", "true"),
+            ("x-datadog-origin", "rum"),
+            ("x-user", "ann"),
+        ];
+        let policy = r#"{"edge": "restart", "sampling": {"percentage": "0%"}}"#;
+        let (after, continuation) = go(policy, Direction::Inbound, false, &headers);
+        let names: Vec<_> = after.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["x-user", "traceparent"]);
+        assert_ne!(value(&after, "traceparent").unwrap()[3..35], *TRACE);
+        assert!(continuation.notes.contains(Note::Restarted));
+        let (after, _) = go(policy, Direction::Outbound, false, &headers);
+        assert_eq!(value(&after, "traceparent").unwrap()[3..35], *TRACE, "what our own application sends goes on");
     }
 
     #[test]
-    fn edges() {
-        let headers = [("traceparent", INBOUND), ("tracestate", "a=1")];
-        let restarted = passed_on(Edge::Restart, Fraction::NONE, &headers);
-        let [(_, traceparent)] = restarted.as_slice() else { panic!("{restarted:?}") };
-        assert_ne!(traceparent[..36], INBOUND[..36]);
-        assert_eq!(traceparent[52..], *"-02");
-        let ignored = passed_on(Edge::Ignore, Fraction::NONE, &headers);
-        assert_eq!(ignored, headers.map(|(name, value)| (name.to_owned(), value.to_owned())));
+    fn callers_of_ours_are_told_by_our_key() {
+        let policy = r#"{"edge": "restartExternal", "tracestate": {"key": "acme"}}"#;
+        for (tracestate, is_ours) in [("b=2,acme=1", true), ("b=2", false), ("acme2=1", false), ("acme=1,!", false)] {
+            let (after, continuation) =
+                go(policy, Direction::Inbound, false, &[("traceparent", INBOUND), ("tracestate", tracestate)]);
+            assert_eq!(value(&after, "traceparent").unwrap()[3..35] == *TRACE, is_ours, "{tracestate}");
+            assert_eq!(continuation.notes.contains(Note::Restarted), !is_ours);
+            let ours = value(&after, "tracestate").unwrap();
+            assert_eq!(ours, if is_ours { "acme=1,b=2" } else { "acme=1" });
+        }
+    }
+
+    #[test]
+    fn only_what_is_allowed_leaves() {
+        let policy = r#"{"tracestate": {"allow": ["a"]}, "baggage": {"allow": ["tenant"]}}"#;
+        let headers =
+            [("traceparent", INBOUND), ("tracestate", "a=1,b=2"), ("baggage", "tenant=x,user=ann"), ("baggage", "c=1")];
+        let (after, _) = go(policy, Direction::Outbound, false, &headers);
+        assert_eq!((value(&after, "tracestate"), value(&after, "baggage")), (Some("a=1"), Some("tenant=x")));
+        let (after, _) = go(policy, Direction::Inbound, false, &headers[..3]);
+        assert_eq!(
+            (value(&after, "tracestate"), value(&after, "baggage")),
+            (Some("a=1,b=2"), Some("tenant=x,user=ann"))
+        );
+    }
+
+    #[test]
+    fn an_ignored_trace_is_not_touched() {
+        let mut names = HeaderNames::default();
+        let node = Node::from_json(br#"{"edge": "ignore"}"#).unwrap();
+        let report = Report::default();
+        let trace = Trace::read(&Value::root(&node, &report), "t/", &mut names).unwrap();
+        let block = encode_headers(&[("traceparent", "bad")]);
+        let request = Request::parse(&block, &names);
+        assert_eq!(trace.carry_on(&request, Direction::Inbound, &mut || 1, &mut |_| None), None);
+    }
+
+    proptest! {
+        /// The share sampled is the share asked for, because the threshold cuts the random bits there.
+        #[test]
+        fn a_threshold_is_exact(ppm in 0_u32..=1_000_000) {
+            let exact = (1_u128 << 56) * u128::from(1_000_000 - ppm) / 1_000_000;
+            prop_assert!(u128::from(threshold(Fraction::from_ppm(ppm))).abs_diff(exact) <= 1);
+        }
+
+        /// Whatever arrives, what leaves in W3C's format is valid.
+        #[test]
+        fn valid_out(headers in proptest::collection::vec((0..12_usize, "[ -~]{0,60}"), 0..12), edge in 0..3_usize) {
+            const NAMES: [&str; 12] = ["traceparent", "tracestate", "baggage", "b3", "x-b3-traceid", "x-b3-spanid",
+                "uber-trace-id", "x-amzn-trace-id", "grpc-trace-bin", "x-request-id", "x-datadog-trace-id", "x-datadog-tags"];
+            let headers: Vec<_> = headers.iter().map(|(name, value)| (NAMES[*name], value.as_str())).collect();
+            let edge = ["continue", "restart", "restartExternal"][edge];
+            let policy = format!(r#"{{"edge": "{edge}", "extract": ["b3", "tracecontext", "b3multi", "jaeger", "xray", "datadog", "grpc"],
+                "inject": ["tracecontext", "datadog"]}}"#);
+            for direction in [Direction::Inbound, Direction::Outbound, Direction::Neither] {
+                let (after, continuation) = go(&policy, direction, false, &headers);
+                let traceparent = value(&after, "traceparent").unwrap();
+                let context = parse_traceparent(traceparent.as_bytes()).unwrap();
+                prop_assert_eq!(context.trace_id, continuation.context.trace_id);
+                let lists = after.iter().filter(|(name, _)| name == "tracestate").map(|(_, list)| list.as_bytes());
+                prop_assert!(is_tracestate(lists));
+            }
+        }
     }
 }

@@ -1,9 +1,22 @@
-//! Trace-header propagation: a valid context goes on with a new parent, anything else starts a new trace.
+//! Trace-header propagation: a valid context goes on with a new parent, in every format that the policy names; anything
+//! else starts a new trace; and what an application forgot to copy is given back.
+//!
+//! A format is read and written in a file of its own ([`formats`]); [`w3c`] holds the context that all of them are
+//! translated to. [`tracestate`] and [`baggage`] are lists with rules of their own. [`bridge`] remembers what arrived
+//! for what leaves.
 
+mod baggage;
+mod bridge;
 mod config;
+#[cfg(test)]
+mod conformance;
 mod decision;
+mod formats;
 mod policy;
+mod tracestate;
 pub mod w3c;
 
-pub use decision::{Arrived, Continuation, extract};
-pub use policy::{Edge, Trace};
+pub use bridge::{Bridge, Remembered};
+pub use decision::{Arrived, Continuation, Note, Notes, extract};
+pub use formats::Format;
+pub use policy::{Direction, Edge, Response, Trace};

@@ -1,13 +1,45 @@
 //! What is done with trace headers.
 
+use super::bridge::Bridge;
+use super::formats::Format;
+use super::w3c::Invalid;
+use crate::http::{HeaderId, HeaderNames, Request};
 use crate::units::Fraction;
 
 /// The `trace` block.
 #[derive(Debug)]
 pub struct Trace {
     pub edge: Edge,
+    /// What is known of the formats: first those that are extracted, in their order, then the others.
+    pub(super) formats: Vec<Recognised>,
+    /// New traces are sampled from this value of their 56 random bits on.
+    pub(super) threshold: u64,
     /// The share of new traces that are sampled. A caller's decision is respected.
     pub sampling: Fraction,
+    /// Whether a request with an injected fault is sampled whatever was decided.
+    pub forced_by_faults: bool,
+    /// Our own key in `tracestate`.
+    pub(super) mark: Option<Box<str>>,
+    pub(super) tracestate_allow: Option<Box<[Box<str>]>>,
+    pub(super) baggage_allow: Option<Box<[Box<str>]>>,
+    pub(super) baggage: HeaderId,
+    pub(super) request_id: HeaderId,
+    /// What untrusted callers must not send, besides the headers of the formats.
+    pub(super) untrusted: Vec<(&'static str, HeaderId)>,
+    /// Where requests come from; `None`: as the listener says.
+    pub(super) direction: Option<Direction>,
+    pub response: Response,
+    pub bridge: Option<Bridge>,
+}
+
+/// A format whose headers never pass unread.
+#[derive(Debug)]
+pub(super) struct Recognised {
+    pub(super) format: Format,
+    pub(super) extracted: bool,
+    pub(super) injected: bool,
+    /// In the order of [`Format::headers`].
+    pub(super) ids: Vec<HeaderId>,
 }
 
 /// What is done with the context that a request arrives with.
@@ -15,8 +47,66 @@ pub struct Trace {
 pub enum Edge {
     /// A valid context goes on.
     Continue,
-    /// Every request starts a new trace.
+    /// Every request starts a new trace, unless it leaves outbound.
     Restart,
+    /// As [`Edge::Restart`], unless our own key is in `tracestate`.
+    RestartExternal,
     /// Trace headers are left as they are.
     Ignore,
+}
+
+/// On which side of the application a request passes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// To the application.
+    Inbound,
+    /// From the application.
+    Outbound,
+    /// There is no application behind: a gateway.
+    Neither,
+}
+
+/// Which response header tells the client its trace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Response {
+    None,
+    ServerTiming,
+    Traceresponse,
+}
+
+impl Trace {
+    /// The direction, or `None` where the listener has to be asked, which costs more than all else that a trace needs:
+    /// nothing is asked where the policy is the same either way.
+    pub fn known_direction(&self) -> Option<Direction> {
+        let matters = self.bridge.is_some()
+            || matches!(self.edge, Edge::Restart | Edge::RestartExternal)
+            || self.tracestate_allow.is_some()
+            || self.baggage_allow.is_some()
+            || self.response != Response::None;
+        self.direction.or((!matters).then_some(Direction::Neither))
+    }
+}
+
+impl Direction {
+    /// From Envoy's `listener_direction`: a 64-bit number, little-endian.
+    pub fn from_property(value: Option<&[u8]>) -> Direction {
+        match value.and_then(<[u8]>::first) {
+            Some(1) => Direction::Inbound,
+            Some(2) => Direction::Outbound,
+            _ => Direction::Neither,
+        }
+    }
+}
+
+impl Recognised {
+    pub(super) fn intern(format: Format, names: &mut HeaderNames) -> Option<Recognised> {
+        let ids: Option<Vec<_>> = format.headers().iter().map(|name| names.intern(name)).collect();
+        Some(Recognised { format, extracted: false, injected: false, ids: ids? })
+    }
+
+    /// The value of the header at `place`.
+    pub(super) fn read<'a>(&self, request: &Request<'a>, place: usize) -> Result<Option<&'a [u8]>, Invalid> {
+        let Some(id) = self.ids.get(place) else { return Ok(None) };
+        if request.count(*id) > 1 { Err(Invalid::Duplicate) } else { Ok(request.first(*id)) }
+    }
 }

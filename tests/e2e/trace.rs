@@ -1,7 +1,13 @@
 //! Trace propagation: what the upstream is told.
 
 use crate::world::{World, policy};
-use trimtab_testbed::{Request, needs_envoy};
+use trimtab_testbed::{
+    Bootstrap, Client, Direction, Envoy, Listener, Request, Upstream, by_subset, cluster, needs_envoy, wasm,
+    wasm_filter,
+};
+
+#[path = "../conformance/cases.rs"]
+mod cases;
 
 const TRACEPARENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
@@ -35,10 +41,114 @@ async fn valid_in_valid_out() {
         assert_ne!(traceparent[3..35], TRACEPARENT[3..35], "{values:?} begins a new trace");
         assert!(traceparent.ends_with("-03"), "{traceparent}: sampled, with a random id");
         assert_eq!(seen.headers.get_all("traceparent").iter().count(), 1);
-        assert_eq!(seen.header("tracestate"), None, "{values:?}");
+        assert_eq!(seen.header("tracestate"), Some("ot=th:0"), "{values:?}: only how it was sampled");
     }
     assert_eq!(world.metric("trace.valid").await, 1);
     assert_eq!(world.metric("trace.missing").await, 1);
     assert_eq!(world.metric("trace.invalid").await, 3);
     world.assert_no_trap().await;
+}
+
+/// A sidecar: requests to the application pass "inbound", its own requests pass "outbound" on their way to the next
+/// hop. Both listeners load the same plugin: only their `traffic_direction` tells them apart.
+struct Sidecar {
+    envoy: Envoy,
+    application: Upstream,
+    next: Upstream,
+}
+
+impl Sidecar {
+    async fn start(workers: u32, trace: &str) -> Sidecar {
+        let (application, next) = (Upstream::start("application").await, Upstream::start("next").await);
+        let plugin = wasm_filter("trimtab", &wasm(), &policy("", &format!(r#", "trace": {trace}"#)));
+        let listener = |name: &str, direction, to: &str| {
+            Listener::new(name).direction(direction).filter(plugin.clone()).routes(by_subset(&[], to))
+        };
+        let bootstrap = Bootstrap::new()
+            .listener(listener("inbound", Direction::Inbound, "application"))
+            .listener(listener("outbound", Direction::Outbound, "next"))
+            .cluster(cluster("application", application.address()))
+            .cluster(cluster("next", next.address()));
+        let envoy = Envoy::options().concurrency(workers).start(&bootstrap).await;
+        Sidecar { envoy, application, next }
+    }
+
+    /// What the next hop sees of `calls` requests by an application that copies these headers.
+    async fn chain(&self, headers: &[(&str, &str)], copied: &[&str], calls: usize) -> Vec<cases::Headers> {
+        let with = |headers: &[(&str, &str)]| {
+            headers.iter().fold(Request::get("/"), |request, (name, value)| request.header(name, value))
+        };
+        let client = |listener| Client::http1(self.envoy.address(listener)).without_reuse();
+        client("inbound").send(with(headers)).await;
+        let arrived = headers_of(&self.application.next_request().await);
+        let copy: Vec<(&str, &str)> = arrived
+            .iter()
+            .filter(|(name, _)| copied.contains(&name.as_str()))
+            .map(|(name, value)| (name.as_str(), value.as_str()))
+            .collect();
+        let mut seen = Vec::new();
+        for _ in 0..calls {
+            client("outbound").send(with(&copy)).await;
+            seen.push(headers_of(&self.next.next_request().await));
+        }
+        seen
+    }
+
+    async fn metric(&self, name: &str) -> u64 {
+        self.envoy.stat(&format!("wasmcustom.trimtab.policy.user-service.{name}")).await.unwrap_or_default()
+    }
+}
+
+fn headers_of(received: &trimtab_testbed::Received) -> cases::Headers {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    received.headers.iter().map(|(name, value)| (name.to_string(), text(value.as_bytes()))).collect()
+}
+
+fn value<'h>(headers: &'h cases::Headers, name: &str) -> Option<&'h str> {
+    headers.iter().find(|(found, _)| found == name).map(|(_, value)| value.as_str())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_conformance_cases_pass_through_a_sidecar() {
+    needs_envoy!();
+    let settings: [(u32, &[&str]); 4] =
+        [(2, &["x-request-id"]), (8, &["x-request-id"]), (2, &["traceparent"]), (2, &["traceparent", "tracestate"])];
+    for (workers, copied) in settings {
+        let sidecar = Sidecar::start(workers, r#"{"bridge": {}, "sampling": {"percentage": "100%"}}"#).await;
+        cases::run(&format!("{workers} workers, the application copies {copied:?}"), &mut |headers, calls| {
+            let chain = sidecar.chain(headers, copied, calls);
+            tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(chain))
+        });
+        assert_eq!(sidecar.metric("trace.ambiguous").await, 0);
+        assert!(sidecar.metric("trace.valid").await > 0);
+        let (bridged, valid) =
+            (sidecar.metric("outbound.trace.bridged").await, sidecar.metric("outbound.trace.valid").await);
+        assert_eq!((bridged > 0, valid > 0), if copied[0] == "traceparent" { (false, true) } else { (true, false) });
+    }
+}
+
+#[tokio::test]
+async fn an_application_that_copies_a_request_id_keeps_trace_baggage_and_cohort() {
+    needs_envoy!();
+    let trace = r#"{"extract": ["tracecontext", "b3"], "bridge": {"carry": ["baggage", "x-cohort"]}, "response": "serverTiming"}"#;
+    let sidecar = Sidecar::start(2, trace).await;
+    let b3 = "4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-1";
+    for n in 0..20 {
+        let (baggage, cohort) = (format!("user=u{n}"), format!("v{n}"));
+        let headers = [("b3", b3), ("baggage", &*baggage), ("x-cohort", &*cohort)];
+        let seen = sidecar.chain(&headers, &["x-request-id"], 1).await.remove(0);
+        assert_eq!(value(&seen, "traceparent").unwrap()[..36], TRACEPARENT[..36]);
+        assert_eq!(value(&seen, "baggage"), Some(&*baggage));
+        assert_eq!(value(&seen, "x-cohort"), Some(&*cohort));
+        assert_eq!(value(&seen, "b3"), None, "b3 is read, not written");
+    }
+    assert_eq!(sidecar.metric("trace.from.b3").await, 20);
+    assert_eq!(sidecar.metric("trace.converted").await, 20);
+    assert_eq!(sidecar.metric("outbound.trace.bridged").await, 20);
+
+    let response = Client::http1(sidecar.envoy.address("inbound")).send(Request::get("/").header("b3", b3)).await;
+    let timing = response.header("server-timing").unwrap();
+    assert!(timing.starts_with("trace;desc=00-4bf92f3577b34da6a3ce929d0e0e4736-"), "{timing}");
+    let response = Client::http1(sidecar.envoy.address("outbound")).send(Request::get("/")).await;
+    assert_eq!(response.header("server-timing"), None, "the application is no client of its own sidecar");
 }

@@ -12,7 +12,7 @@ use canary::{
     grpc_failures_are_evidence, in_shadow_nothing_changes, slowness_is_evidence, stages_follow_the_wall_clock,
     the_worker_that_saw_the_last_failure_sends_no_other, what_is_no_fault_of_the_canary_is_no_evidence,
 };
-use proxy::{Outcome, Proxy, exchange, get, value};
+use proxy::{Headers, Outcome, Proxy, exchange, get, value};
 use std::time::Duration;
 
 /// Declares each case as a native test and as a test of the module.
@@ -35,6 +35,9 @@ cases![
     envoys_route_name_can_be_matched,
     a_valid_trace_goes_on,
     a_broken_trace_is_replaced,
+    an_application_that_copies_an_id_keeps_its_trace,
+    a_stranger_brings_no_trace_in,
+    b3_is_translated,
     a_limit_is_exact_over_the_workers,
     a_grpc_call_is_refused_in_grpc,
     limits_are_charged_all_or_none,
@@ -173,7 +176,7 @@ fn a_valid_trace_goes_on(start: Start) {
 }
 
 fn a_broken_trace_is_replaced(start: Start) {
-    let mut proxy = start(&policy("", r#", "trace": {}"#));
+    let mut proxy = start(&policy("", r#", "trace": {"sampling": {"percentage": "0%"}}"#));
     let broken: [&[(&str, &str)]; 4] = [
         &[],
         &[("tracestate", "a=1")],
@@ -192,6 +195,58 @@ fn a_broken_trace_is_replaced(start: Start) {
     }
     assert_eq!(proxy.metric("trimtab.policy.p.trace.missing"), 2);
     assert_eq!(proxy.metric("trimtab.policy.p.trace.invalid"), 2);
+}
+
+fn an_application_that_copies_an_id_keeps_its_trace(start: Start) {
+    let mut proxy = start(&policy("", r#", "trace": {"bridge": {}}"#));
+    let sent = [("traceparent", TRACEPARENT), ("tracestate", "a=1"), ("baggage", "user=ann"), ("x-request-id", "r-1")];
+    proxy.set_property("xds.listener_direction", &1_i64.to_le_bytes());
+    let arrived = exchange(&mut *proxy, 0, &sent, "200").continued();
+    let parent = value(&arrived, "traceparent").unwrap().to_owned();
+
+    proxy.set_property("xds.listener_direction", &2_i64.to_le_bytes());
+    let restored = |headers: &Headers| {
+        let traceparent = value(headers, "traceparent").unwrap();
+        traceparent[..36] == TRACEPARENT[..36]
+            && traceparent[36..52] != parent[36..52]
+            && value(headers, "tracestate") == Some("a=1")
+            && value(headers, "baggage") == Some("user=ann")
+    };
+    // The other worker sends the application's requests.
+    for copied in [("x-request-id", "r-1"), ("traceparent", parent.as_str())] {
+        assert!(restored(&exchange(&mut *proxy, 1, &[copied], "200").continued()), "{copied:?}");
+    }
+    assert!(!restored(&exchange(&mut *proxy, 1, &[("x-request-id", "r-2")], "200").continued()));
+    assert_eq!(proxy.metric("trimtab.policy.p.outbound.trace.bridged"), 1);
+    assert_eq!(proxy.metric("trimtab.policy.p.outbound.trace.repaired"), 1);
+    proxy.advance(Duration::from_secs(60));
+    assert!(!restored(&exchange(&mut *proxy, 1, &[("x-request-id", "r-1")], "200").continued()), "it has lapsed");
+}
+
+fn a_stranger_brings_no_trace_in(start: Start) {
+    let trace = r#", "trace": {"edge": "restartExternal", "tracestate": {"key": "acme"}, "direction": "inbound"}"#;
+    let mut proxy = start(&policy("", trace));
+    for (tracestate, is_ours) in [("acme=1", true), ("a=1", false)] {
+        let sent = [("traceparent", TRACEPARENT), ("tracestate", tracestate), ("baggage", "a=1"), ("x-b3-flags", "1")];
+        let headers = exchange(&mut *proxy, 0, &sent, "200").continued();
+        assert_eq!(value(&headers, "traceparent").unwrap()[..36] == TRACEPARENT[..36], is_ours);
+        assert_eq!(value(&headers, "baggage").is_some(), is_ours);
+        assert_eq!(value(&headers, "x-b3-flags"), None);
+    }
+    assert_eq!(proxy.metric("trimtab.policy.p.trace.restarted"), 1);
+}
+
+fn b3_is_translated(start: Start) {
+    let mut proxy =
+        start(&policy("", r#", "trace": {"extract": ["b3", "tracecontext"], "inject": ["tracecontext", "datadog"]}"#));
+    let b3 = "4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-1";
+    let headers = exchange(&mut *proxy, 0, &[("b3", b3)], "200").continued();
+    assert_eq!(value(&headers, "traceparent").unwrap()[..36], TRACEPARENT[..36]);
+    assert_eq!(value(&headers, "x-datadog-trace-id"), Some("11803532876627986230"));
+    assert_eq!(value(&headers, "x-datadog-tags"), Some("_dd.p.tid=4bf92f3577b34da6"));
+    assert_eq!(value(&headers, "x-datadog-sampling-priority"), Some("1"));
+    assert_eq!(value(&headers, "b3"), None);
+    assert_eq!(proxy.metric("trimtab.policy.p.trace.converted"), 1);
 }
 
 fn limited(limits: &str) -> String {

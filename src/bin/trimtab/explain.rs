@@ -133,7 +133,7 @@ struct Change {
 impl From<&HeaderMutation<'_>> for Change {
     fn from(mutation: &HeaderMutation<'_>) -> Change {
         match mutation {
-            HeaderMutation::Set(name, value) => {
+            HeaderMutation::Set(name, value) | HeaderMutation::Add(name, value) => {
                 Change { name: (*name).to_owned(), value: Some(String::from_utf8_lossy(value).into_owned()) }
             }
             HeaderMutation::Remove(name) => Change { name: (*name).to_owned(), value: None },
@@ -279,7 +279,7 @@ impl Story<'_> {
 
     fn tell_trace(&self, table: &mut Table) {
         table.section("trace");
-        let Some(Continuation { arrived, root, context, .. }) = &self.reasons.trace else {
+        let Some(Continuation { arrived, from, root, context, .. }) = &self.reasons.trace else {
             table.row(
                 "left alone",
                 if self.policy.trace.is_some() { "edge: ignore" } else { "the policy has no trace block" },
@@ -287,7 +287,7 @@ impl Story<'_> {
             return;
         };
         let arrival = match arrived {
-            Arrived::Valid => "a valid traceparent arrived".to_owned(),
+            Arrived::Valid => format!("a valid {} arrived", from.map_or("context", |from| from.describe())),
             Arrived::Missing => "no traceparent arrived".to_owned(),
             Arrived::Invalid(invalid) => format!("the traceparent is invalid: {}", describe_invalid(*invalid)),
         };

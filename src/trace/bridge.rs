@@ -1,0 +1,450 @@
+//! What arrived is remembered for what leaves.
+//!
+//! An application that copies no trace headers breaks its traces, but nearly all copy one header: a request id. So
+//! what a request arrives with is remembered in shared data under that id, and given to the requests that leave with
+//! the id. Where the application copies the `traceparent` (or another format) as it got it, the parent id in it is one
+//! that was given here, to this one request: a key that cannot be mistaken, which wins over any other.
+//!
+//! Shared data cannot be deleted, so a context goes to one of a fixed number of places: by a hash of its key, with the
+//! full key, compared when it is read, and the time when it lapses. Two live keys at one place: the later one stays,
+//! the earlier one is not bridged. A context is never given to a request of another id.
+//!
+//! One request id may arrive several times, because an id belongs to a trace and not to a hop. Where the contexts
+//! are of one trace, the trace id is given out and what differs is not; where they are of several, nothing is.
+
+use super::decision::{Note, Notes, value_after};
+use super::w3c::{Flags, TraceContext};
+use crate::document::Value;
+use crate::host::{Change, StateStore, update};
+use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
+use crate::matcher::read_header_name;
+use crate::units::{Monotonic, nanoseconds, read_duration};
+use std::borrow::Cow;
+use std::fmt::Write;
+use std::time::Duration;
+use xxhash_rust::xxh64::xxh64;
+
+const DEFAULT_CAPACITY: u64 = 4096;
+const DEFAULT_TTL: Duration = Duration::from_secs(60);
+const MAX_CARRIED: usize = 8;
+
+/// The longest id that is a key, and the longest word: what does not fit is not remembered.
+const MAX_ID: usize = 256;
+const MAX_WORD: usize = 12 << 10;
+
+/// The first byte of every word, to be changed with the layout.
+const SCHEMA: u8 = 1;
+
+/// The length that stands for no value.
+const ABSENT: u16 = u16::MAX;
+
+/// The `bridge` block.
+#[derive(Debug)]
+pub struct Bridge {
+    /// The header that the application copies.
+    key: HeaderId,
+    capacity: u64,
+    ttl: u64,
+    /// Besides `tracestate`.
+    pub(super) carry: Vec<(Box<str>, HeaderId)>,
+    prefix: Box<str>,
+    /// Tells words with other headers in them from ours.
+    layout: u64,
+}
+
+/// A context that was remembered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Remembered {
+    pub context: TraceContext,
+    pub(super) tracestate: Option<Vec<u8>>,
+    /// In the order of the headers that the bridge carries.
+    pub(super) carried: Vec<Option<Vec<u8>>>,
+}
+
+/// How much of a word may be given out.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    All = 0,
+    /// Requests of one trace that differed in the rest.
+    Context = 1,
+    /// Requests of several traces.
+    Nothing = 2,
+}
+
+/// A word, taken apart.
+struct Word<'w> {
+    state: State,
+    context: TraceContext,
+    id: &'w [u8],
+    /// The values of `tracestate` and of the carried headers.
+    values: &'w [u8],
+}
+
+/// Which key a context is remembered under; a part of the word's name.
+#[derive(Clone, Copy)]
+enum Kind {
+    Request,
+    Parent,
+}
+
+impl Bridge {
+    /// Reads the block.
+    pub(super) fn read(value: &Value<'_>, prefix: &str, names: &mut HeaderNames) -> Option<Bridge> {
+        let mut fields = value.object()?;
+        let key = match fields.optional("key") {
+            Some(value) => {
+                let mut fields = value.object()?;
+                let header = fields.required("header");
+                fields.end();
+                header.and_then(|value| read_header_name(&value, value.text()?, names))
+            }
+            None => names.intern("x-request-id"),
+        };
+        let capacity = fields.optional("capacity").map(|value| value.integer(1..=65_536));
+        let ttl = fields.optional("ttl").map(|value| read_duration(&value, Duration::from_secs(1)));
+        let mut carry: Vec<(Box<str>, HeaderId)> = Vec::new();
+        match fields.optional("carry") {
+            None => carry.push(("baggage".into(), names.intern("baggage")?)),
+            Some(value) => {
+                let items = value.array().unwrap_or_default();
+                if items.len() > MAX_CARRIED {
+                    value.error(format!("{} headers", items.len()), format!("write at most {MAX_CARRIED}"));
+                }
+                for item in items.iter().take(MAX_CARRIED) {
+                    if let Some(name) = item.text()
+                        && let Some(id) = read_header_name(item, name, names)
+                    {
+                        carry.push((names.name(id).into(), id));
+                    }
+                }
+            }
+        }
+        fields.end();
+        let layout = carry.iter().fold(0, |layout, (name, _)| xxh64(name.as_bytes(), layout));
+        Some(Bridge {
+            key: key?,
+            capacity: capacity.unwrap_or(Some(DEFAULT_CAPACITY))?,
+            ttl: nanoseconds(ttl.unwrap_or(Some(DEFAULT_TTL))?),
+            carry,
+            prefix: prefix.into(),
+            layout,
+        })
+    }
+
+    /// What is remembered for a request that leaves with `context`, or with none.
+    pub fn recall(
+        &self,
+        request: &Request<'_>,
+        context: Option<&TraceContext>,
+        now: Monotonic,
+        store: &dyn StateStore,
+    ) -> Option<Remembered> {
+        let fits = |found: &Remembered| context.is_none_or(|context| is_same_trace(context, &found.context));
+        let exact = context.and_then(|context| self.look_up(Kind::Parent, &context.parent_id, now, store));
+        exact.filter(fits).or_else(|| self.look_up(Kind::Request, &self.id(request)?, now, store).filter(fits))
+    }
+
+    fn look_up(&self, kind: Kind, id: &[u8], now: Monotonic, store: &dyn StateStore) -> Option<Remembered> {
+        let (word, _) = store.get(&self.place(kind, id))?;
+        let word = self.decode(&word, now).filter(|word| word.id == id && word.state != State::Nothing)?;
+        let mut remembered = Remembered { context: word.context, tracestate: None, carried: Vec::new() };
+        if word.state == State::All {
+            let mut rest = word.values;
+            let mut values = std::iter::from_fn(|| {
+                let (value, after) = take_value(rest)?;
+                rest = after;
+                Some(value.map(<[u8]>::to_vec))
+            });
+            remembered.tracestate = values.next().flatten();
+            remembered.carried = values.collect();
+        }
+        Some(remembered)
+    }
+
+    /// Remembers what a request goes on to the application with, once all its `mutations` are known.
+    pub fn remember(
+        &self,
+        request: &Request<'_>,
+        context: &TraceContext,
+        mutations: &[HeaderMutation<'_>],
+        now: Monotonic,
+        store: &dyn StateStore,
+    ) -> Notes {
+        let mut notes = Notes::default();
+        let mut values = Vec::new();
+        let tracestate = ("tracestate", HeaderNames::TRACESTATE);
+        for (name, id) in [tracestate].into_iter().chain(self.carry.iter().map(|(name, id)| (&**name, *id))) {
+            let value = value_after(name, id, request, mutations);
+            let fitting = value.as_deref().filter(|value| values.len() + value.len() < MAX_WORD - MAX_ID);
+            notes.add_if(fitting.is_none() && value.is_some(), Note::Truncated);
+            push_value(&mut values, fitting);
+        }
+        let word = self.encode(State::All, context, &context.parent_id, &values, now);
+        store.put(&self.place(Kind::Parent, &context.parent_id), &word);
+        let Some(id) = self.id(request) else { return notes };
+        let _ = update(store, &self.place(Kind::Request, &id), |found| {
+            let known = found.and_then(|word| self.decode(word, now));
+            let displaces = known.as_ref().is_some_and(|known| known.id != &*id);
+            let mut context = *context;
+            let state = match known.filter(|_| !displaces) {
+                None => State::All,
+                Some(known) if known.state == State::Nothing || known.context.trace_id != context.trace_id => {
+                    State::Nothing
+                }
+                Some(known) => {
+                    context.flags = context.flags.with(known.context.flags);
+                    if known.state == State::All && known.values == values { State::All } else { State::Context }
+                }
+            };
+            notes.add_if(displaces, Note::Displaced);
+            notes.add_if(state != State::All, Note::Ambiguous);
+            Change::Write(self.encode(state, &context, &id, &values, now), ())
+        });
+        notes
+    }
+
+    /// The request's id, as it is compared: Envoy writes the reason why it traces a request into the fifteenth
+    /// character of a UUID, on each listener anew.
+    fn id<'a>(&self, request: &Request<'a>) -> Option<Cow<'a, [u8]>> {
+        let mut id = request.joined(self.key).filter(|id| (1..=MAX_ID).contains(&id.len()))?;
+        if id.len() == 36
+            && let Some(reason) = id.to_mut().get_mut(14)
+            && matches!(*reason, b'9' | b'a' | b'b')
+        {
+            *reason = b'4';
+        }
+        Some(id)
+    }
+
+    fn place(&self, kind: Kind, id: &[u8]) -> String {
+        let place = (u128::from(xxh64(id, 0)) * u128::from(self.capacity)) >> 64;
+        let mut key = String::with_capacity(self.prefix.len() + 16);
+        key.push_str(&self.prefix);
+        key.push_str(match kind {
+            Kind::Request => "bridge/id/",
+            Kind::Parent => "bridge/parent/",
+        });
+        let _ = write!(key, "{:x}", place as u64);
+        key
+    }
+
+    fn encode(&self, state: State, context: &TraceContext, id: &[u8], values: &[u8], now: Monotonic) -> Vec<u8> {
+        let values = if state == State::All { values } else { &[] };
+        let mut word = Vec::with_capacity(37 + id.len() + values.len());
+        word.extend([SCHEMA, state as u8]);
+        word.extend(self.layout.to_le_bytes());
+        word.extend(now.saturating_add(self.ttl).to_le_bytes());
+        word.extend(context.trace_id);
+        word.push(context.flags.bits());
+        push_value(&mut word, Some(id));
+        word.extend(values);
+        word
+    }
+
+    /// Takes a word apart; `None` where it has lapsed or is not one of ours.
+    fn decode<'w>(&self, word: &'w [u8], now: Monotonic) -> Option<Word<'w>> {
+        let ([SCHEMA, state], rest) = word.split_first_chunk()? else { return None };
+        let (layout, rest) = rest.split_first_chunk()?;
+        let (until, rest) = rest.split_first_chunk()?;
+        let (trace_id, rest) = rest.split_first_chunk()?;
+        let (flags, rest) = rest.split_first()?;
+        let (id, values) = take_value(rest)?;
+        let until = u64::from_le_bytes(*until);
+        // A word that is to outlive our own is not ours: the clock does not go back.
+        let is_live = until > now && until <= now.saturating_add(self.ttl);
+        if !is_live || u64::from_le_bytes(*layout) != self.layout || *trace_id == [0; 16] {
+            return None;
+        }
+        let state = match state {
+            0 => State::All,
+            1 => State::Context,
+            _ => State::Nothing,
+        };
+        let context = TraceContext { trace_id: *trace_id, parent_id: [0; 8], flags: Flags::from_bits(*flags) };
+        Some(Word { state, context, id: id?, values })
+    }
+}
+
+impl Remembered {
+    /// `context` with what the application left out of it.
+    pub(super) fn complete(&self, mut context: TraceContext, notes: &mut Notes) -> TraceContext {
+        let known = &self.context;
+        let mut flags = context.flags;
+        if flags.contains(Flags::UNDECIDED) {
+            flags = known.flags;
+        } else if known.flags.contains(Flags::RANDOM) {
+            flags = flags.with(Flags::RANDOM);
+        }
+        notes.add_if(flags != context.flags || known.trace_id != context.trace_id, Note::Repaired);
+        context.trace_id = known.trace_id;
+        context.flags = flags;
+        context
+    }
+}
+
+/// Whether `context` is of the trace that `known` is of, be it with half of the trace id.
+fn is_same_trace(context: &TraceContext, known: &TraceContext) -> bool {
+    let ((high, low), (known_high, known_low)) = (context.trace_id.split_at(8), known.trace_id.split_at(8));
+    low == known_low && (high == known_high || high == [0; 8])
+}
+
+fn push_value(word: &mut Vec<u8>, value: Option<&[u8]>) {
+    let length = value.map_or(ABSENT, |value| value.len() as u16);
+    word.extend(length.to_le_bytes());
+    word.extend(value.unwrap_or_default());
+}
+
+fn take_value(word: &[u8]) -> Option<(Option<&[u8]>, &[u8])> {
+    let (length, rest) = word.split_first_chunk()?;
+    match u16::from_le_bytes(*length) {
+        ABSENT => Some((None, rest)),
+        length => rest.split_at_checked(usize::from(length)).map(|(value, rest)| (Some(value), rest)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::diagnostic::Report;
+    use crate::document::Node;
+    use crate::host::Host;
+    use crate::host::sim::Sim;
+    use crate::http::encode_headers;
+    use proptest::prelude::*;
+
+    struct World {
+        bridge: Bridge,
+        names: HeaderNames,
+        host: Sim,
+    }
+
+    const UUID: &str = "a6f8a1b2-0c1d-4234-8abc-0123456789ab";
+
+    fn context(trace: u8, parent: u8) -> TraceContext {
+        TraceContext { trace_id: [trace; 16], parent_id: [parent; 8], flags: Flags::SAMPLED.with(Flags::RANDOM) }
+    }
+
+    impl World {
+        fn new(bridge: &str) -> World {
+            let node = Node::from_json(bridge.as_bytes()).unwrap();
+            let report = Report::default();
+            let mut names = HeaderNames::default();
+            let bridge = Bridge::read(&Value::root(&node, &report), "t/", &mut names).unwrap();
+            assert_eq!(report.into_diagnostics(), []);
+            World { bridge, names, host: Sim::new(3) }
+        }
+
+        fn remember(&self, context: &TraceContext, headers: &[(&str, &str)]) -> Notes {
+            let block = encode_headers(headers);
+            let request = Request::parse(&block, &self.names);
+            self.bridge.remember(&request, context, &[], self.host.now(), &self.host)
+        }
+
+        fn recall(&self, context: Option<&TraceContext>, id: &str) -> Option<Remembered> {
+            let block = encode_headers(&[("x-request-id", id)]);
+            let request = Request::parse(&block, &self.names);
+            self.bridge.recall(&request, context, self.host.now(), &self.host)
+        }
+    }
+
+    #[test]
+    fn what_is_remembered_comes_back_until_it_lapses() {
+        let world = World::new(r#"{"ttl": "5s", "carry": ["baggage", "x-cohort"]}"#);
+        let headers = [("x-request-id", UUID), ("tracestate", "a=1"), ("tracestate", "b=2"), ("x-cohort", "v2")];
+        assert_eq!(world.remember(&context(1, 2), &headers), Notes::default());
+        let found = world.recall(None, UUID).unwrap();
+        assert_eq!((found.context.trace_id, found.context.flags), ([1; 16], context(1, 2).flags));
+        assert_eq!(found.tracestate.as_deref(), Some(&b"a=1,b=2"[..]));
+        assert_eq!(found.carried, [None, Some(b"v2".to_vec())]);
+        assert_eq!(world.recall(None, &UUID.replacen("-4", "-9", 1)), Some(found), "Envoy's own note in the id");
+        assert_eq!(world.recall(None, "another"), None);
+        assert_eq!(world.recall(None, ""), None);
+        world.host.advance(Duration::from_secs(5));
+        assert_eq!(world.recall(None, UUID), None);
+    }
+
+    #[test]
+    fn a_parent_id_of_ours_wins() {
+        let world = World::new("{}");
+        world.remember(&context(1, 2), &[("x-request-id", UUID), ("baggage", "user=ann")]);
+        world.remember(&context(1, 3), &[("x-request-id", UUID), ("baggage", "user=bob")]);
+        let baggage = |context: Option<&TraceContext>| world.recall(context, UUID).unwrap().carried;
+        assert_eq!(baggage(Some(&context(1, 2))), [Some(b"user=ann".to_vec())]);
+        assert_eq!(baggage(Some(&context(1, 3))), [Some(b"user=bob".to_vec())]);
+        assert_eq!(baggage(None), [] as [Option<Vec<u8>>; 0], "one of two: neither");
+        assert_eq!(world.recall(Some(&context(9, 2)), UUID), None, "another trace gets nothing");
+        let mut half = context(1, 2);
+        half.trace_id[..8].fill(0);
+        let mut notes = Notes::default();
+        let found = world.recall(Some(&half), "").unwrap();
+        assert_eq!(found.complete(half, &mut notes).trace_id, [1; 16]);
+        assert!(notes.contains(Note::Repaired));
+    }
+
+    #[test]
+    fn two_traces_under_one_id_are_not_mixed_up() {
+        let world = World::new("{}");
+        let headers = [("x-request-id", UUID)];
+        assert_eq!(world.remember(&context(1, 2), &headers), Notes::default());
+        assert_eq!(world.remember(&context(1, 3), &headers), Notes::default(), "nothing differs but the hop");
+        assert!(world.remember(&context(2, 4), &headers).contains(Note::Ambiguous));
+        assert_eq!(world.recall(None, UUID), None);
+        assert!(world.remember(&context(2, 5), &headers).contains(Note::Ambiguous), "while either may be alive");
+        world.host.advance(Duration::from_secs(60));
+        assert_eq!(world.remember(&context(2, 6), &headers), Notes::default());
+        assert!(world.recall(None, UUID).is_some());
+    }
+
+    #[test]
+    fn many_requests_take_a_bounded_number_of_words_and_none_is_given_anothers() {
+        let world = World::new(r#"{"capacity": 64}"#);
+        let mut displaced = 0;
+        for n in 0..10_000_u64 {
+            let mut context = context(1, 1);
+            context.trace_id[8..].copy_from_slice(&n.to_be_bytes());
+            context.parent_id = (n + 1).to_be_bytes();
+            let id = format!("request-{n}");
+            displaced += u32::from(world.remember(&context, &[("x-request-id", &id)]).contains(Note::Displaced));
+            let earlier = format!("request-{}", n.saturating_sub(n % 97));
+            if let Some(found) = world.recall(None, &earlier) {
+                assert_eq!(found.context.trace_id[8..], n.saturating_sub(n % 97).to_be_bytes());
+            }
+        }
+        assert_eq!(world.host.keys().len(), 2 * 64);
+        assert!(displaced > 9_000);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_left_out() {
+        let world = World::new("{}");
+        let long = "x".repeat(MAX_WORD);
+        let notes =
+            world.remember(&context(1, 2), &[("x-request-id", UUID), ("baggage", &long), ("tracestate", "a=1")]);
+        assert!(notes.contains(Note::Truncated));
+        let found = world.recall(None, UUID).unwrap();
+        assert_eq!((found.tracestate.as_deref(), &found.carried[..]), (Some(&b"a=1"[..]), &[None][..]));
+        world.remember(&context(1, 2), &[("x-request-id", &long)]);
+        assert_eq!(world.recall(None, &long), None);
+    }
+
+    proptest! {
+        #[test]
+        fn a_neighbours_bytes_are_nothing_or_something(mut word in proptest::collection::vec(any::<u8>(), 0..200), cut in 0..80_usize) {
+            let world = World::new("{}");
+            world.host.put(&world.bridge.place(Kind::Request, UUID.as_bytes()), &word);
+            world.recall(None, UUID);
+            // And what differs from a word of ours in a few bytes.
+            world.remember(&context(1, 2), &[("x-request-id", UUID), ("baggage", "a=1")]);
+            let key = world.bridge.place(Kind::Request, UUID.as_bytes());
+            let (mut ours, _) = crate::host::StateStore::get(&world.host, &key).unwrap();
+            ours.truncate(ours.len() - cut.min(ours.len()));
+            word.truncate(4);
+            if let (Some(place), Some(byte)) = (word.first(), word.get(1)) {
+                let place = usize::from(*place) % ours.len().max(1);
+                ours.iter_mut().skip(place).take(1).for_each(|old| *old = *byte);
+            }
+            world.host.put(&key, &ours);
+            world.recall(None, UUID);
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Datadog: the low half of the trace id and the span id in decimal, the high half in hexadecimal among the tags. The
+//! other tags, the origin and a priority that says what we say are the tracer's own and stay.
+
+use super::{Parsed, Read, Write, bit, decimal};
+use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push_hex};
+
+pub(super) const HEADERS: [&str; 5] =
+    ["x-datadog-trace-id", "x-datadog-parent-id", "x-datadog-sampling-priority", "x-datadog-tags", "x-datadog-origin"];
+
+/// The tag of the high half.
+const HIGH: &[u8] = b"_dd.p.tid=";
+
+pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
+    let Some(low) = read(0)? else { return Ok(None) };
+    let low = decimal::parse(low)?;
+    if low == 0 {
+        return Err(Invalid::ZeroTraceId);
+    }
+    let tags = read(3)?.unwrap_or_default();
+    let high = tags.split(|byte| *byte == b',').find_map(|tag| tag.strip_prefix(HIGH)).unwrap_or_default();
+    let high = if high.len() == 16 { padded_id::<8>(high).unwrap_or_default() } else { [0; 8] };
+    let parent_id = read(1)?.map_or(Ok(0), decimal::parse)?;
+    Ok(Some(TraceContext {
+        trace_id: ((u128::from(u64::from_be_bytes(high)) << 64) | u128::from(low)).to_be_bytes(),
+        parent_id: parent_id.to_be_bytes(),
+        flags: Flags::decided(read(2)?.map(keeps).transpose()?),
+    }))
+}
+
+/// Whether a priority keeps the trace: -1 and 0 drop it, 1 and 2 keep it.
+fn keeps(priority: &[u8]) -> Result<bool, Invalid> {
+    match priority {
+        b"-1" | b"0" => Ok(false),
+        b"1" | b"2" => Ok(true),
+        _ => Err(Invalid::Shape),
+    }
+}
+
+pub(super) fn write(context: &TraceContext, read: Read<'_, '_>, write: Write<'_>) {
+    let inbound = |place| read(place).ok().flatten();
+    let (high, low) = context.trace_id.split_at(8);
+    for (place, id) in [(0, low), (1, &context.parent_id[..])] {
+        let mut text = Vec::with_capacity(20);
+        decimal::push(&mut text, id.iter().fold(0, |number, byte| number << 8 | u64::from(*byte)));
+        write(place, text);
+    }
+    let sampled = context.flags.sampled();
+    let priority = inbound(2).filter(|priority| keeps(priority) == Ok(sampled));
+    write(2, priority.map_or_else(|| vec![bit(sampled)], <[u8]>::to_vec));
+    let tags = inbound(3).unwrap_or_default().split(|byte| *byte == b',');
+    let mut text = Vec::new();
+    for tag in tags.filter(|tag| !tag.is_empty() && !tag.starts_with(HIGH)) {
+        text.extend(tag);
+        text.push(b',');
+    }
+    if high == [0; 8] {
+        text.pop();
+    } else {
+        text.extend(HIGH);
+        push_hex(&mut text, high);
+    }
+    if !text.is_empty() {
+        write(3, text);
+    }
+    if let Some(origin) = inbound(4) {
+        write(4, origin.to_vec());
+    }
+}

@@ -1,0 +1,22 @@
+//! Ids as decimal numbers of 64 bits.
+
+use crate::trace::w3c::Invalid;
+
+/// Reads a number; zero is one.
+pub(super) fn parse(digits: &[u8]) -> Result<u64, Invalid> {
+    if digits.is_empty() {
+        return Err(Invalid::Shape);
+    }
+    digits.iter().try_fold(0_u64, |number, digit| {
+        let digit = digit.checked_sub(b'0').filter(|digit| *digit < 10).ok_or(Invalid::Shape)?;
+        number.checked_mul(10).and_then(|number| number.checked_add(u64::from(digit))).ok_or(Invalid::Shape)
+    })
+}
+
+/// Appends a number.
+pub(super) fn push(text: &mut Vec<u8>, number: u64) {
+    if number >= 10 {
+        push(text, number / 10);
+    }
+    text.push(b'0' + (number % 10) as u8);
+}

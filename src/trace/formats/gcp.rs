@@ -1,0 +1,31 @@
+//! Google Cloud: `X-Cloud-Trace-Context: {trace id}/{span id, decimal};o={0 or 1}`; all but the trace id may be absent.
+
+use super::{Parsed, Read, Write, bit, decimal};
+use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push_hex};
+
+pub(super) const HEADERS: [&str; 1] = ["x-cloud-trace-context"];
+
+pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
+    let Some(value) = read(0)? else { return Ok(None) };
+    let mut parts = value.splitn(2, |byte| *byte == b';');
+    let mut ids = parts.next().unwrap_or_default().splitn(2, |byte| *byte == b'/');
+    let trace_id = ids.next().filter(|digits| digits.len() == 32).ok_or(Invalid::Shape)?;
+    let parent_id = ids.next().map_or(Ok(0), decimal::parse)?;
+    let flags = match parts.next() {
+        Some(b"o=1") => Flags::SAMPLED,
+        Some(b"o=0") => Flags::NONE,
+        None => Flags::UNDECIDED,
+        Some(_) => return Err(Invalid::Shape),
+    };
+    Ok(Some(TraceContext { trace_id: padded_id(trace_id)?, parent_id: parent_id.to_be_bytes(), flags }))
+}
+
+pub(super) fn write(context: &TraceContext, write: Write<'_>) {
+    let mut text = Vec::with_capacity(57);
+    push_hex(&mut text, &context.trace_id);
+    text.push(b'/');
+    decimal::push(&mut text, u64::from_be_bytes(context.parent_id));
+    text.extend(b";o=");
+    text.push(bit(context.flags.sampled()));
+    write(0, text);
+}

@@ -1,0 +1,44 @@
+//! Jaeger: `uber-trace-id: {trace id}:{span id}:{parent, given up, 0}:{flags}`, ids without leading zeros, the colons
+//! percent-encoded by some clients. The first bit of the flags is sampled, the second debug.
+
+use super::{Parsed, Read, Write, bit};
+use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push_hex};
+
+pub(super) const HEADERS: [&str; 1] = ["uber-trace-id"];
+
+pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
+    let Some(mut rest) = read(0)? else { return Ok(None) };
+    let mut fields = [&b""[..]; 4];
+    for (index, field) in fields.iter_mut().enumerate() {
+        let end = rest.iter().position(|byte| matches!(byte, b':' | b'%'));
+        let (head, tail) = rest.split_at_checked(end.unwrap_or(rest.len())).ok_or(Invalid::Shape)?;
+        *field = head;
+        let separator = [&b":"[..], b"%3A", b"%3a"].into_iter().find_map(|separator| tail.strip_prefix(separator));
+        rest = match separator {
+            Some(rest) if index < 3 => rest,
+            None if index == 3 && tail.is_empty() => tail,
+            _ => return Err(Invalid::Shape),
+        };
+    }
+    let [trace_id, parent_id, _, flags] = fields;
+    // Flags are a number like the ids: up to two digits.
+    let bits = match flags {
+        b"0" | b"00" => 0,
+        _ => padded_id::<1>(flags)?[0],
+    };
+    let flags = match (bits & 2 != 0, bits & 1 != 0) {
+        (true, _) => Flags::SAMPLED.with(Flags::DEBUG),
+        (false, sampled) => Flags::decided(Some(sampled)),
+    };
+    Ok(Some(TraceContext { trace_id: padded_id(trace_id)?, parent_id: padded_id(parent_id)?, flags }))
+}
+
+pub(super) fn write(context: &TraceContext, write: Write<'_>) {
+    let mut text = Vec::with_capacity(53);
+    push_hex(&mut text, &context.trace_id);
+    text.push(b':');
+    push_hex(&mut text, &context.parent_id);
+    text.extend(b":0:");
+    text.push(if context.flags.contains(Flags::DEBUG) { b'3' } else { bit(context.flags.sampled()) });
+    write(0, text);
+}

@@ -1,0 +1,357 @@
+//! The formats in which a trace context travels, besides W3C's: one file a format, one shape. `HEADERS` names the
+//! headers of the format, `parse` reads a context from them, `write` is its inverse. Both meet the headers by their
+//! place in `HEADERS`.
+//!
+//! What a format cannot say is missing from what it parses to: a zero trace id is a sampling decision without ids, a
+//! zero parent id is an unknown one, [`Flags::UNDECIDED`] leaves the decision open. Ids that a format shortens are
+//! padded on the left, and no format but W3C's says whether an id is random.
+
+mod b3;
+mod b3multi;
+mod datadog;
+mod decimal;
+mod gcp;
+mod grpc;
+mod jaeger;
+mod ottrace;
+mod xray;
+
+use super::w3c::{Flags, Invalid, TraceContext, format_traceparent, parse_traceparent};
+
+/// The value of the header at a place; more than one value is an error.
+pub type Read<'r, 'a> = &'r dyn Fn(usize) -> Result<Option<&'a [u8]>, Invalid>;
+
+/// Takes the value of the header at a place.
+pub type Write<'w> = &'w mut dyn FnMut(usize, Vec<u8>);
+
+/// What a request's headers say, if they say anything.
+pub type Parsed = Result<Option<TraceContext>, Invalid>;
+
+/// A format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    TraceContext,
+    B3,
+    B3Multi,
+    Jaeger,
+    Xray,
+    Gcp,
+    Datadog,
+    OtTrace,
+    Grpc,
+}
+
+impl Format {
+    /// All formats by their names in a policy.
+    pub const ALL: [(&str, Format); 9] = [
+        ("tracecontext", Format::TraceContext),
+        ("b3", Format::B3),
+        ("b3multi", Format::B3Multi),
+        ("jaeger", Format::Jaeger),
+        ("xray", Format::Xray),
+        ("gcp", Format::Gcp),
+        ("datadog", Format::Datadog),
+        ("ottrace", Format::OtTrace),
+        ("grpc", Format::Grpc),
+    ];
+
+    /// The format as it is told of: by its only header, or by its name.
+    pub fn describe(self) -> &'static str {
+        match (self.headers(), Format::ALL.iter().find(|(_, format)| *format == self)) {
+            ([header], _) => header,
+            (_, found) => found.map_or("", |(name, _)| name),
+        }
+    }
+
+    /// Its headers; `tracestate` is a matter of its own.
+    pub const fn headers(self) -> &'static [&'static str] {
+        match self {
+            Format::TraceContext => &["traceparent"],
+            Format::B3 => &b3::HEADERS,
+            Format::B3Multi => &b3multi::HEADERS,
+            Format::Jaeger => &jaeger::HEADERS,
+            Format::Xray => &xray::HEADERS,
+            Format::Gcp => &gcp::HEADERS,
+            Format::Datadog => &datadog::HEADERS,
+            Format::OtTrace => &ottrace::HEADERS,
+            Format::Grpc => &grpc::HEADERS,
+        }
+    }
+
+    /// The context in a request's headers.
+    ///
+    /// # Errors
+    /// Why there is none that may be used, though there are headers.
+    pub fn parse(self, read: Read<'_, '_>) -> Parsed {
+        match self {
+            Format::TraceContext => read(0)?.map(parse_traceparent).transpose(),
+            Format::B3 => b3::parse(read),
+            Format::B3Multi => b3multi::parse(read),
+            Format::Jaeger => jaeger::parse(read),
+            Format::Xray => xray::parse(read),
+            Format::Gcp => gcp::parse(read),
+            Format::Datadog => datadog::parse(read),
+            Format::OtTrace => ottrace::parse(read),
+            Format::Grpc => grpc::parse(read),
+        }
+    }
+
+    /// Writes `context`, whose ids are complete and whose sampling is decided. `read` is for what else the format keeps
+    /// in its headers.
+    pub fn write(self, context: &TraceContext, read: Read<'_, '_>, write: Write<'_>) {
+        match self {
+            Format::TraceContext => write(0, format_traceparent(context)),
+            Format::B3 => b3::write(context, write),
+            Format::B3Multi => b3multi::write(context, write),
+            Format::Jaeger => jaeger::write(context, write),
+            Format::Xray => xray::write(context, write),
+            Format::Gcp => gcp::write(context, write),
+            Format::Datadog => datadog::write(context, read, write),
+            Format::OtTrace => ottrace::write(context, write),
+            Format::Grpc => grpc::write(context, write),
+        }
+    }
+}
+
+/// A decision that came without ids.
+fn decision(flags: Flags) -> Parsed {
+    Ok(Some(TraceContext { trace_id: [0; 16], parent_id: [0; 8], flags }))
+}
+
+/// `0` or `1`.
+const fn bit(value: bool) -> u8 {
+    if value { b'1' } else { b'0' }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::trace::w3c::push_hex;
+    use proptest::prelude::*;
+
+    /// What `format` reads from headers by name.
+    pub fn parse(format: Format, headers: &[(&str, &str)]) -> Parsed {
+        format.parse(&|place| {
+            let name = format.headers()[place];
+            let mut values = headers.iter().filter(|(found, _)| *found == name).map(|(_, value)| value.as_bytes());
+            let first = values.next();
+            if values.next().is_some() { Err(Invalid::Duplicate) } else { Ok(first) }
+        })
+    }
+
+    /// What `format` writes, by name.
+    pub fn written(format: Format, context: &TraceContext) -> Vec<(&'static str, String)> {
+        let mut headers = Vec::new();
+        format.write(context, &|_| Ok(None), &mut |place, value| {
+            headers.push((format.headers()[place], String::from_utf8(value).unwrap()));
+        });
+        headers
+    }
+
+    fn shown(parsed: Parsed) -> String {
+        match parsed {
+            Err(invalid) => format!("{invalid:?}"),
+            Ok(None) => "-".into(),
+            Ok(Some(context)) => {
+                let mut text = Vec::new();
+                push_hex(&mut text, &context.trace_id);
+                text.push(b' ');
+                push_hex(&mut text, &context.parent_id);
+                let flags = match context.flags {
+                    flags if flags.contains(Flags::UNDECIDED) => "undecided",
+                    flags if flags.contains(Flags::DEBUG) => "debug",
+                    flags if flags.sampled() => "sampled",
+                    _ => "not",
+                };
+                format!("{} {flags}", String::from_utf8(text).unwrap())
+            }
+        }
+    }
+
+    /// The examples of the formats' own specifications, and what lies just beside them.
+    #[test]
+    fn vectors() {
+        const B3: &str = "80f198ee56343ba864fe8b2a57d3eff7 e457b5a2e4d86bd1";
+        let one = |format: Format, value: &str| shown(parse(format, &[(format.headers()[0], value)]));
+        let b3 = |value: &str| one(Format::B3, value);
+        assert_eq!(b3("80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1-1-05e3ac9a4f6e3b90"), format!("{B3} sampled"));
+        assert_eq!(b3("80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1-d"), format!("{B3} debug"));
+        assert_eq!(b3("80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1"), format!("{B3} undecided"));
+        assert_eq!(b3("64fe8b2a57d3eff7-e457b5a2e4d86bd1-0"), "000000000000000064fe8b2a57d3eff7 e457b5a2e4d86bd1 not");
+        assert_eq!(b3("0"), "00000000000000000000000000000000 0000000000000000 not");
+        for bad in [
+            "",
+            "x",
+            "2",
+            "80f198ee56343ba864fe8b2a57d3eff7",
+            "80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1-",
+            "80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1-true",
+            "80f198ee56343ba864fe8b2a57d3eff-e457b5a2e4d86bd1-1",
+            "80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1-1-05e3ac9a4f6e3b90-",
+            "80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1-1-05e3",
+        ] {
+            assert_eq!(b3(bad), "Shape", "{bad}");
+        }
+        assert_eq!(b3("00000000000000000000000000000000-e457b5a2e4d86bd1-1"), "ZeroTraceId");
+
+        let ids = [("x-b3-traceid", "80f198ee56343ba864fe8b2a57d3eff7"), ("x-b3-spanid", "e457b5a2e4d86bd1")];
+        let multi = |more: &[(&str, &str)]| shown(parse(Format::B3Multi, &[&ids, more].concat()));
+        assert_eq!(multi(&[]), format!("{B3} undecided"));
+        assert_eq!(multi(&[("x-b3-sampled", "1"), ("x-b3-parentspanid", "05e3ac9a4f6e3b90")]), format!("{B3} sampled"));
+        assert_eq!(multi(&[("x-b3-sampled", "false")]), format!("{B3} not"));
+        assert_eq!(multi(&[("x-b3-flags", "1"), ("x-b3-sampled", "0")]), format!("{B3} debug"));
+        assert_eq!(multi(&[("x-b3-sampled", "maybe")]), "Shape");
+        assert_eq!(multi(&ids), "Duplicate");
+        assert_eq!(shown(parse(Format::B3Multi, &ids[..1])), "Shape");
+        let only = shown(parse(Format::B3Multi, &[("x-b3-sampled", "0")]));
+        assert_eq!(only, "00000000000000000000000000000000 0000000000000000 not");
+
+        let jaeger = |value: &str| one(Format::Jaeger, value);
+        assert_eq!(jaeger("1:2:0:1"), "00000000000000000000000000000001 0000000000000002 sampled");
+        assert_eq!(jaeger("a%3A2%3a0%3A3"), "0000000000000000000000000000000a 0000000000000002 debug");
+        assert_eq!(jaeger("80f198ee56343ba864fe8b2a57d3eff7:e457b5a2e4d86bd1:0:0"), format!("{B3} not"));
+        for (bad, why) in
+            [("1:2:0", "Shape"), ("1:2:0:1:1", "Shape"), ("1:2:0:x", "Character"), ("0:2:0:1", "ZeroTraceId")]
+        {
+            assert_eq!(jaeger(bad), why, "{bad}");
+        }
+
+        let xray = |value: &str| one(Format::Xray, value);
+        let root = "5759e988bd862e3fe1be46a994272793";
+        assert_eq!(
+            xray("Root=1-5759e988-bd862e3fe1be46a994272793;Parent=53995c3f42cd8ad8;Sampled=1"),
+            format!("{root} 53995c3f42cd8ad8 sampled")
+        );
+        assert_eq!(
+            xray("Self=1-67891234-12456789abcdef012345678;Root=1-5759e988-bd862e3fe1be46a994272793"),
+            format!("{root} 0000000000000000 undecided"),
+            "what a load balancer adds"
+        );
+        assert_eq!(
+            xray("Sampled=?; Parent=53995c3f42cd8ad8; Root=1-5759e988-bd862e3fe1be46a994272793"),
+            format!("{root} 53995c3f42cd8ad8 undecided")
+        );
+        for bad in ["", "Root=", "Root=2-5759e988-bd862e3fe1be46a994272793", "Root=1-5759e98-8bd862e3fe1be46a994272793"]
+        {
+            assert_eq!(xray(bad), "Shape", "{bad}");
+        }
+
+        let gcp = |value: &str| one(Format::Gcp, value);
+        assert_eq!(
+            gcp("105445aa7843bc8bf206b12000100000/1;o=1"),
+            "105445aa7843bc8bf206b12000100000 0000000000000001 sampled"
+        );
+        assert_eq!(
+            gcp("105445aa7843bc8bf206b12000100000"),
+            "105445aa7843bc8bf206b12000100000 0000000000000000 undecided"
+        );
+        assert_eq!(
+            gcp("105445aa7843bc8bf206b12000100000/18446744073709551615;o=0"),
+            "105445aa7843bc8bf206b12000100000 ffffffffffffffff not"
+        );
+        assert_eq!(gcp("105445aa7843bc8bf206b12000100000/18446744073709551616"), "Shape");
+        assert_eq!(gcp("105445aa7843bc8bf206b1200010000/1"), "Shape");
+
+        let datadog = |more: &[(&str, &str)]| {
+            let ids = [("x-datadog-trace-id", "7277407061855694839"), ("x-datadog-parent-id", "16453819474850114513")];
+            shown(parse(Format::Datadog, &[&ids, more].concat()))
+        };
+        assert_eq!(datadog(&[]), "000000000000000064fe8b2a57d3eff7 e457b5a2e4d86bd1 undecided");
+        assert_eq!(
+            datadog(&[
+                ("x-datadog-tags", "_dd.p.dm=-4,_dd.p.tid=80f198ee56343ba8"),
+                ("x-datadog-sampling-priority", "2")
+            ]),
+            format!("{B3} sampled")
+        );
+        assert_eq!(
+            datadog(&[("x-datadog-tags", "_dd.p.tid=xyz"), ("x-datadog-sampling-priority", "-1")]),
+            "000000000000000064fe8b2a57d3eff7 e457b5a2e4d86bd1 not",
+            "a bad high half is as good as none"
+        );
+        assert_eq!(shown(parse(Format::Datadog, &[("x-datadog-trace-id", "0")])), "ZeroTraceId");
+        assert_eq!(shown(parse(Format::Datadog, &[("x-datadog-trace-id", "-1")])), "Shape");
+        assert_eq!(shown(parse(Format::Datadog, &[("x-datadog-parent-id", "1")])), "-");
+
+        let ids = [("ot-tracer-traceid", "64fe8b2a57d3eff7"), ("ot-tracer-spanid", "e457b5a2e4d86bd1")];
+        let ottrace = |more: &[(&str, &str)]| shown(parse(Format::OtTrace, &[&ids, more].concat()));
+        assert_eq!(ottrace(&[]), "000000000000000064fe8b2a57d3eff7 e457b5a2e4d86bd1 undecided");
+        assert_eq!(
+            ottrace(&[("ot-tracer-sampled", "true")]),
+            "000000000000000064fe8b2a57d3eff7 e457b5a2e4d86bd1 sampled"
+        );
+        assert_eq!(shown(parse(Format::OtTrace, &ids[..1])), "Shape");
+
+        let grpc = |value: &str| one(Format::Grpc, value);
+        let bytes = "AABAQUJDREVGR0hJSktMTU5PAWFiY2RlZmdoAgE";
+        let expected = "404142434445464748494a4b4c4d4e4f 6162636465666768 sampled";
+        assert_eq!(grpc(bytes), expected);
+        assert_eq!(grpc(&format!("{bytes}=")), expected);
+        for bad in
+            ["", "A", "AABA", "AQBAQUJDREVGR0hJSktMTU5PAWFiY2RlZmdoAgE", "AABAQUJDREVGR0hJSktMTU5PAWFiY2RlZmdoAgE*"]
+        {
+            assert_ne!(grpc(bad), expected, "{bad}");
+        }
+    }
+
+    #[test]
+    fn datadogs_own_tags_and_priority_stay() {
+        let format = Format::Datadog;
+        let context = TraceContext { trace_id: [1; 16], parent_id: [2; 8], flags: Flags::SAMPLED };
+        let inbound = |place: usize| {
+            Ok(match format.headers()[place] {
+                "x-datadog-tags" => Some(&b"_dd.p.dm=-4,_dd.p.tid=0,_dd.p.usr=x"[..]),
+                "x-datadog-sampling-priority" => Some(&b"2"[..]),
+                "x-datadog-origin" => Some(&b"rum"[..]),
+                _ => None,
+            })
+        };
+        let mut headers = Vec::new();
+        format.write(&context, &inbound, &mut |place, value| {
+            headers.push((format.headers()[place], String::from_utf8(value).unwrap()));
+        });
+        let value = |name| headers.iter().find(|(found, _)| *found == name).map(|(_, value)| value.as_str());
+        assert_eq!(value("x-datadog-tags"), Some("_dd.p.dm=-4,_dd.p.usr=x,_dd.p.tid=0101010101010101"));
+        assert_eq!(value("x-datadog-sampling-priority"), Some("2"));
+        assert_eq!(value("x-datadog-origin"), Some("rum"));
+    }
+
+    proptest! {
+        #[test]
+        fn parse_and_write_are_inverse(trace_id: [u8; 16], parent_id: [u8; 8], sampled: bool, debug: bool) {
+            prop_assume!(trace_id[8..] != [0; 8] && parent_id != [0; 8]);
+            for (name, format) in Format::ALL {
+                let carries_debug = matches!(format, Format::B3 | Format::B3Multi | Format::Jaeger);
+                let flags = match (debug && carries_debug, sampled) {
+                    (true, _) => Flags::DEBUG.with(Flags::SAMPLED),
+                    (false, sampled) => Flags::decided(Some(sampled)),
+                };
+                let mut context = TraceContext { trace_id, parent_id, flags };
+                if format == Format::OtTrace {
+                    context.trace_id[..8].fill(0);
+                }
+                let headers = written(format, &context);
+                let headers: Vec<_> = headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
+                prop_assert_eq!(parse(format, &headers), Ok(Some(context)), "{}: {:?}", name, headers);
+            }
+        }
+
+        #[test]
+        fn no_bytes_panic(value in proptest::collection::vec(any::<u8>(), 0..120), place in 0..5_usize) {
+            for (_, format) in Format::ALL {
+                let _ = format.parse(&|_| Ok(Some(&value)));
+                let _ = format.parse(&|asked| Ok(Some(if asked == place { &value } else { b"1" })));
+            }
+        }
+
+        /// Near misses of the grammars, which random bytes never reach.
+        #[test]
+        fn nothing_near_a_format_panics(value in "[0-9a-f:;,=/%oRP_.dt-]{0,70}", prefix in 0..6_usize) {
+            let prefix = ["", "Root=1-", "0123456789abcdef0123456789abcdef", "AAAA", "_dd.p.tid=", "1:2"][prefix];
+            let value = format!("{prefix}{value}");
+            for (_, format) in Format::ALL {
+                let _ = format.parse(&|_| Ok(Some(value.as_bytes())));
+            }
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! OpenTracing's basic tracers: ids in hexadecimal, of the trace id only the low half.
+
+use super::{Parsed, Read, Write};
+use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push_hex};
+
+pub(super) const HEADERS: [&str; 3] = ["ot-tracer-traceid", "ot-tracer-spanid", "ot-tracer-sampled"];
+
+pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
+    let (trace_id, parent_id) = match (read(0)?, read(1)?) {
+        (Some(trace_id), Some(parent_id)) => (padded_id(trace_id)?, padded_id(parent_id)?),
+        (None, None) => return Ok(None),
+        _ => return Err(Invalid::Shape),
+    };
+    let sampled = match read(2)? {
+        Some(b"true" | b"1") => Some(true),
+        Some(b"false" | b"0") => Some(false),
+        None => None,
+        Some(_) => return Err(Invalid::Shape),
+    };
+    Ok(Some(TraceContext { trace_id, parent_id, flags: Flags::decided(sampled) }))
+}
+
+pub(super) fn write(context: &TraceContext, write: Write<'_>) {
+    let (_, low) = context.trace_id.split_at(8);
+    for (place, id) in [(0, low), (1, &context.parent_id[..])] {
+        let mut text = Vec::with_capacity(16);
+        push_hex(&mut text, id);
+        write(place, text);
+    }
+    write(2, if context.flags.sampled() { b"true".to_vec() } else { b"false".to_vec() });
+}

@@ -1,0 +1,40 @@
+//! AWS X-Ray: `X-Amzn-Trace-Id: Root=1-{8 digits}-{24 digits};Parent={span id};Sampled={0, 1 or ?}`, in any order, with
+//! fields of load balancers and functions between them, which are not kept. The trace id is the two parts of the root.
+
+use super::{Parsed, Read, Write, bit};
+use crate::trace::tracestate::trim_ows;
+use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push_hex};
+
+pub(super) const HEADERS: [&str; 1] = ["x-amzn-trace-id"];
+
+pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
+    let Some(value) = read(0)? else { return Ok(None) };
+    let field = |name: &[u8]| value.split(|byte| *byte == b';').find_map(|field| trim_ows(field).strip_prefix(name));
+    let root = field(b"Root=1-").ok_or(Invalid::Shape)?;
+    let (time, random) = root.split_at_checked(8).ok_or(Invalid::Shape)?;
+    let random = random.strip_prefix(b"-").filter(|random| random.len() == 24).ok_or(Invalid::Shape)?;
+    let parent_id = match field(b"Parent=") {
+        Some(parent_id) if parent_id.len() == 16 => padded_id(parent_id)?,
+        Some(_) => return Err(Invalid::Shape),
+        None => [0; 8],
+    };
+    let flags = match field(b"Sampled=") {
+        Some(b"1") => Flags::SAMPLED,
+        Some(b"0") => Flags::NONE,
+        _ => Flags::UNDECIDED,
+    };
+    Ok(Some(TraceContext { trace_id: padded_id(&[time, random].concat())?, parent_id, flags }))
+}
+
+pub(super) fn write(context: &TraceContext, write: Write<'_>) {
+    let (time, random) = context.trace_id.split_at(4);
+    let mut text = b"Root=1-".to_vec();
+    push_hex(&mut text, time);
+    text.push(b'-');
+    push_hex(&mut text, random);
+    text.extend(b";Parent=");
+    push_hex(&mut text, &context.parent_id);
+    text.extend(b";Sampled=");
+    text.push(bit(context.flags.sampled()));
+    write(0, text);
+}

@@ -1,0 +1,237 @@
+//! W3C `tracestate` (level 2, section 3.3): whether a list is valid, and how it may be changed.
+//!
+//! A list that nothing has to be done to goes on as it came, byte for byte. Where a member is added, changed or taken
+//! out, the list is written anew: ours first, the others in their order, at most 32 members and 512 characters, never
+//! a part of a member.
+
+use std::borrow::Cow;
+
+/// The most members of a list (section 3.3.1.1).
+const MAX_MEMBERS: usize = 32;
+
+/// The longest list that is written. Every hop has to pass on this much (section 3.3.1.5).
+const MAX_LENGTH: usize = 512;
+
+/// Members longer than this go first where a list is too long (section 3.3.1.5).
+const LONG_MEMBER: usize = 128;
+
+/// OpenTelemetry's own key.
+const OPEN_TELEMETRY: &[u8] = b"ot";
+
+/// The members of all `tracestate` headers of a request; empty ones are allowed and say nothing.
+fn members<'v>(values: impl Iterator<Item = &'v [u8]>) -> impl Iterator<Item = &'v [u8]> {
+    values.flat_map(|value| value.split(|byte| *byte == b',')).map(trim_ows).filter(|member| !member.is_empty())
+}
+
+/// Whether the values of all `tracestate` headers of a request are one valid list (section 3.3.1). A list that is not
+/// valid is dropped whole.
+pub fn is_tracestate<'v>(values: impl Iterator<Item = &'v [u8]>) -> bool {
+    let mut count = 0;
+    members(values).all(|member| {
+        count += 1;
+        let (key, value) = halves(member);
+        count <= MAX_MEMBERS && is_key(key) && value.is_some_and(is_value)
+    })
+}
+
+/// Whether the list has a member called `key`.
+pub fn has_member<'v>(values: impl Iterator<Item = &'v [u8]>, key: &str) -> bool {
+    members(values).any(|member| halves(member).0 == key.as_bytes())
+}
+
+/// What is changed in a list.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Edit<'e> {
+    /// Only members of these keys go on.
+    pub allow: Option<&'e [Box<str>]>,
+    /// A member of this key stands first.
+    pub mark: Option<&'e str>,
+    /// The sampling threshold becomes this one.
+    pub threshold: Option<u64>,
+    /// The sampling threshold goes.
+    pub erase_threshold: bool,
+}
+
+/// The list after `edit`, and whether it had to be cut. An empty list has no members.
+pub fn rewrite<'v>(values: impl Iterator<Item = &'v [u8]>, edit: &Edit<'_>) -> (Vec<u8>, bool) {
+    let mut list: Vec<Cow<'v, [u8]>> = Vec::new();
+    let mut ours = Vec::new();
+    for member in members(values) {
+        let (key, value) = halves(member);
+        let is_allowed = edit.allow.is_none_or(|allow| allow.iter().any(|known| known.as_bytes() == key));
+        if !is_allowed || edit.mark.is_some_and(|mark| mark.as_bytes() == key) {
+            continue;
+        }
+        if key == OPEN_TELEMETRY && (edit.erase_threshold || edit.threshold.is_some()) {
+            let fields = value.unwrap_or_default().split(|byte| *byte == b';');
+            for field in fields.filter(|field| !field.starts_with(b"th:")) {
+                ours.extend(field);
+                ours.push(b';');
+            }
+        } else {
+            list.push(Cow::Borrowed(member));
+        }
+    }
+    if let Some(threshold) = edit.threshold {
+        ours.extend(b"th:");
+        push_threshold(&mut ours, threshold);
+    } else {
+        ours.pop();
+    }
+    if !ours.is_empty() {
+        ours.splice(0..0, *b"ot=");
+        list.insert(0, Cow::Owned(ours));
+    }
+    if let Some(mark) = edit.mark {
+        let mut member = mark.as_bytes().to_vec();
+        member.extend(b"=1");
+        list.insert(0, Cow::Owned(member));
+    }
+    let cut = list.len() > MAX_MEMBERS;
+    list.truncate(MAX_MEMBERS);
+    let shortened = shorten(&mut list);
+    (list.join(&b','), cut || shortened)
+}
+
+/// Takes whole members out until the list is short enough.
+fn shorten(list: &mut Vec<Cow<'_, [u8]>>) -> bool {
+    let mut cut = false;
+    while list.iter().map(|member| member.len() + 1).sum::<usize>() > MAX_LENGTH + 1 {
+        let long = list.iter().rposition(|member| member.len() > LONG_MEMBER);
+        list.remove(long.unwrap_or(list.len() - 1));
+        cut = true;
+    }
+    cut
+}
+
+/// Appends a threshold as OpenTelemetry writes it: up to 14 digits, without zeros at the end.
+fn push_threshold(text: &mut Vec<u8>, threshold: u64) {
+    let digits = (threshold << 8).to_be_bytes();
+    super::w3c::push_hex(text, &digits);
+    text.truncate(text.len() - 2);
+    let shortest = text.len() - 13;
+    while text.len() > shortest && text.last() == Some(&b'0') {
+        text.pop();
+    }
+}
+
+fn halves(member: &[u8]) -> (&[u8], Option<&[u8]>) {
+    let mut halves = member.splitn(2, |byte| *byte == b'=');
+    (halves.next().unwrap_or_default(), halves.next())
+}
+
+/// `text` without the spaces and tabs around it (RFC 9110, section 5.6.3).
+pub(super) fn trim_ows(text: &[u8]) -> &[u8] {
+    let ows = |byte: &u8| matches!(byte, b' ' | b'\t');
+    let start = text.iter().position(|byte| !ows(byte)).unwrap_or(text.len());
+    let end = text.iter().rposition(|byte| !ows(byte)).map_or(start, |last| last + 1);
+    text.get(start..end).unwrap_or_default()
+}
+
+/// Level 2, section 3.3.1.3.1: a lower-case letter or digit, then up to 255 of those and `_-*/@`.
+pub(super) fn is_key(key: &[u8]) -> bool {
+    let alphanumeric = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
+    let Some((first, rest)) = key.split_first() else { return false };
+    key.len() <= 256 && alphanumeric(*first) && rest.iter().all(|byte| alphanumeric(*byte) || b"_-*/@".contains(byte))
+}
+
+/// Section 3.3.1.3.2: up to 256 printable characters but `,` and `=`, and the last is no space.
+fn is_value(value: &[u8]) -> bool {
+    let allowed = |byte: &u8| (0x20..0x7f).contains(byte) && *byte != b',' && *byte != b'=';
+    (1..=256).contains(&value.len()) && value.iter().all(allowed) && value.last() != Some(&b' ')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn rewritten(values: &[&str], edit: &Edit<'_>) -> (String, bool) {
+        let (list, cut) = rewrite(values.iter().map(|value| value.as_bytes()), edit);
+        (String::from_utf8(list).unwrap(), cut)
+    }
+
+    #[test]
+    fn what_is_a_list() {
+        let valid = |values: &[&str]| is_tracestate(values.iter().map(|value| value.as_bytes()));
+        assert!(valid(&["foo=1,bar=2", "rojo=1"]));
+        assert!(valid(&["foo=1 \t , \t bar=2, ", ""]));
+        assert!(valid(&["foo@=1", "foo@@bar=1", "0a_-*/=x~!"]));
+        for bad in ["foo", "foo=", "=1", "Foo=1", "foo =1", "foo=1=2", "é=1", "foo=\u{7f}", "@foo=1"] {
+            assert!(!valid(&[bad]), "{bad}");
+        }
+        let members = |count: usize| (0..count).map(|n| format!("k{n}=1")).collect::<Vec<_>>().join(",");
+        assert!(valid(&[&members(32)]));
+        assert!(!valid(&[&members(33)]));
+        let (key, value) = ("k".repeat(256), "v".repeat(256));
+        assert!(valid(&[&format!("{key}={value}")]));
+        assert!(!valid(&[&format!("k{key}=1")]));
+        assert!(!valid(&[&format!("k={value}v")]));
+    }
+
+    #[test]
+    fn our_members_stand_first_and_once() {
+        let mark = Edit { mark: Some("acme"), threshold: Some(0xc0_0000_0000_0000), ..Edit::default() };
+        assert_eq!(rewritten(&["a=1, acme=0", "b=2"], &mark), ("acme=1,ot=th:c,a=1,b=2".into(), false));
+        assert_eq!(rewritten(&[], &mark).0, "acme=1,ot=th:c");
+        let allow = ["b".into(), "c".into()];
+        assert_eq!(rewritten(&["a=1,b=2,c=3"], &Edit { allow: Some(&allow), ..Edit::default() }).0, "b=2,c=3");
+    }
+
+    #[test]
+    fn a_threshold_is_erased_and_the_rest_of_its_member_stays() {
+        let erase = Edit { erase_threshold: true, ..Edit::default() };
+        assert_eq!(rewritten(&["a=1,ot=th:c;rv:01234567890abc"], &erase).0, "ot=rv:01234567890abc,a=1");
+        assert_eq!(rewritten(&["a=1,ot=th:c"], &erase).0, "a=1");
+        assert_eq!(rewritten(&["ot=rv:01234567890abc;th:c"], &erase).0, "ot=rv:01234567890abc");
+    }
+
+    #[test]
+    fn thresholds_have_no_zeros_at_the_end() {
+        let text = |threshold| {
+            let mut text = Vec::new();
+            push_threshold(&mut text, threshold);
+            String::from_utf8(text).unwrap()
+        };
+        assert_eq!(text(0), "0");
+        assert_eq!(text(0x80_0000_0000_0000), "8");
+        assert_eq!(text(0xfd_70a3_d70a_3d71), "fd70a3d70a3d71");
+        assert_eq!(text(0x00_0000_0000_0010), "0000000000001");
+    }
+
+    #[test]
+    fn long_members_go_first_then_the_last() {
+        let (long, short) = (format!("l={}", "x".repeat(200)), format!("s={}", "x".repeat(98)));
+        let mark = Edit { mark: Some("k"), ..Edit::default() };
+        let value = format!("{long},{short},{short},{long},{short},{short}");
+        let expected = [short.as_str(); 4].join(",");
+        assert_eq!(rewritten(&[&value], &mark), (format!("k=1,{expected}"), true));
+        let value = [short.as_str(); 6].join(",");
+        assert_eq!(rewritten(&[&value], &mark).0, format!("k=1,{}", [short.as_str(); 5].join(",")));
+    }
+
+    proptest! {
+        #[test]
+        fn a_valid_list_stays_valid_and_within_its_limits(
+            members in proptest::collection::vec("[a-z][a-z0-9@_*/-]{0,140}=[!-+.-<>-~]{1,140}", 0..33),
+            mark: bool,
+            threshold in proptest::option::of(0_u64..1 << 56),
+        ) {
+            let value = members.join(",");
+            prop_assume!(is_tracestate([value.as_bytes()].into_iter()));
+            let edit = Edit { mark: mark.then_some("acme"), threshold, ..Edit::default() };
+            let (list, cut) = rewrite([value.as_bytes()].into_iter(), &edit);
+            prop_assert!(is_tracestate([list.as_slice()].into_iter()));
+            prop_assert!(list.len() <= MAX_LENGTH);
+            prop_assert!(cut || super::members([list.as_slice()].into_iter()).count() >= members.len());
+            prop_assert_eq!(has_member([list.as_slice()].into_iter(), "acme"), mark);
+        }
+
+        #[test]
+        fn no_bytes_panic(value in proptest::collection::vec(any::<u8>(), 0..1000), erase_threshold: bool) {
+            let values = || [value.as_slice()].into_iter();
+            let _ = (is_tracestate(values()), has_member(values(), "a"));
+            rewrite(values(), &Edit { erase_threshold, mark: Some("a"), ..Edit::default() });
+        }
+    }
+}
