@@ -15,11 +15,14 @@ pub const MAX_HEADER_NAMES: usize = 1024;
 
 /// The names of the headers that a policy reads, lower-cased, each with its [`HeaderId`].
 ///
-/// A look-up is made for every header of every request, nearly always in vain, so it is an open-addressed table over
-/// a hash of three bytes and the length: no byte of most names is compared.
+/// A look-up is made for every header of every request, nearly always in vain: the length and the last byte of a name
+/// rule out most of them, before an open-addressed table is asked.
 #[derive(Debug)]
 pub struct HeaderNames {
     names: Vec<Box<str>>,
+    /// For each length, the last bytes (their low five bits) of the names that have it. The last entry is for all that
+    /// are longer.
+    endings: [u32; 32],
     /// Power-of-two sized, at most a quarter full; 0 is empty, otherwise the id plus one.
     table: Vec<u16>,
 }
@@ -48,6 +51,9 @@ impl HeaderNames {
             return None;
         }
         let id = self.names.len();
+        if let Some(endings) = self.endings.get_mut(name.len().min(31)) {
+            *endings |= ending(name.as_bytes());
+        }
         self.names.push(name.into());
         self.rebuild();
         u16::try_from(id).ok().map(HeaderId)
@@ -58,7 +64,11 @@ impl HeaderNames {
         self.names.get(usize::from(id.0)).map_or("", |name| name)
     }
 
+    #[inline]
     fn find(&self, name: &[u8]) -> Option<HeaderId> {
+        if self.endings.get(name.len().min(31)).is_none_or(|endings| endings & ending(name) == 0) {
+            return None;
+        }
         let mask = self.table.len() - 1;
         let mut place = hash(name) & mask;
         loop {
@@ -90,12 +100,17 @@ impl HeaderNames {
 
 impl Default for HeaderNames {
     fn default() -> Self {
-        let mut names = HeaderNames { names: Vec::new(), table: vec![0] };
+        let mut names = HeaderNames { names: Vec::new(), endings: [0; 32], table: vec![0] };
         for name in HeaderNames::ALWAYS {
             names.intern(name);
         }
         names
     }
+}
+
+/// The low five bits of the last byte, as one bit.
+fn ending(name: &[u8]) -> u32 {
+    1 << (name.last().copied().unwrap_or_default() & 31)
 }
 
 fn hash(name: &[u8]) -> usize {
@@ -234,34 +249,36 @@ impl<'a> Request<'a> {
     }
 }
 
-/// The headers of a block: name, where the value starts, value.
+/// The headers of a block: name, where the value starts, value. Additions wrap: a length that is not ours leads outside
+/// of the block, or to bytes that are no header, and in neither case further.
 struct Pairs<'a> {
     block: &'a [u8],
-    lengths: std::slice::ChunksExact<'a, u8>,
-    at: usize,
+    lengths: std::slice::Iter<'a, [u8; 8]>,
+    at: u32,
 }
 
 impl<'a> Pairs<'a> {
     fn new(block: &'a [u8]) -> Self {
-        let count = block.first_chunk::<4>().map_or(0, |bytes| u32::from_le_bytes(*bytes) as usize);
+        let count = block.first_chunk::<4>().map_or(0, |bytes| u32::from_le_bytes(*bytes));
         let data = count.saturating_mul(8).saturating_add(4);
-        let lengths = block.get(4..data).unwrap_or_default();
-        Pairs { block, lengths: lengths.chunks_exact(8), at: data }
+        let (lengths, _) = block.get(4..data as usize).unwrap_or_default().as_chunks::<8>();
+        Pairs { block, lengths: lengths.iter(), at: data }
     }
 }
 
 impl<'a> Iterator for Pairs<'a> {
     type Item = (&'a [u8], usize, &'a [u8]);
 
+    #[inline]
     fn next(&mut self) -> Option<Self::Item> {
-        let (name_length, value_length) = self.lengths.next()?.split_at_checked(4)?;
-        let length = |bytes: &[u8]| bytes.first_chunk::<4>().map(|bytes| u32::from_le_bytes(*bytes) as usize);
-        let name_end = self.at.checked_add(length(name_length)?)?;
-        let value_start = name_end.checked_add(1)?;
-        let value_end = value_start.checked_add(length(value_length)?)?;
-        let pair = (self.block.get(self.at..name_end)?, value_start, self.block.get(value_start..value_end)?);
-        self.at = value_end.checked_add(1)?;
-        Some(pair)
+        let [a, b, c, d, e, f, g, h] = *self.lengths.next()?;
+        let name_end = self.at.wrapping_add(u32::from_le_bytes([a, b, c, d]));
+        let value_start = name_end.wrapping_add(1);
+        let value_end = value_start.wrapping_add(u32::from_le_bytes([e, f, g, h]));
+        let name = self.block.get(self.at as usize..name_end as usize)?;
+        let value = self.block.get(value_start as usize..value_end as usize)?;
+        self.at = value_end.wrapping_add(1);
+        Some((name, value_start as usize, value))
     }
 }
 

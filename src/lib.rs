@@ -63,6 +63,7 @@ pub mod outlier;
 pub mod policy;
 pub mod random;
 pub mod ratelimit;
+pub mod route_table;
 pub mod telemetry;
 pub mod trace;
 pub mod units;

@@ -188,7 +188,24 @@ pub struct RequestMatch {
     conditions: Vec<Condition>,
 }
 
+/// A path that a match asks for in so many words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PathLiteral<'m> {
+    Exact(&'m [u8]),
+    Prefix(&'m [u8]),
+}
+
 impl RequestMatch {
+    /// The path that a request needs to match, where it is written out.
+    pub fn path(&self) -> Option<PathLiteral<'_>> {
+        self.conditions.iter().find_map(|condition| match (&condition.subject, &condition.test) {
+            (Subject::Path, _) if condition.ignore_case => None,
+            (Subject::Path, StringMatch::Exact(path)) => Some(PathLiteral::Exact(path)),
+            (Subject::Path, StringMatch::Prefix(path)) => Some(PathLiteral::Prefix(path)),
+            _ => None,
+        })
+    }
+
     /// The conditions, in the order in which they are tried.
     pub fn conditions(&self) -> &[Condition] {
         &self.conditions

@@ -7,6 +7,7 @@ use crate::fault::Fault;
 use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
 use crate::matcher::{Condition, RequestMatch};
 use crate::ratelimit::{self, Limit};
+use crate::route_table::RouteTable;
 use crate::trace::Trace;
 use std::borrow::Cow;
 
@@ -29,6 +30,7 @@ pub struct Policy {
     pub steering: Steering,
     pub steering_header: HeaderId,
     pub routes: Vec<Route>,
+    route_table: RouteTable,
     pub trace: Option<Trace>,
     /// Everything that requests are sent to, each once.
     pub targets: Vec<Target>,
@@ -133,6 +135,7 @@ impl Policy {
             steering,
             steering_header,
             reads_route_name: routes.iter().flat_map(|route| &route.matches).any(RequestMatch::reads_route_name),
+            route_table: RouteTable::new(routes.iter().map(|route| &*route.matches)),
             routes,
             trace,
             targets,
@@ -173,7 +176,8 @@ impl Policy {
 
     /// The first route that matches.
     pub fn route(&self, request: &Request<'_>) -> Option<(usize, &Route)> {
-        self.routes.iter().enumerate().find(|(_, route)| route.matches(request))
+        let index = self.route_table.find(request, |index| self.routes.get(index).map(|route| &*route.matches))?;
+        self.routes.get(index).map(|route| (index, route))
     }
 }
 

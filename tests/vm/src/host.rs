@@ -26,11 +26,13 @@ pub(crate) struct Root {
     pub(crate) stopped: bool,
     /// Whether the guest was asked to end it.
     pub(crate) ending: bool,
+    /// Whether the guest put that off.
+    pub(crate) put_off: bool,
 }
 
 impl Root {
     pub(crate) fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), tick: None, stopped: false, ending: false }
+        Self { name: name.to_owned(), tick: None, stopped: false, ending: false, put_off: false }
     }
 }
 
@@ -163,8 +165,9 @@ impl Host {
     /// `proxy_done`: allowed where the end was put off.
     pub(crate) fn done(&mut self) -> Result<(), Status> {
         let context = self.context();
-        match self.roots.get(&context) {
-            Some(root) if root.ending => {
+        match self.roots.get_mut(&context) {
+            Some(root) if root.put_off => {
+                root.put_off = false;
                 self.deferred.push_back(Deferred::Delete(RootId(context)));
                 Ok(())
             }

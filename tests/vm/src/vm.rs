@@ -143,10 +143,13 @@ impl Vm {
             return Ok(());
         };
         state.ending = true;
-        match self.callback("proxy_on_done", root.0, &[])? {
-            Some(0) => Ok(()),
-            _ => self.delete_root(root),
+        if self.callback("proxy_on_done", root.0, &[])? != Some(0) {
+            return self.delete_root(root);
         }
+        if let Some(state) = self.store.data_mut().roots.get_mut(&root.0) {
+            state.put_off = true;
+        }
+        Ok(())
     }
 
     pub(crate) fn delete_root(&mut self, root: RootId) -> Result<(), Trap> {

@@ -22,6 +22,7 @@ fn module(callbacks: &str) -> Module {
             (import "env" "proxy_replace_header_map_value" (func $replace (param i32 i32 i32 i32 i32) (result i32)))
             (import "env" "proxy_send_local_response"
                 (func $reply (param i32 i32 i32 i32 i32 i32 i32 i32) (result i32)))
+            (import "env" "proxy_done" (func $done (result i32)))
             (import "env" "proxy_brand_new" (func $brand_new))
             (memory (export "memory") 1)
             (data (i32.const 100) "key")
@@ -306,6 +307,24 @@ fn a_configuration_can_be_refused_and_the_vm_goes_on() {
     assert!(vm.is_running(old));
     vm.close(stream).expect("no trap");
     assert!(!vm.is_running(old));
+}
+
+#[test]
+fn a_guest_can_put_off_its_end() {
+    let mut vm = start(
+        r#"(func (export "proxy_on_configure") (param i32 i32) (result i32)
+            (drop (call $set_tick_period (i32.const 10)))
+            (i32.const 1))
+        (func (export "proxy_on_done") (param i32) (result i32) (call $say (call $done)) (i32.const 0))
+        (func (export "proxy_on_tick") (param i32) (call $say (call $done)) (call $say (call $done)))
+        (func (export "proxy_on_delete") (param i32) (call $say (i32.const 9)))"#,
+    );
+    let root = vm.start_plugin("p", "").expect("it starts");
+    vm.stop_plugin(root).expect("no trap");
+    assert!(vm.is_running(root));
+    assert_eq!(vm.advance(Duration::from_millis(100)).expect("no trap"), 1);
+    assert_eq!(said(&mut vm), "1 01 9".replace(' ', ""));
+    assert!(!vm.is_running(root));
 }
 
 #[test]
