@@ -59,7 +59,7 @@ impl<'p> Stand<'p> {
 
 impl fmt::Display for Stand<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "route={} rollout={:?}", self.route.name, self.canary.rollout)
+        write!(f, "route={:?} rollout={:?}", self.route.name, self.canary.rollout)
     }
 }
 
@@ -352,9 +352,18 @@ impl RolloutMeters {
         }
     }
 
+    /// The weight that requests are sent by, as any worker has told it last. A worker without requests of its own knows
+    /// no other.
+    pub fn weight_in_force(&self, stand: &Stand<'_>, metrics: &impl Metrics) -> Fraction {
+        if stand.canary.shadow {
+            return stand.split.weight(stand.canary.destination);
+        }
+        Fraction::from_ppm(u32::try_from(metrics.value(self.weight)).unwrap_or(u32::MAX))
+    }
+
+    /// Shows the share in force, and logs it where no other worker has done so.
     #[cold]
     #[inline(never)]
-    /// Shows the share in force, and logs it where no other worker has done so.
     pub fn tell(&self, share: Share, stand: &Stand<'_>, metrics: &impl Metrics) {
         let weight = u64::from(share.weight.ppm());
         let held = u64::from(share.term == Term::Held);
@@ -379,9 +388,9 @@ impl RolloutMeters {
         log::info!("canary stage: {stand} stage={what} weight={} verdict={verdict}", share.weight);
     }
 
+    /// Counts a request that the cap on exposure kept from the canary; the first one is logged.
     #[cold]
     #[inline(never)]
-    /// Counts a request that the cap on exposure kept from the canary; the first one is logged.
     pub fn count_capped(&self, most: u64, stand: &Stand<'_>, metrics: &impl Metrics) {
         if metrics.value(self.capped) == 0 {
             log::info!("canary capped: {stand} requests={most}");

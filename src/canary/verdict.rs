@@ -24,10 +24,9 @@ pub struct Settled {
 /// [`Conflict`] if the word could not be written.
 pub fn settle(store: &impl StateStore, word: &str, verdict: Verdict, weight: Fraction) -> Result<Settled, Conflict> {
     update(store, word, |found| match found.and_then(decode) {
+        Some(known) if known.verdict == Verdict::Fail || known.verdict == verdict => Change::Keep(known),
         // One who has only begun does not take a verdict back.
-        Some(known) if known.verdict == Verdict::Fail || known.verdict == verdict || weight == Fraction::NONE => {
-            Change::Keep(known)
-        }
+        Some(known) if verdict == Verdict::Insufficient && weight == Fraction::NONE => Change::Keep(known),
         _ => Change::Write(encode(verdict, weight), Settled { verdict, weight, is_new: true }),
     })
 }
@@ -85,6 +84,7 @@ mod tests {
         assert!(!settle(Verdict::Pass, TEN).is_new);
         assert_eq!(settle(Verdict::Insufficient, Fraction::NONE).verdict, Verdict::Pass, "one who has only begun");
         assert!(settle(Verdict::Insufficient, TEN).is_new, "evidence may fade");
+        assert!(settle(Verdict::Pass, Fraction::NONE).is_new, "what was found is written at any weight");
         let failed = settle(Verdict::Fail, TEN);
         assert_eq!(failed, Settled { verdict: Verdict::Fail, weight: TEN, is_new: true });
         for verdict in [Verdict::Insufficient, Verdict::Pass, Verdict::Fail] {

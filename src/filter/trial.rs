@@ -160,7 +160,10 @@ impl Trial {
         if self.has_failed {
             return None;
         }
-        let weight = self.weight(stand);
+        let weight = match self.share {
+            Some(share) if !stand.canary.shadow => share.weight,
+            _ => stand.split.weight(stand.canary.destination),
+        };
         Some(Sample {
             route,
             weight: meters.weights.iter().position(|known| known.weight == weight)?,
@@ -168,14 +171,6 @@ impl Trial {
             since: judge.p99_increase.map(|_| host.now()),
             took: None,
         })
-    }
-
-    /// The weight that requests are really sent by.
-    fn weight(&self, stand: &Stand<'_>) -> Fraction {
-        match self.share {
-            Some(share) if !stand.canary.shadow => share.weight,
-            _ => stand.split.weight(stand.canary.destination),
-        }
     }
 
     /// Learns from an answer.
@@ -241,7 +236,7 @@ impl Trial {
             return;
         }
         self.verdict = finding.verdict;
-        let weight = self.weight(stand);
+        let weight = stand.meters.weight_in_force(stand, host);
         if finding.verdict == Verdict::Fail {
             self.has_failed = true;
             meters.fail(weight, host);
