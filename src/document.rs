@@ -4,6 +4,8 @@
 //! becomes a plain tree of [`Node`]s first; then each feature reads its own block through [`Value`] and [`Fields`],
 //! which note every mistake in a [`Report`] and go on. The tree has no idea of JSON or YAML: the command-line program
 //! fills it from YAML, the module from JSON, and both are read by the same code.
+//!
+//! The readers are not inlined: every feature reads its block through them, and the module pays for each copy.
 
 use crate::decimal::Decimal;
 use crate::diagnostic::{Diagnostic, Report, Severity};
@@ -167,6 +169,7 @@ impl<'a> Value<'a> {
     }
 
     /// Notes an error: what was `found` here and what would do.
+    #[inline(never)]
     pub fn error(&self, found: impl Into<String>, help: impl Into<String>) {
         self.note(Severity::Error, found.into(), help.into());
     }
@@ -204,6 +207,7 @@ impl<'a> Value<'a> {
     }
 
     /// A string.
+    #[inline(never)]
     pub fn string(&self) -> Option<&'a str> {
         match self.node {
             Node::String(text) => Some(text),
@@ -214,6 +218,7 @@ impl<'a> Value<'a> {
     }
 
     /// A string that is not empty.
+    #[inline(never)]
     pub fn text(&self) -> Option<&'a str> {
         self.string().filter(|text| {
             if text.is_empty() {
@@ -240,6 +245,7 @@ impl<'a> Value<'a> {
     }
 
     /// A whole number within `range`.
+    #[inline(never)]
     pub fn integer(&self, range: RangeInclusive<u64>) -> Option<u64> {
         match self.node {
             Node::Number(value) if value.fract() == 0.0 && *value >= 0.0 && range.contains(&(*value as u64)) => {
@@ -250,6 +256,7 @@ impl<'a> Value<'a> {
     }
 
     /// One of a fixed set of words.
+    #[inline(never)]
     pub fn one_of<T: Copy>(&self, words: &[(&str, T)]) -> Option<T> {
         let found = self.as_string().and_then(|text| words.iter().find(|(word, _)| *word == text));
         match found {
@@ -259,6 +266,7 @@ impl<'a> Value<'a> {
     }
 
     /// The items of a list.
+    #[inline(never)]
     pub fn array(&self) -> Option<Vec<Value<'a>>> {
         match self.node {
             Node::Array(items) => {
@@ -269,6 +277,7 @@ impl<'a> Value<'a> {
     }
 
     /// The entries of an object whose keys are the user's own, such as header names. Equal keys are an error.
+    #[inline(never)]
     pub fn entries(&self) -> Option<Vec<(&'a str, Value<'a>)>> {
         let Node::Object(entries) = self.node else { return self.expected("an object") };
         if entries.len() > MAX_ENTRIES {
@@ -284,6 +293,7 @@ impl<'a> Value<'a> {
     }
 
     /// The fields of an object whose keys are ours. Call [`Fields::end`] when all are read.
+    #[inline(never)]
     pub fn object(&self) -> Option<Fields<'a>> {
         let entries = self.entries()?;
         Some(Fields { value: self.clone(), entries, known: Vec::new() })
@@ -309,6 +319,7 @@ impl<'a> Fields<'a> {
     }
 
     /// The field `name`, if written. `null` counts as not written.
+    #[inline(never)]
     pub fn optional(&mut self, name: &'static str) -> Option<Value<'a>> {
         self.known.push(name);
         let (_, value) = self.entries.iter().find(|(key, _)| *key == name)?;
@@ -316,6 +327,7 @@ impl<'a> Fields<'a> {
     }
 
     /// The field `name`; its absence is an error.
+    #[inline(never)]
     pub fn required(&mut self, name: &'static str) -> Option<Value<'a>> {
         let value = self.optional(name);
         if value.is_none() {
@@ -325,6 +337,7 @@ impl<'a> Fields<'a> {
     }
 
     /// A field that exists where this block was copied from, and that cannot be honoured here.
+    #[inline(never)]
     pub fn refuse(&mut self, name: &'static str, why: &str) {
         self.known.push(name);
         if let Some((_, value)) = self.entries.iter().find(|(key, _)| *key == name) {
@@ -333,6 +346,7 @@ impl<'a> Fields<'a> {
     }
 
     /// A field of the policy document that this version does not implement.
+    #[inline(never)]
     pub fn not_yet(&mut self, name: &'static str) {
         self.known.push(name);
         if let Some((_, value)) = self.entries.iter().find(|(key, _)| *key == name) {
@@ -341,6 +355,7 @@ impl<'a> Fields<'a> {
     }
 
     /// Notes every field that nobody asked for.
+    #[inline(never)]
     pub fn end(self) {
         for (key, value) in &self.entries {
             if !self.known.contains(key) {

@@ -268,7 +268,7 @@ impl Continuation {
         let leaves = self.direction != Direction::Inbound;
         let allow = trace.baggage_allow.as_deref().filter(|_| leaves);
         if request.has(trace.baggage) {
-            let (list, cut) = baggage::limit(request.values(trace.baggage), allow);
+            let (list, cut) = baggage::limit(&mut request.values(trace.baggage), allow);
             self.notes.add_if(cut, Note::Truncated);
             if let Some(list) = list {
                 mutations.push(set_or_remove("baggage", list));
@@ -278,7 +278,7 @@ impl Continuation {
         for ((name, id), value) in bridge.carry.iter().zip(&mut remembered.carried) {
             let Some(mut value) = value.take().filter(|_| !request.has(*id)) else { continue };
             if *id == trace.baggage
-                && let (Some(list), _) = baggage::limit([value.as_slice()].into_iter(), allow)
+                && let (Some(list), _) = baggage::limit(&mut std::iter::once(value.as_slice()), allow)
             {
                 value = list;
             }
@@ -344,9 +344,9 @@ impl Continuation {
             return;
         }
         let (list, cut) = match &self.tracestate {
-            Tracestate::Kept => rewrite(request.values(HeaderNames::TRACESTATE), &edit),
-            Tracestate::Restored(list) => rewrite([list.as_slice()].into_iter(), &edit),
-            Tracestate::Dropped => rewrite([].into_iter(), &edit),
+            Tracestate::Kept => rewrite(&mut request.values(HeaderNames::TRACESTATE), &edit),
+            Tracestate::Restored(list) => rewrite(&mut std::iter::once(list.as_slice()), &edit),
+            Tracestate::Dropped => rewrite(&mut std::iter::empty(), &edit),
         };
         self.notes.add_if(cut, Note::Truncated);
         let unchanged = request.count(HeaderNames::TRACESTATE) == 1

@@ -121,6 +121,7 @@ fn hex<const N: usize>(digits: &[u8]) -> Result<[u8; N], Invalid> {
 }
 
 /// An id of up to `2 N` digits of either case, padded on the left: what formats write that shorten ids.
+#[inline(never)]
 pub(super) fn padded_id<const N: usize>(digits: &[u8]) -> Result<[u8; N], Invalid> {
     if digits.is_empty() || digits.len() > 2 * N {
         return Err(Invalid::Shape);
@@ -147,7 +148,14 @@ fn digit(character: u8) -> Result<u8, Invalid> {
     }
 }
 
+/// Appends `bytes`. Not inlined, as [`push_hex`] is not: formats are written in many small pieces.
+#[inline(never)]
+pub(super) fn push(text: &mut Vec<u8>, bytes: &[u8]) {
+    text.extend_from_slice(bytes);
+}
+
 /// Appends `bytes` as lower-case digits.
+#[inline(never)]
 pub(super) fn push_hex(text: &mut Vec<u8>, bytes: &[u8]) {
     let character = |digit: u8| if digit < 10 { b'0' + digit } else { b'a' + digit - 10 };
     for byte in bytes {

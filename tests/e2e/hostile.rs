@@ -16,7 +16,9 @@ fn everything() -> String {
             "rateLimits": [{"name": "l", "limit": {"requestsPerUnit": 100000, "unit": "second"},
                             "key": [{"header": "x-a"}, {"cookie": "c"}, {"sourceAddress": {}}, {"property": "request.id"}]}],
             "fault": {"delay": {"percentage": {"value": 20}, "fixedDelay": "5ms"}, "key": "random"}}"#,
-        r#", "trace": {}"#,
+        r#", "trace": {"extract": ["tracecontext", "b3", "b3multi", "jaeger", "xray", "gcp", "datadog", "ottrace", "grpc"],
+            "inject": ["tracecontext", "b3", "datadog"], "direction": "inbound", "bridge": {"key": {"header": "x-a"}},
+            "response": "serverTiming"}"#,
     )
 }
 
@@ -41,6 +43,8 @@ async fn no_request_traps_the_module() {
         (b"GET / HTTP/1.1\r\nhost: a\r\nx-a:\r\nx-a:\r\ncookie: ;;=;c\r\ncookie: c=\r\nconnection: close\r\n\r\n".to_vec(), Some(ok)),
         (format!("GET / HTTP/1.1\r\nhost: a\r\nx-a: {large}\r\nconnection: close\r\n\r\n").into_bytes(), Some(ok)),
         (format!("GET / HTTP/1.1\r\nhost: a\r\ntraceparent: {large}\r\nconnection: close\r\n\r\n").into_bytes(), Some(ok)),
+        (format!("GET / HTTP/1.1\r\nhost: a\r\nb3: {large}\r\ntracestate: =,=\r\nx-amzn-trace-id: Root=1-é\r\nconnection: close\r\n\r\n").into_bytes(), Some(ok)),
+        (format!("GET / HTTP/1.1\r\nhost: a\r\nbaggage: {},{large}\r\nuber-trace-id: 1:%3A:\r\nx-datadog-trace-id: -0\r\nconnection: close\r\n\r\n", "a=1,".repeat(200)).into_bytes(), Some(ok)),
         (format!("GET / HTTP/1.1\r\nhost: a\r\n{many}connection: close\r\n\r\n").into_bytes(), Some(ok)),
         (format!("GET /{large} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").into_bytes(), Some(ok)),
         (b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\ntrailer: t\r\nconnection: close\r\n\r\n1\r\na\r\n0\r\nt: \xff\r\n\r\n".to_vec(), None),

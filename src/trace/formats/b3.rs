@@ -1,7 +1,7 @@
 //! B3 in one header: `b3: {trace id}-{span id}-{0, 1 or d}-{parent span id}`, or the decision alone.
 
 use super::{Parsed, Read, Write, bit, decision};
-use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push_hex};
+use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push, push_hex};
 
 pub(super) const HEADERS: [&str; 1] = ["b3"];
 
@@ -32,9 +32,9 @@ fn state(value: &[u8]) -> Result<Flags, Invalid> {
 pub(super) fn write(context: &TraceContext, write: Write<'_>) {
     let mut text = Vec::with_capacity(51);
     push_hex(&mut text, &context.trace_id);
-    text.push(b'-');
+    push(&mut text, b"-");
     push_hex(&mut text, &context.parent_id);
-    text.push(b'-');
-    text.push(if context.flags.contains(Flags::DEBUG) { b'd' } else { bit(context.flags.sampled()) });
+    push(&mut text, b"-");
+    push(&mut text, &[if context.flags.contains(Flags::DEBUG) { b'd' } else { bit(context.flags.sampled()) }]);
     write(0, text);
 }

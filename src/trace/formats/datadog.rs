@@ -2,7 +2,7 @@
 //! other tags, the origin and a priority that says what we say are the tracer's own and stay.
 
 use super::{Parsed, Read, Write, bit, decimal};
-use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push_hex};
+use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push, push_hex};
 
 pub(super) const HEADERS: [&str; 5] =
     ["x-datadog-trace-id", "x-datadog-parent-id", "x-datadog-sampling-priority", "x-datadog-tags", "x-datadog-origin"];
@@ -50,13 +50,13 @@ pub(super) fn write(context: &TraceContext, read: Read<'_, '_>, write: Write<'_>
     let tags = inbound(3).unwrap_or_default().split(|byte| *byte == b',');
     let mut text = Vec::new();
     for tag in tags.filter(|tag| !tag.is_empty() && !tag.starts_with(HIGH)) {
-        text.extend(tag);
-        text.push(b',');
+        push(&mut text, tag);
+        push(&mut text, b",");
     }
     if high == [0; 8] {
         text.pop();
     } else {
-        text.extend(HIGH);
+        push(&mut text, HIGH);
         push_hex(&mut text, high);
     }
     if !text.is_empty() {

@@ -3,6 +3,7 @@
 use crate::trace::w3c::Invalid;
 
 /// Reads a number; zero is one.
+#[inline(never)]
 pub(super) fn parse(digits: &[u8]) -> Result<u64, Invalid> {
     if digits.is_empty() {
         return Err(Invalid::Shape);
@@ -14,6 +15,7 @@ pub(super) fn parse(digits: &[u8]) -> Result<u64, Invalid> {
 }
 
 /// Appends a number.
+#[inline(never)]
 pub(super) fn push(text: &mut Vec<u8>, number: u64) {
     if number >= 10 {
         push(text, number / 10);

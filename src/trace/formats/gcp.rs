@@ -1,7 +1,7 @@
 //! Google Cloud: `X-Cloud-Trace-Context: {trace id}/{span id, decimal};o={0 or 1}`; all but the trace id may be absent.
 
 use super::{Parsed, Read, Write, bit, decimal};
-use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push_hex};
+use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push, push_hex};
 
 pub(super) const HEADERS: [&str; 1] = ["x-cloud-trace-context"];
 
@@ -23,9 +23,9 @@ pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
 pub(super) fn write(context: &TraceContext, write: Write<'_>) {
     let mut text = Vec::with_capacity(57);
     push_hex(&mut text, &context.trace_id);
-    text.push(b'/');
+    push(&mut text, b"/");
     decimal::push(&mut text, u64::from_be_bytes(context.parent_id));
-    text.extend(b";o=");
-    text.push(bit(context.flags.sampled()));
+    push(&mut text, b";o=");
+    push(&mut text, &[bit(context.flags.sampled())]);
     write(0, text);
 }

@@ -2,7 +2,7 @@
 //! percent-encoded by some clients. The first bit of the flags is sampled, the second debug.
 
 use super::{Parsed, Read, Write, bit};
-use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push_hex};
+use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push, push_hex};
 
 pub(super) const HEADERS: [&str; 1] = ["uber-trace-id"];
 
@@ -36,9 +36,9 @@ pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
 pub(super) fn write(context: &TraceContext, write: Write<'_>) {
     let mut text = Vec::with_capacity(53);
     push_hex(&mut text, &context.trace_id);
-    text.push(b':');
+    push(&mut text, b":");
     push_hex(&mut text, &context.parent_id);
-    text.extend(b":0:");
-    text.push(if context.flags.contains(Flags::DEBUG) { b'3' } else { bit(context.flags.sampled()) });
+    push(&mut text, b":0:");
+    push(&mut text, &[if context.flags.contains(Flags::DEBUG) { b'3' } else { bit(context.flags.sampled()) }]);
     write(0, text);
 }

@@ -3,7 +3,7 @@
 
 use super::{Parsed, Read, Write, bit};
 use crate::trace::tracestate::trim_ows;
-use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push_hex};
+use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push, push_hex};
 
 pub(super) const HEADERS: [&str; 1] = ["x-amzn-trace-id"];
 
@@ -30,11 +30,11 @@ pub(super) fn write(context: &TraceContext, write: Write<'_>) {
     let (time, random) = context.trace_id.split_at(4);
     let mut text = b"Root=1-".to_vec();
     push_hex(&mut text, time);
-    text.push(b'-');
+    push(&mut text, b"-");
     push_hex(&mut text, random);
-    text.extend(b";Parent=");
+    push(&mut text, b";Parent=");
     push_hex(&mut text, &context.parent_id);
-    text.extend(b";Sampled=");
-    text.push(bit(context.flags.sampled()));
+    push(&mut text, b";Sampled=");
+    push(&mut text, &[bit(context.flags.sampled())]);
     write(0, text);
 }
