@@ -28,6 +28,12 @@ const REQUEST: [(&str, &str); 15] = [
 const CANARY: &str = r#""route": [{"destination": {"host": "h", "subset": "v1"}, "weight": 90},
                                   {"destination": {"host": "h", "subset": "v2"}, "weight": 10}],
                         "canary": {"destination": "v2", "rollout": "r", "key": [{"cookie": "session"}]}"#;
+const JUDGED: &str = r#""route": [{"destination": {"host": "h", "subset": "v1"}, "weight": 90},
+                                  {"destination": {"host": "h", "subset": "v2"}, "weight": 10}],
+                        "canary": {"destination": "v2", "rollout": "r", "key": [{"cookie": "session"}],
+                                   "startTime": "2020-01-01T00:00:00Z",
+                                   "stages": [{"weight": 1, "duration": "1h"}, {"weight": 10}],
+                                   "maxRequests": 1000000, "judge": {"p99Increase": "100ms"}}"#;
 const FAULT: &str = r#""fault": {"delay": {"percentage": {"value": 0}, "fixedDelay": "1s"},
                                  "abort": {"percentage": {"value": 0}, "httpStatus": 503}}"#;
 const LIMIT: &str = r#""rateLimits": [{"name": "l", "limit": {"requestsPerUnit": 1000000, "unit": "second"},
@@ -60,6 +66,7 @@ fn main() {
         ("1,000 routes, the last matches", policy(999, &[], "")),
         ("trace", policy(0, &[], TRACE)),
         ("canary", policy(0, &[CANARY], "")),
+        ("canary in stages, judged", policy(0, &[JUDGED], "")),
         ("rate limit per user", policy(0, &[LIMIT], "")),
         ("fault, not drawn", policy(0, &[FAULT], "")),
         ("20 routes, canary, limit, trace", policy(19, &[CANARY, LIMIT], TRACE)),
