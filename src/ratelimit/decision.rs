@@ -305,9 +305,9 @@ mod tests {
 
     #[test]
     fn a_hot_key_is_leased() {
-        let (admitted, writes) = under_load(r#"{"requestsPerUnit": 4000, "unit": "second"}"#);
+        let (admitted, writes) = under_load(r#"{"requestsPerUnit": 40000, "unit": "second"}"#);
         assert_eq!(admitted, 20_000);
-        assert!(writes < 400, "{writes} writes for {admitted} requests");
+        assert!(writes < 600, "{writes} writes for {admitted} requests");
     }
 
     #[test]
@@ -326,9 +326,10 @@ mod tests {
             fn never_over_admit(
                 steps in proptest::collection::vec((0..5_usize, 0..40_000_000_u64, 0..200_u8), 1..800),
             ) {
-                let (limits, names) = limits(
+                let (mut limits, names) = limits(
                     r#"[{"name": "a", "limit": {"requestsPerUnit": 50, "unit": "second", "burst": 64}, "key": [{"header": "x-user"}]}]"#,
                 );
+                limits[0].lease = 8;
                 let host = Sim::new(1);
                 let mut workers: Vec<Leases> = (0..5).map(|_| Leases::default()).collect();
                 let mut admitted: Vec<u64> = Vec::new();

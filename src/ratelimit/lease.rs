@@ -2,15 +2,14 @@
 //!
 //! A reservation is room in the key's bucket that nobody else gets ([`super::table`]): all workers together never admit
 //! more than the limit. It lasts one to two seconds. A worker reserves nothing for a key that it sees once in a while;
-//! each reservation that it uses up within a second doubles the next, up to a sixteenth of the burst, so limits with a
-//! burst below 16 are never leased. What one worker holds another may lack: at most a sixteenth of the burst for each
-//! worker, for two seconds.
+//! each reservation that it uses up within a second doubles the next, up to 1/512 of the burst. What one worker holds
+//! another may lack, for two seconds at most; so small limits, of which people count every request, are never leased.
 
 use super::table::{EPOCH, Reservation, epoch};
 use crate::units::Monotonic;
 
 /// The part of the burst that one worker may hold.
-const SHARE: u64 = 16;
+const SHARE: u64 = 512;
 
 /// How many keys a worker holds leases of; a further one takes the place of another, which then expires.
 const PLACES: usize = 1024;
