@@ -163,87 +163,6 @@ impl Filter {
         }
         decision
     }
-
-    /// Learns from the head of a response, and says how to change it; `header` is asked only where somebody wants to
-    /// know.
-    pub fn on_response(
-        &mut self,
-        host: &impl Host,
-        exchange: &mut Exchange,
-        header: Header<'_>,
-    ) -> Option<HeaderMutation<'static>> {
-        self.learn(host, exchange, header);
-        let response = self.policy.trace.as_ref()?.response;
-        Continuation::response(&exchange.trace.take()?, response)
-    }
-
-    fn learn(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
-        if !exchange.is_awaited() {
-            return;
-        }
-        let Some(status) = number(header(":status")) else { return };
-        if let Some(sample) = &mut exchange.sample {
-            sample.answered(|| host.now());
-        }
-        let grpc_status = if exchange.is_grpc { number(header("grpc-status")) } else { None };
-        if exchange.is_grpc && status == 200 && grpc_status.is_none() {
-            return; // the trailers will tell
-        }
-        self.observe(host, exchange, status, grpc_status);
-    }
-
-    /// Learns from the trailers of a response.
-    pub fn on_response_trailers(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
-        if exchange.is_awaited() {
-            self.observe(host, exchange, 200, number(header("grpc-status")));
-        }
-    }
-
-    fn observe(&mut self, host: &impl Host, exchange: &mut Exchange, status: u16, grpc_status: Option<u16>) {
-        let failed = is_failure(status, grpc_status);
-        if let Some(meters) = exchange.observed.take().and_then(|target| self.meters.targets.get(target.0)) {
-            host.add(meters.requests, 1);
-            if failed {
-                host.add(meters.failures, 1);
-            }
-        }
-        // Somebody's limit says nothing of the version that answered.
-        let is_limited = status == 429 || grpc_status == Some(8);
-        if let Some(sample) = exchange.sample.take().filter(|_| !is_limited)
-            && let Some(route) = self.policy.routes.get(sample.route())
-            && let Some(stand) = self.meters.routes.get(sample.route()).and_then(|meters| Stand::new(route, meters))
-            && let Some(trial) = self.worker.trials.get_mut(sample.route())
-        {
-            trial.learn(&stand, sample, failed, host);
-        }
-    }
-
-    /// Lets the windows move on and the judges look, and gives back what was reserved in vain; to be called every
-    /// [`Filter::tick_period`].
-    pub fn on_tick(&mut self, host: &impl Host) {
-        return_leases(&mut self.worker.leases, |id| self.policy.limit(id), host.now(), host);
-        for (route, watches) in self.policy.routes.iter().zip(&mut self.worker.watches) {
-            for (target, watch) in route.targets.iter().zip(watches) {
-                if let Some(meters) = self.meters.targets.get(target.0) {
-                    watch.mark(host.now(), meters.totals(host));
-                }
-            }
-        }
-        for ((route, meters), trial) in self.policy.routes.iter().zip(&self.meters.routes).zip(&mut self.worker.trials)
-        {
-            if let Some(stand) = Stand::new(route, meters) {
-                trial.look(&stand, host);
-            }
-        }
-    }
-
-    /// How often [`Filter::on_tick`] is to be called, in nanoseconds; `None` where nothing changes with time.
-    pub fn tick_period(&self) -> Option<u64> {
-        let windows = self.worker.watches.iter().flatten().map(Watch::step).min();
-        let leases = self.policy.has_leases().then_some(Leases::TICK);
-        let is_judged = self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some());
-        windows.into_iter().chain(leases).chain(is_judged.then_some(JUDGE_PERIOD)).min()
-    }
 }
 
 impl WorkerState {
@@ -351,6 +270,89 @@ impl WorkerState {
             exchange.sample = None;
         }
         decision
+    }
+}
+
+impl Filter {
+    /// Learns from the head of a response, and says how to change it; `header` is asked only where somebody wants to
+    /// know.
+    pub fn on_response(
+        &mut self,
+        host: &impl Host,
+        exchange: &mut Exchange,
+        header: Header<'_>,
+    ) -> Option<HeaderMutation<'static>> {
+        self.learn(host, exchange, header);
+        let response = self.policy.trace.as_ref()?.response;
+        Continuation::response(&exchange.trace.take()?, response)
+    }
+
+    fn learn(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
+        if !exchange.is_awaited() {
+            return;
+        }
+        let Some(status) = number(header(":status")) else { return };
+        if let Some(sample) = &mut exchange.sample {
+            sample.answered(|| host.now());
+        }
+        let grpc_status = if exchange.is_grpc { number(header("grpc-status")) } else { None };
+        if exchange.is_grpc && status == 200 && grpc_status.is_none() {
+            return; // the trailers will tell
+        }
+        self.observe(host, exchange, status, grpc_status);
+    }
+
+    /// Learns from the trailers of a response.
+    pub fn on_response_trailers(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
+        if exchange.is_awaited() {
+            self.observe(host, exchange, 200, number(header("grpc-status")));
+        }
+    }
+
+    fn observe(&mut self, host: &impl Host, exchange: &mut Exchange, status: u16, grpc_status: Option<u16>) {
+        let failed = is_failure(status, grpc_status);
+        if let Some(meters) = exchange.observed.take().and_then(|target| self.meters.targets.get(target.0)) {
+            host.add(meters.requests, 1);
+            if failed {
+                host.add(meters.failures, 1);
+            }
+        }
+        // Somebody's limit says nothing of the version that answered.
+        let is_limited = status == 429 || grpc_status == Some(8);
+        if let Some(sample) = exchange.sample.take().filter(|_| !is_limited)
+            && let Some(route) = self.policy.routes.get(sample.route())
+            && let Some(stand) = self.meters.routes.get(sample.route()).and_then(|meters| Stand::new(route, meters))
+            && let Some(trial) = self.worker.trials.get_mut(sample.route())
+        {
+            trial.learn(&stand, sample, failed, host);
+        }
+    }
+
+    /// Lets the windows move on and the judges look, and gives back what was reserved in vain; to be called every
+    /// [`Filter::tick_period`].
+    pub fn on_tick(&mut self, host: &impl Host) {
+        return_leases(&mut self.worker.leases, |id| self.policy.limit(id), host.now(), host);
+        for (route, watches) in self.policy.routes.iter().zip(&mut self.worker.watches) {
+            for (target, watch) in route.targets.iter().zip(watches) {
+                if let Some(meters) = self.meters.targets.get(target.0) {
+                    watch.mark(host.now(), meters.totals(host));
+                }
+            }
+        }
+        for ((route, meters), trial) in self.policy.routes.iter().zip(&self.meters.routes).zip(&mut self.worker.trials)
+        {
+            if let Some(stand) = Stand::new(route, meters) {
+                trial.look(&stand, host);
+            }
+        }
+    }
+
+    /// How often [`Filter::on_tick`] is to be called, in nanoseconds; `None` where nothing changes with time.
+    pub fn tick_period(&self) -> Option<u64> {
+        let windows = self.worker.watches.iter().flatten().map(Watch::step).min();
+        let leases = self.policy.has_leases().then_some(Leases::TICK);
+        let is_judged = self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some());
+        windows.into_iter().chain(leases).chain(is_judged.then_some(JUDGE_PERIOD)).min()
     }
 }
 

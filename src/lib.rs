@@ -9,7 +9,7 @@
 //!  document ──► policy ──► filter ◄── host (Envoy, or a simulation)
 //!  (as written)  (compiled)   │
 //!                             ├─ trace      which trace it belongs to
-//!                             ├─ matcher    which route it takes
+//!                             ├─ matcher    which route it takes (found by its path: route_table)
 //!                             ├─ ratelimit  whether it is admitted
 //!                             ├─ canary     which destination it goes to
 //!                             ├─ fault      what is injected, unless the destination is unwell
@@ -20,7 +20,8 @@
 //!
 //! A feature is a folder of one shape: `config.rs` reads the block that is written, `policy.rs` is what it is compiled
 //! to, `decision.rs` decides on one request from plain values. What has an idea of its own has a file of its own:
-//! [`canary`]'s cohort and judge, [`ratelimit`]'s GCRA and table, [`fault`]'s guard, [`trace`]'s W3C grammar, [`outlier`]'s window.
+//! [`canary`]'s cohort and judge, [`ratelimit`]'s GCRA, table and leases, [`fault`]'s guard, [`trace`]'s formats and
+//! bridge, [`outlier`]'s window.
 //!
 //! [`document`] and [`diagnostic`] read strictly and tell all errors at once; [`policy`] puts the blocks together.
 //! [`http`], [`key`] and [`units`] are the words that features speak in. [`telemetry`] names the metrics. [`host`] is
