@@ -211,6 +211,20 @@ impl<'a> Request<'a> {
         }
     }
 
+    /// The value of a header as the next hop will see it, once `mutations` are done.
+    pub fn value_after<'m>(
+        &'m self,
+        name: &str,
+        id: HeaderId,
+        mutations: &'m [HeaderMutation<'_>],
+    ) -> Option<Cow<'m, [u8]>> {
+        match mutations.iter().rev().find(|mutation| mutation.name() == name) {
+            Some(HeaderMutation::Set(_, value) | HeaderMutation::Add(_, value)) => Some(Cow::Borrowed(value)),
+            Some(HeaderMutation::Remove(_)) => None,
+            None => self.joined(id),
+        }
+    }
+
     /// The path without its query or fragment.
     pub fn path(&self) -> &'a [u8] {
         self.first(HeaderNames::PATH).and_then(|target| target.get(..self.path_end)).unwrap_or_default()

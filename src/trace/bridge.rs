@@ -12,7 +12,7 @@
 //! One request id may arrive several times, because an id belongs to a trace and not to a hop. Where the contexts
 //! are of one trace, the trace id is given out and what differs is not; where they are of several, nothing is.
 
-use super::decision::{Note, Notes, value_after};
+use super::notes::{Note, Notes};
 use super::w3c::{Flags, TraceContext};
 use crate::document::Value;
 use crate::host::{Change, StateStore, update};
@@ -174,7 +174,7 @@ impl Bridge {
         let mut values = Vec::new();
         let tracestate = ("tracestate", HeaderNames::TRACESTATE);
         for (name, id) in [tracestate].into_iter().chain(self.carry.iter().map(|(name, id)| (&**name, *id))) {
-            let value = value_after(name, id, request, mutations);
+            let value = request.value_after(name, id, mutations);
             let fitting = value.as_deref().filter(|value| values.len() + value.len() < MAX_WORD - MAX_ID);
             notes.add_if(fitting.is_none() && value.is_some(), Note::Truncated);
             push_value(&mut values, fitting);

@@ -3,10 +3,11 @@
 use super::baggage;
 use super::bridge::Remembered;
 use super::formats::Format;
+use super::notes::{Note, Notes};
 use super::policy::{Direction, Edge, Recognised, Response, Trace};
 use super::tracestate::{Edit, has_member, is_tracestate, rewrite};
 use super::w3c::{Flags, Invalid, TraceContext, format_traceparent, parse_traceparent};
-use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
+use crate::http::{HeaderMutation, HeaderNames, Request};
 use crate::units::Fraction;
 use std::borrow::Cow;
 
@@ -16,54 +17,6 @@ pub enum Arrived {
     Valid,
     Missing,
     Invalid(Invalid),
-}
-
-/// Something that was done, and that an operator wants to count.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Note {
-    /// A context was set aside and a new trace begun, because the edge says so.
-    Restarted,
-    /// The context came from what was remembered, because the application had copied none.
-    Bridged,
-    /// The application had copied a part of the context, and got the rest back.
-    Repaired,
-    /// Several different contexts arrived under one id.
-    Ambiguous,
-    /// A list was too long, and members of it were dropped.
-    Truncated,
-    /// The context came in a format that is not injected.
-    Converted,
-    /// A `tracestate` was invalid and dropped.
-    BadTracestate,
-    /// Another request's context, still alive, lost its place to this one's.
-    Displaced,
-}
-
-/// A set of notes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Notes(u16);
-
-impl Notes {
-    pub fn add(&mut self, note: Note) {
-        self.0 |= 1 << note as u16;
-    }
-
-    pub fn add_if(&mut self, condition: bool, note: Note) {
-        self.0 |= u16::from(condition) << note as u16;
-    }
-
-    pub fn add_all(&mut self, notes: Notes) {
-        self.0 |= notes.0;
-    }
-
-    pub fn contains(self, note: Note) -> bool {
-        self.0 & 1 << note as u16 != 0
-    }
-
-    /// As a number: the bit of each note stands at its own place.
-    pub fn bits(self) -> u16 {
-        self.0
-    }
 }
 
 /// What a request goes on with.
@@ -373,20 +326,6 @@ impl Continuation {
 
 fn set_or_remove(name: &'static str, value: Vec<u8>) -> HeaderMutation<'static> {
     if value.is_empty() { HeaderMutation::Remove(name) } else { HeaderMutation::Set(name, Cow::Owned(value)) }
-}
-
-/// The value of a header as the next hop will see it.
-pub(super) fn value_after<'a>(
-    name: &str,
-    id: HeaderId,
-    request: &Request<'a>,
-    mutations: &'a [HeaderMutation<'_>],
-) -> Option<Cow<'a, [u8]>> {
-    match mutations.iter().rev().find(|mutation| mutation.name() == name) {
-        Some(HeaderMutation::Set(_, value) | HeaderMutation::Add(_, value)) => Some(Cow::Borrowed(value)),
-        Some(HeaderMutation::Remove(_)) => None,
-        None => request.joined(id),
-    }
 }
 
 /// The context in a request's `traceparent`, whatever is done with it.

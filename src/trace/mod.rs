@@ -12,11 +12,13 @@ mod config;
 mod conformance;
 mod decision;
 mod formats;
+mod notes;
 mod policy;
 mod tracestate;
 pub mod w3c;
 
 pub use bridge::{Bridge, Remembered};
-pub use decision::{Arrived, Continuation, Note, Notes, extract};
+pub use decision::{Arrived, Continuation, extract};
 pub use formats::Format;
+pub use notes::{Note, Notes};
 pub use policy::{Direction, Edge, Response, Trace};

@@ -1,0 +1,49 @@
+//! What was done to a request's trace, for the counters: a platform team sees which workload breaks traces.
+
+/// Something that was done, and that an operator wants to count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Note {
+    /// A context was set aside and a new trace begun, because the edge says so.
+    Restarted,
+    /// The context came from what was remembered, because the application had copied none.
+    Bridged,
+    /// The application had copied a part of the context, and got the rest back.
+    Repaired,
+    /// Several different contexts arrived under one id.
+    Ambiguous,
+    /// A list was too long, and members of it were dropped.
+    Truncated,
+    /// The context came in a format that is not injected.
+    Converted,
+    /// A `tracestate` was invalid and dropped.
+    BadTracestate,
+    /// Another request's context, still alive, lost its place to this one's.
+    Displaced,
+}
+
+/// A set of notes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Notes(u16);
+
+impl Notes {
+    pub fn add(&mut self, note: Note) {
+        self.0 |= 1 << note as u16;
+    }
+
+    pub fn add_if(&mut self, condition: bool, note: Note) {
+        self.0 |= u16::from(condition) << note as u16;
+    }
+
+    pub fn add_all(&mut self, notes: Notes) {
+        self.0 |= notes.0;
+    }
+
+    pub fn contains(self, note: Note) -> bool {
+        self.0 & 1 << note as u16 != 0
+    }
+
+    /// As a number: the bit of each note stands at its own place.
+    pub fn bits(self) -> u16 {
+        self.0
+    }
+}
