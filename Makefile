@@ -51,9 +51,10 @@ format: ## Check the format
 	$(CARGO) fmt --all -- --check
 
 .PHONY: lint
-lint: setup-target ## Run clippy on everything, the module included
+lint: setup-target ## Run clippy on everything, the module included, and build the documentation
 	$(CARGO) clippy --quiet --workspace --all-targets --features cli,pack -- -D warnings
 	$(CARGO) clippy --quiet --lib --target wasm32-wasip1 -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --quiet --no-deps --workspace --lib
 
 .PHONY: setup
 setup: ## Install what is missing: the wasm32-wasip1 target, Envoy, func-e

@@ -1,7 +1,7 @@
 //! Per-route rate limiting: exact over all workers of a proxy.
 //!
-//! Each key's allowance is one number, its theoretical arrival time ([`gcra`]), kept in a fixed number of shared
-//! words ([`table`]) that change by compare-and-swap. A worker reserves requests of hot keys ahead ([`lease`]). All
+//! Each key's allowance is one number, its theoretical arrival time (`gcra`), kept in a fixed number of shared
+//! words (`table`) that change by compare-and-swap. A worker reserves requests of hot keys ahead (`lease`). All
 //! limits of a route must admit a request; where one refuses, what the earlier ones charged is given back.
 
 mod config;

@@ -1,8 +1,8 @@
 //! Trace-header propagation: a valid context goes on with a new parent, in every format that the policy names; anything
 //! else starts a new trace; and what an application forgot to copy is given back.
 //!
-//! A format is read and written in a file of its own ([`formats`]); [`w3c`] holds the context that all of them are
-//! translated to. [`tracestate`] and [`baggage`] are lists with rules of their own. [`bridge`] remembers what arrived
+//! A format is read and written in a file of its own (`formats`); [`w3c`] holds the context that all of them are
+//! translated to. `tracestate` and `baggage` are lists with rules of their own. `bridge` remembers what arrived
 //! for what leaves.
 
 mod baggage;
