@@ -107,7 +107,9 @@ impl Leases {
     pub(super) fn ending(&mut self, now: Monotonic) -> impl Iterator<Item = (usize, u64, Reservation)> {
         self.places.iter_mut().filter(move |lease| lease.left() > 0 && lease.age(now) == 1).map(|lease| {
             let held = lease.held;
-            lease.held.size = held.used;
+            // Settled once: nothing is held any more, and next time as much is asked for as was used.
+            lease.held = Reservation { epoch: held.epoch, ..Reservation::default() };
+            lease.wanted = held.used;
             (lease.limit, lease.fingerprint, held)
         })
     }
