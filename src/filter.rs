@@ -331,11 +331,12 @@ impl Filter {
     /// Lets the windows move on and the judges look, and gives back what was reserved in vain; to be called every
     /// [`Filter::tick_period`].
     pub fn on_tick(&mut self, host: &impl Host) {
-        return_leases(&mut self.worker.leases, |id| self.policy.limit(id), host.now(), host);
+        let now = host.now();
+        return_leases(&mut self.worker.leases, |id| self.policy.limit(id), now, host);
         for (route, watches) in self.policy.routes.iter().zip(&mut self.worker.watches) {
             for (target, watch) in route.targets.iter().zip(watches) {
                 if let Some(meters) = self.meters.targets.get(target.0) {
-                    watch.mark(host.now(), meters.totals(host));
+                    watch.mark(now, || meters.totals(host));
                 }
             }
         }

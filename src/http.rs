@@ -55,7 +55,7 @@ impl HeaderNames {
             *endings |= ending(name.as_bytes());
         }
         self.names.push(name.into());
-        self.rebuild();
+        self.file(id);
         u16::try_from(id).ok().map(HeaderId)
     }
 
@@ -80,21 +80,24 @@ impl HeaderNames {
         }
     }
 
-    fn rebuild(&mut self) {
+    /// Enters the newest name into the table, which grows first where it would be more than a quarter full.
+    fn file(&mut self, newest: usize) {
         let size = (self.names.len() * 4).next_power_of_two();
-        let mut table = vec![0; size];
-        for (id, name) in (1..).zip(&self.names) {
+        let first = if size == self.table.len() { newest } else { 0 };
+        if first == 0 {
+            self.table = vec![0; size];
+        }
+        for (id, name) in (1..).zip(&self.names).skip(first) {
             let mut place = hash(name.as_bytes()) & (size - 1);
-            while let Some(taken) = table.get(place)
+            while let Some(taken) = self.table.get(place)
                 && *taken != 0
             {
                 place = (place + 1) & (size - 1);
             }
-            if let Some(free) = table.get_mut(place) {
+            if let Some(free) = self.table.get_mut(place) {
                 *free = id;
             }
         }
-        self.table = table;
     }
 }
 

@@ -111,7 +111,8 @@ impl Policy {
         };
         let steering_header = header_names.intern(&steering.header)?;
         let trace = fields.optional("trace").and_then(|value| Trace::read(&value, &state_prefix, &mut header_names));
-        let mut reading = Reading { state_prefix, steering, header_names, routes: Vec::new(), targets: Vec::new() };
+        let (labels, routes, targets) = (Vec::new(), Vec::new(), Vec::new());
+        let mut reading = Reading { labels, state_prefix, steering, header_names, routes, targets };
         if let Some(routes) = fields.optional("routes") {
             reading.routes(&routes);
         }
@@ -127,7 +128,7 @@ impl Policy {
             fields.refuse(field, why);
         }
         fields.end();
-        let Reading { state_prefix, steering, header_names, routes, targets } = reading;
+        let Reading { state_prefix, steering, header_names, routes, targets, .. } = reading;
         Some(Policy {
             name: name.into(),
             state_prefix: state_prefix.into(),
@@ -202,6 +203,8 @@ impl Route {
 
 /// What has been read of a document so far.
 struct Reading {
+    /// The routes' names as metrics and keys bear them, sorted.
+    labels: Vec<String>,
     state_prefix: String,
     steering: Steering,
     header_names: HeaderNames,
@@ -221,7 +224,11 @@ impl Reading {
             let route = self.route(index, &mut fields);
             fields.end();
             let Some(route) = route else { continue };
-            if self.routes.iter().any(|known| label(&known.name) == label(&route.name)) {
+            let label = label(&route.name);
+            let known = self.labels.binary_search(&label);
+            if let Err(place) = known {
+                self.labels.insert(place, label);
+            } else {
                 item.error(format!("a second route called {}", quoted(&route.name)), "give each route its own name");
             }
             if let Some(rollout) = self.shared_rollout(&route) {

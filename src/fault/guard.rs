@@ -69,13 +69,13 @@ impl Watch {
     }
 
     /// Lets the window move on.
-    pub fn mark(&mut self, now: Monotonic, totals: Totals) {
+    pub fn mark(&mut self, now: Monotonic, totals: impl FnOnce() -> Totals) {
         self.window.mark(now, totals);
     }
 
     /// Judges the target from `totals`; `suspended_until` is what the workers have agreed on so far.
     pub fn judge(&mut self, now: Monotonic, totals: Totals, suspended_until: Monotonic) -> State {
-        self.window.mark(now, totals);
+        self.window.mark(now, || totals);
         if now < suspended_until {
             return State::Suspended { until: suspended_until };
         }
@@ -107,7 +107,7 @@ mod tests {
         assert_eq!(tripped, State::Tripped { recent: totals(20, 19), until });
         assert_eq!(watch.judge(2 * SECOND, totals(30, 19), until), State::Suspended { until });
         for second in 3..=30 {
-            watch.mark(second * SECOND, totals(second * 10, 19));
+            watch.mark(second * SECOND, || totals(second * 10, 19));
         }
         assert_eq!(watch.judge(31 * SECOND, totals(310, 19), until), State::Armed);
     }

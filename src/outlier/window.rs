@@ -43,12 +43,12 @@ impl Window {
     }
 
     /// Remembers `totals` as those of `now`, if the last mark is a step old.
-    pub fn mark(&mut self, now: Monotonic, totals: Totals) {
+    pub fn mark(&mut self, now: Monotonic, totals: impl FnOnce() -> Totals) {
         let due = self.marks.back().is_none_or(|(last, _)| now.saturating_sub(*last) >= self.step());
         if !due {
             return;
         }
-        self.marks.push_back((now, totals));
+        self.marks.push_back((now, totals()));
         let start = now.saturating_sub(self.length);
         while self.marks.get(1).is_some_and(|(second, _)| *second <= start) {
             self.marks.pop_front();
@@ -78,7 +78,7 @@ mod tests {
         let mut window = Window::new(10 * SECOND, 0, totals(500, 400));
         assert_eq!(window.recent(0, totals(500, 400)), totals(0, 0));
         for second in 1..=30 {
-            window.mark(second * SECOND, totals(500 + second * 10, 400 + second));
+            window.mark(second * SECOND, || totals(500 + second * 10, 400 + second));
         }
         assert_eq!(window.recent(30 * SECOND, totals(800, 430)), totals(100, 10));
         assert_eq!(window.recent(30 * SECOND + SECOND / 2, totals(810, 431)), totals(110, 11));
@@ -89,7 +89,7 @@ mod tests {
     fn marks_are_bounded_however_often_they_are_made() {
         let mut window = Window::new(10 * SECOND, 0, totals(0, 0));
         for n in 0..100_000 {
-            window.mark(n * SECOND / 1000, totals(n, 0));
+            window.mark(n * SECOND / 1000, || totals(n, 0));
         }
         assert!(window.marks.len() <= STEPS as usize + 2);
     }
@@ -97,8 +97,8 @@ mod tests {
     #[test]
     fn a_quiet_time_leaves_the_window() {
         let mut window = Window::new(10 * SECOND, 0, totals(0, 0));
-        window.mark(SECOND, totals(100, 100));
-        window.mark(60 * SECOND, totals(100, 100));
+        window.mark(SECOND, || totals(100, 100));
+        window.mark(60 * SECOND, || totals(100, 100));
         assert_eq!(window.recent(60 * SECOND, totals(101, 100)), totals(1, 0));
         assert_eq!(window.recent(71 * SECOND, totals(102, 100)), totals(2, 0));
     }

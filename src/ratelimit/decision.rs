@@ -10,7 +10,7 @@ use crate::units::{Monotonic, seconds_rounded_up};
 use std::hash::Hasher;
 
 /// What the limits of a route say of a request.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Admission {
     /// The limit that refused, an index into the route's limits, and nanoseconds until one would be admitted.
     pub refused: Option<(usize, u64)>,
@@ -42,8 +42,7 @@ pub fn admit(
     now: Monotonic,
     store: &(impl StateStore + Properties),
 ) -> Admission {
-    let mut admission =
-        Admission { refused: None, would_refuse: Vec::new(), overflows: 0, garbage: 0, contended: false };
+    let mut admission = Admission::default();
     let mut charges: Vec<Charge<'_>> = Vec::with_capacity(limits.len());
     for (index, limit) in limits.iter().enumerate() {
         let fingerprint = limit.fingerprint(secret, request, route, store);

@@ -23,6 +23,8 @@ pub(super) fn most(burst: u64) -> u32 {
 #[derive(Debug, Default)]
 pub struct Leases {
     places: Vec<Lease>,
+    /// When to look for leases that end; ticks come more often while streams are held.
+    look_again: Monotonic,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -105,7 +107,12 @@ impl Leases {
 
     /// Takes the leases that end soon and have something left, to be settled: their limit, fingerprint, reservation.
     pub(super) fn ending(&mut self, now: Monotonic) -> impl Iterator<Item = (usize, u64, Reservation)> {
-        self.places.iter_mut().filter(move |lease| lease.left() > 0 && lease.age(now) == 1).map(|lease| {
+        let is_due = now >= self.look_again;
+        if is_due {
+            self.look_again = now.saturating_add(Leases::TICK / 2);
+        }
+        let places = if is_due { self.places.as_mut_slice() } else { &mut [] };
+        places.iter_mut().filter(move |lease| lease.left() > 0 && lease.age(now) == 1).map(|lease| {
             let held = lease.held;
             // Settled once: nothing is held any more, and next time as much is asked for as was used.
             lease.held = Reservation { epoch: held.epoch, ..Reservation::default() };
