@@ -8,11 +8,12 @@ mod trial;
 
 use crate::canary::{Choice, Share};
 use crate::fault::{Fault, Injection, State, Watch, Withheld};
-use crate::host::{Change, Host, update};
+use crate::host::{CallId, Change, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request};
 use crate::outlier::{Totals, is_failure};
 use crate::policy::{Policy, Route, TargetId};
-use crate::ratelimit::{Admission, Leases, Secret, admit, return_leases};
+use crate::ratelimit::service::{Asker, Calls, Event, Inquiry, Outcome, Rest, Settled, give_back};
+use crate::ratelimit::{Admission, Leases, Secret, admit, return_leases, take_back};
 use crate::telemetry::{DestinationMeters, Meters, Stand};
 use crate::trace::w3c::TraceContext;
 use crate::trace::{self, Continuation, Direction, Notes, Response};
@@ -34,6 +35,7 @@ pub struct Filter {
 struct WorkerState {
     secret: Secret,
     leases: Leases,
+    calls: Calls,
     /// For each route, a watch on each of its targets; none where the route injects no fault.
     watches: Vec<Vec<Watch>>,
     /// For each route, what this worker remembers of its trial.
@@ -59,6 +61,18 @@ pub enum Verdict {
     /// Hold the request for so many nanoseconds, then let it go on, or answer.
     Delay(u64, Option<LocalReply>),
     Answer(LocalReply),
+    /// Hold the request until a call is answered, then decide with [`Filter::on_settled`].
+    Wait(Box<Waiting>),
+}
+
+/// What is remembered of a request that waits for a call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Waiting {
+    pub call: CallId,
+    /// An index into the policy's routes.
+    route: usize,
+    admission: Option<Admission>,
+    inquiry: Inquiry,
 }
 
 /// What was decided on the way to a verdict.
@@ -68,6 +82,8 @@ pub struct Reasons {
     /// An index into the policy's routes.
     pub route: Option<usize>,
     pub admission: Option<Admission>,
+    /// What rate limit services said.
+    pub inquiry: Option<Inquiry>,
     pub choice: Option<Choice>,
     /// What the canary got, where a destination is on trial.
     pub share: Option<Share>,
@@ -118,7 +134,8 @@ impl Filter {
         let stands = policy.routes.iter().zip(&meters.routes).map(|(route, meters)| Stand::new(route, meters));
         let trials =
             stands.map(|stand| stand.map_or_else(Trial::default, |stand| Trial::take_up(&stand, host))).collect();
-        let worker = WorkerState { secret, leases: Leases::default(), watches, trials };
+        let (leases, calls) = (Leases::default(), Calls::default());
+        let worker = WorkerState { secret, leases, calls, watches, trials };
         Filter { policy, meters, worker }
     }
 
@@ -128,6 +145,30 @@ impl Filter {
 
     /// Decides on a request from its serialised headers. `may_hold` says whether another stream can be delayed.
     pub fn on_request<'p>(&'p mut self, host: &impl Host, headers: &[u8], may_hold: bool) -> Decision<'p> {
+        self.decide(host, headers, may_hold, None)
+    }
+
+    /// Decides on a request that waited, from the same headers and what was found.
+    pub fn on_settled<'p>(
+        &'p mut self,
+        host: &impl Host,
+        headers: &[u8],
+        may_hold: bool,
+        waiting: Waiting,
+        outcome: Outcome,
+    ) -> Decision<'p> {
+        self.worker.calls.leave();
+        self.decide(host, headers, may_hold, Some((waiting, outcome)))
+    }
+
+    #[inline(never)]
+    fn decide<'p>(
+        &'p mut self,
+        host: &impl Host,
+        headers: &[u8],
+        may_hold: bool,
+        waited: Option<(Waiting, Outcome)>,
+    ) -> Decision<'p> {
         let Filter { policy, meters, worker } = self;
         let policy: &'p Policy = policy;
         let mut request = Request::parse(headers, &policy.header_names);
@@ -145,7 +186,10 @@ impl Filter {
                 trace.bridge.as_ref()?.recall(&request, context, host.now(), host)
             })
         });
-        let mut decision = worker.decide(policy, meters, host, &request, continuation, may_hold);
+        let mut decision = worker.decide(policy, meters, host, &request, continuation, may_hold, waited);
+        if let Verdict::Wait(_) = decision.verdict {
+            return decision; // everything is done when it goes on
+        }
 
         // Told to the next hop last, when it is known whether there is one and what was done to the request.
         let Decision { verdict, mutations, exchange, reasons } = &mut decision;
@@ -175,8 +219,9 @@ impl WorkerState {
         request: &Request<'_>,
         continuation: Option<Continuation>,
         may_hold: bool,
+        waited: Option<(Waiting, Outcome)>,
     ) -> Decision<'p> {
-        let WorkerState { secret, leases, watches, trials } = self;
+        let WorkerState { secret, leases, calls, watches, trials } = self;
         let mut decision = Decision::default();
         let Decision { verdict, mutations, exchange, reasons } = &mut decision;
         exchange.is_grpc = request.is_grpc();
@@ -192,20 +237,54 @@ impl WorkerState {
 
         // Limits before anything is chosen or injected: a refused request costs its upstream and the experiment
         // nothing.
-        if !route.limits.is_empty() {
-            let admission = admit(&route.limits, secret, leases, request, &route.name, host.now(), host);
-            meters.count_admission(&admission, host);
-            if let Some((limit, wait)) = admission.refused
-                && let Some(limit) = route.limits.get(limit)
-            {
-                *verdict = Verdict::Answer(limit.refusal(wait, exchange.is_grpc));
-                mutations.clear();
+        let (waited, outcome) = waited.unzip();
+        let (mut admission, mut inquiry) = match waited {
+            Some(Waiting { admission, inquiry, .. }) => (admission, inquiry),
+            None if route.limits.is_empty() => Default::default(),
+            None => {
+                let admission = admit(&route.limits, secret, leases, request, &route.name, host.now(), host);
+                meters.count_admission(&admission, host);
+                (Some(admission), Inquiry::default())
             }
-            let refused = admission.refused.is_some();
-            reasons.admission = Some(admission);
-            if refused {
+        };
+        let mut refusal = None;
+        if let Some((limit, wait)) = admission.as_ref().and_then(|admission| admission.refused) {
+            refusal = route.limits.get(limit).map(|limit| limit.refusal(wait, exchange.is_grpc));
+        } else if !route.global_limits.is_empty() {
+            // Those of the fleet last: the proxy's own cost nothing to ask, and what they charged can be given back.
+            let now = host.now();
+            let mut asker = Asker {
+                limits: &route.global_limits,
+                route: index,
+                route_name: &route.name,
+                secret,
+                calls,
+                leases,
+                count: &|limit, event| meters.count_event(limit, event, host),
+            };
+            if let Some(outcome) = outcome {
+                asker.hear(&mut inquiry, outcome, request, now, host);
+            }
+            if let Some(call) = asker.ask(&mut inquiry, request, now, host) {
+                *verdict = Verdict::Wait(Box::new(Waiting { call, route: index, admission, inquiry }));
                 return decision;
             }
+            meters.count_inquiry(&inquiry, host);
+            if let Some(refused) = inquiry.refused {
+                give_back(&mut inquiry, &route.global_limits, now, host);
+                if let Some(admission) = &mut admission {
+                    take_back(admission, &route.limits, leases, now, host);
+                }
+                let limit = route.global_limits.get(refused.limit);
+                refusal = limit.map(|limit| limit.refusal(refused.wait, exchange.is_grpc));
+            }
+            reasons.inquiry = Some(inquiry);
+        }
+        reasons.admission = admission;
+        if let Some(refusal) = refusal {
+            *verdict = Verdict::Answer(refusal);
+            mutations.clear();
+            return decision;
         }
 
         // The destination before the fault, because the fault's guard looks at the one that was chosen.
@@ -274,6 +353,46 @@ impl WorkerState {
 }
 
 impl Filter {
+    /// Takes the answer to a call for which `waiting` requests wait: its gRPC status, and its message where that is 0.
+    /// What is found is for the waiting requests, each of which goes on with [`Filter::on_settled`]. `None` where this
+    /// filter sent no such call.
+    pub fn on_answer(
+        &mut self,
+        host: &impl Host,
+        call: CallId,
+        status: u32,
+        message: &[u8],
+        waiting: usize,
+    ) -> Option<Settled> {
+        let Filter { policy, meters, worker } = self;
+        let limit = |place| policy.global_limit(place);
+        let settled = worker.calls.settle(call, status, message, waiting, limit, host.now(), host)?;
+        if let Some(meters) = meters.routes.get(settled.place.route) {
+            if let Some(failure) = settled.failure {
+                meters.count_event(settled.place.limit, Event::Failed(failure), host);
+            }
+            if let Rest::Waits(_) = settled.rest {
+                meters.count_event(settled.place.limit, Event::Sent, host);
+            }
+        }
+        Some(settled)
+    }
+
+    /// Gives back what was charged for a request whose client has gone while it waited.
+    pub fn on_gone(&mut self, host: &impl Host, mut waiting: Waiting) {
+        let Filter { policy, meters, worker } = self;
+        worker.calls.leave();
+        let Some(route) = policy.routes.get(waiting.route) else { return };
+        let now = host.now();
+        give_back(&mut waiting.inquiry, &route.global_limits, now, host);
+        if let Some(admission) = &mut waiting.admission {
+            take_back(admission, &route.limits, &mut worker.leases, now, host);
+        }
+        if let Some(meters) = meters.routes.get(waiting.route) {
+            meters.count_event(waiting.inquiry.next(), Event::Gone, host);
+        }
+    }
+
     /// Learns from the head of a response, and says how to change it; `header` is asked only where somebody wants to
     /// know.
     pub fn on_response(

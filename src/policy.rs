@@ -6,6 +6,7 @@ use crate::document::{Fields, Node, Value, quoted};
 use crate::fault::Fault;
 use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
 use crate::matcher::{Condition, RequestMatch};
+use crate::ratelimit::service::{GlobalLimit, Place};
 use crate::ratelimit::{self, Limit};
 use crate::route_table::RouteTable;
 use crate::trace::Trace;
@@ -49,6 +50,8 @@ pub struct Route {
     pub targets: Vec<TargetId>,
     pub fault: Option<Fault>,
     pub limits: Vec<Limit>,
+    /// The limits that a service keeps for a whole fleet.
+    pub global_limits: Vec<GlobalLimit>,
 }
 
 /// What requests are sent to: a destination, or a route without one.
@@ -170,6 +173,16 @@ impl Policy {
         self.routes.iter().flat_map(|route| &route.limits).nth(id)
     }
 
+    /// Whether a service keeps one of the limits.
+    pub fn has_services(&self) -> bool {
+        self.routes.iter().any(|route| !route.global_limits.is_empty())
+    }
+
+    /// The limit at `place` that a service keeps.
+    pub fn global_limit(&self, place: Place) -> Option<&GlobalLimit> {
+        self.routes.get(place.route)?.global_limits.get(place.limit)
+    }
+
     /// Whether a worker may reserve requests of a limit ahead.
     pub fn has_leases(&self) -> bool {
         self.routes.iter().flat_map(|route| &route.limits).any(|limit| limit.lease > 0)
@@ -262,7 +275,7 @@ impl Reading {
             matches.iter().filter_map(|entry| RequestMatch::read(entry, &mut self.header_names)).collect();
         let split = Split::read(fields, &self.state_prefix, &self.steering, &mut self.header_names);
         let fault = fields.optional("fault").and_then(|value| Fault::read(&value, name));
-        let limits = fields
+        let (limits, global_limits) = fields
             .optional("rateLimits")
             .map(|value| {
                 let first = self.routes.iter().map(|route| route.limits.len()).sum();
@@ -288,7 +301,7 @@ impl Reading {
             fields.refuse(field, "keep it in the VirtualService, on the route that matches the steering header");
         }
         let targets = self.targets(name, split.as_ref(), fault.is_some());
-        Some(Route { name: name.into(), matches, split, targets, fault, limits })
+        Some(Route { name: name.into(), matches, split, targets, fault, limits, global_limits })
     }
 
     /// The rollout that `route` shares with an earlier one, where one of the two has to have it for itself.

@@ -11,6 +11,7 @@ use crate::host::{MetricId, Metrics};
 use crate::outlier::Totals;
 use crate::policy::{Policy, Route, label};
 use crate::ratelimit::Admission;
+use crate::ratelimit::service::{Event, Failure, Inquiry};
 use crate::trace::w3c::Invalid;
 use crate::trace::{Arrived, Continuation, Direction, Format, Note, Notes};
 use crate::units::Fraction;
@@ -74,6 +75,8 @@ pub struct RouteMeters {
     pub faults: Option<FaultMeters>,
     /// In the order of the route's limits: the requests refused, or in shadow those that would have been.
     refused: Vec<MetricId>,
+    /// In the order of the route's global limits.
+    services: Vec<ServiceMeters>,
     state: StateMeters,
 }
 
@@ -151,6 +154,19 @@ pub struct FaultMeters {
     shadow: MetricId,
     overflow: MetricId,
 }
+
+/// The metrics of a limit that a service keeps.
+#[derive(Debug)]
+struct ServiceMeters {
+    refused: MetricId,
+    /// In the order of [`SERVICE`].
+    events: Vec<MetricId>,
+}
+
+/// What happens when a service is asked: calls sent, those without an answer by why, requests that the limit's
+/// `onFailure` decided on, and requests whose client went away while they waited.
+const SERVICE: [&str; 9] =
+    ["calls", "unreachable", "timeout", "status", "garbage", "unknown_code", "crowded", "undecided", "gone"];
 
 /// What requests arrived with, and what was done about it.
 #[derive(Debug, Default)]
@@ -313,7 +329,53 @@ impl RouteMeters {
                 overflow: counter("fault.overflow"),
             }),
             refused: route.limits.iter().map(|limit| counter(&format!("limit.{}.refused", limit.name))).collect(),
+            services: route
+                .global_limits
+                .iter()
+                .map(|global| {
+                    let limit = format!("limit.{}", global.limit.name);
+                    ServiceMeters {
+                        refused: counter(&format!("{limit}.refused")),
+                        events: SERVICE.iter().map(|event| counter(&format!("{limit}.service.{event}"))).collect(),
+                    }
+                })
+                .collect(),
             state,
+        }
+    }
+
+    /// Counts what services said of a request.
+    pub fn count_inquiry(&self, inquiry: &Inquiry, metrics: &impl Metrics) {
+        let refused = inquiry.refused.iter().map(|refusal| &refusal.limit).chain(&inquiry.would_refuse);
+        for meters in refused.filter_map(|limit| self.services.get(*limit)) {
+            metrics.add(meters.refused, 1);
+        }
+        for limit in &inquiry.undecided {
+            self.count_service(*limit, 7, metrics);
+        }
+    }
+
+    /// Counts what happened when the service of a global limit was asked.
+    pub fn count_event(&self, limit: usize, event: Event, metrics: &impl Metrics) {
+        let place = match event {
+            Event::Sent => 0,
+            Event::Failed(Failure::Unreachable) => 1,
+            Event::Failed(Failure::Timeout) => 2,
+            Event::Failed(Failure::Status) => 3,
+            Event::Failed(Failure::Garbage) => 4,
+            Event::Failed(Failure::UnknownCode) => 5,
+            Event::Failed(Failure::Crowded) => 6,
+            Event::Gone => 8,
+            Event::Garbage => return metrics.add(self.state.garbage, 1),
+            Event::Overflow => return metrics.add(self.state.overflow, 1),
+            Event::Contended => return metrics.add(self.state.contended, 1),
+        };
+        self.count_service(limit, place, metrics);
+    }
+
+    fn count_service(&self, limit: usize, place: usize, metrics: &impl Metrics) {
+        if let Some(metric) = self.services.get(limit).and_then(|meters| meters.events.get(place)) {
+            metrics.add(*metric, 1);
         }
     }
 

@@ -7,8 +7,12 @@
 use std::path::Path;
 use std::process::ExitCode;
 
+/// Callbacks that the SDK has too, and that we have under another name: the SDK's give way to them.
+const RENAMED: [(&str, &str); 2] =
+    [("trimtab_on_grpc_receive", "proxy_on_grpc_receive"), ("trimtab_on_grpc_close", "proxy_on_grpc_close")];
+
 /// What the host may call: the callbacks that do something, and what the ABI asks for.
-const EXPORTS: [&str; 12] = [
+const EXPORTS: [&str; 14] = [
     "memory",
     "_initialize",
     "proxy_abi_version_0_2_1",
@@ -20,6 +24,8 @@ const EXPORTS: [&str; 12] = [
     "proxy_on_request_headers",
     "proxy_on_response_headers",
     "proxy_on_response_trailers",
+    "proxy_on_grpc_receive",
+    "proxy_on_grpc_close",
     "proxy_on_delete",
 ];
 
@@ -47,6 +53,15 @@ fn pack(input: &Path, output: &Path) -> Result<usize, String> {
         .generate_producers_section(false)
         .parse_file(input)
         .map_err(|error| format!("{}: {error:#}", input.display()))?;
+    for (ours, name) in RENAMED {
+        let theirs = module.exports.iter().find(|export| export.name == name).map(|export| export.id());
+        if let Some(theirs) = theirs {
+            module.exports.delete(theirs);
+        }
+        let found = module.exports.iter_mut().find(|export| export.name == ours);
+        let export = found.ok_or_else(|| format!("{}: {ours} is not exported", input.display()))?;
+        export.name = name.to_owned();
+    }
     for name in EXPORTS {
         if !module.exports.iter().any(|export| export.name == name) {
             return Err(format!("{}: {name} is not exported", input.display()));

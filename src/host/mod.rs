@@ -98,8 +98,30 @@ pub trait Properties {
     fn property(&self, path: &[&str]) -> Option<Vec<u8>>;
 }
 
+/// A unary gRPC call to a service behind one of the proxy's clusters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GrpcCall<'c> {
+    pub cluster: &'c str,
+    /// The service's full name.
+    pub service: &'c str,
+    pub method: &'c str,
+    pub message: &'c [u8],
+    /// Milliseconds that the answer may take.
+    pub timeout: u32,
+}
+
+/// A call under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CallId(pub u32);
+
+/// Calls to other services. The answer, or that there is none, comes later, and exactly once.
+pub trait GrpcClient {
+    /// Sends a call. `None` where the proxy cannot, because it does not know the cluster.
+    fn call(&self, call: &GrpcCall<'_>) -> Option<CallId>;
+}
+
 /// Everything together.
-pub trait Host: StateStore + Metrics + Properties {
+pub trait Host: StateStore + Metrics + Properties + GrpcClient {
     /// The monotonic clock, one timeline for all workers of the process.
     fn now(&self) -> Monotonic;
     /// The wall clock, for what proxies have to agree on.

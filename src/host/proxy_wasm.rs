@@ -6,17 +6,18 @@
 //! in cost between this filter and one that reads single headers.
 #![allow(unsafe_code)]
 
-use super::{Conflict, Host, MetricId, Metrics, Properties, StateStore, Version};
+use super::{CallId, Conflict, GrpcCall, GrpcClient, Host, MetricId, Metrics, Properties, StateStore, Version};
 use crate::fault::HeldStreams;
-use crate::filter::{Exchange, Filter, Verdict};
+use crate::filter::{Decision, Exchange, Filter, Verdict, Waiting};
 use crate::http::{HeaderMutation, LocalReply, encode_headers};
 use crate::policy::Policy;
 use crate::random::split_mix;
+use crate::ratelimit::service::{Outcome, Waiters};
 use crate::units::{Monotonic, Wall};
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::{Action, BufferType, ContextType, LogLevel, MapType, MetricType, StreamType};
 use std::cell::{Cell, RefCell};
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 
 proxy_wasm::main! {{
     proxy_wasm::set_log_level(LogLevel::Info);
@@ -92,6 +93,20 @@ unsafe extern "C" {
     fn proxy_increment_metric(id: u32, offset: i64) -> Status;
     fn proxy_record_metric(id: u32, value: u64) -> Status;
     fn proxy_get_metric(id: u32, value: *mut u64) -> Status;
+    fn proxy_grpc_call(
+        cluster: *const u8,
+        cluster_size: usize,
+        service: *const u8,
+        service_size: usize,
+        method: *const u8,
+        method_size: usize,
+        metadata: *const u8,
+        metadata_size: usize,
+        message: *const u8,
+        message_size: usize,
+        timeout: u32,
+        token: *mut u32,
+    ) -> Status;
 }
 
 #[link(wasm_import_module = "wasi_snapshot_preview1")]
@@ -201,6 +216,31 @@ impl Properties for Envoy {
     }
 }
 
+impl GrpcClient for Envoy {
+    fn call(&self, call: &GrpcCall<'_>) -> Option<CallId> {
+        let GrpcCall { cluster, service, method, message, timeout } = *call;
+        let metadata = encode_headers::<&str, &str>(&[]);
+        let mut token = 0;
+        let status = unsafe {
+            proxy_grpc_call(
+                cluster.as_ptr(),
+                cluster.len(),
+                service.as_ptr(),
+                service.len(),
+                method.as_ptr(),
+                method.len(),
+                metadata.as_ptr(),
+                metadata.len(),
+                message.as_ptr(),
+                message.len(),
+                timeout,
+                &mut token,
+            )
+        };
+        (status == OK).then_some(CallId(token))
+    }
+}
+
 impl Host for Envoy {
     fn now(&self) -> Monotonic {
         let mut now = 0;
@@ -230,6 +270,45 @@ struct Worker {
     envoy: Envoy,
     filter: RefCell<Option<Filter>>,
     held: RefCell<HeldStreams<Option<LocalReply>>>,
+    waiters: RefCell<Waiters<Paused>>,
+}
+
+/// A stream's request that waits for a call.
+struct Paused {
+    headers: Vec<u8>,
+    waiting: Waiting,
+    /// Where the stream finds its exchange in the end: the answer comes to the worker, not to the stream.
+    exchange: Rc<Cell<Exchange>>,
+}
+
+thread_local! {
+    /// The workers whose filter may have calls under way: the host tells of an answer by the call's token alone. One for
+    /// each configuration that is in use.
+    static WORKERS: RefCell<Vec<Weak<Worker>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Takes the answer to a call, for whichever filter sent it.
+fn on_grpc_answer(token: u32, status: u32, message: &[u8]) {
+    let workers: Vec<Rc<Worker>> = WORKERS.with_borrow(|workers| workers.iter().filter_map(Weak::upgrade).collect());
+    for worker in workers {
+        worker.settle(CallId(token), status, message);
+    }
+}
+
+/// The message that answers a call. Not the SDK's callback: that one hands an answer to the stream that sent the call,
+/// which may be gone while others wait for it. `pack` gives this one its name in the ABI.
+#[unsafe(no_mangle)]
+extern "C" fn trimtab_on_grpc_receive(_root: u32, token: u32, size: usize) {
+    let message =
+        fetch(|data, length| unsafe { proxy_get_buffer_bytes(BufferType::GrpcReceiveBuffer, 0, size, data, length) });
+    on_grpc_answer(token, 0, &message.unwrap_or_default());
+}
+
+/// The end of a call that was not answered, with its gRPC status.
+#[unsafe(no_mangle)]
+extern "C" fn trimtab_on_grpc_close(_root: u32, token: u32, status: u32) {
+    // Status 0 would be an answer; one without a message is none.
+    on_grpc_answer(token, status, &[]);
 }
 
 impl Worker {
@@ -245,6 +324,55 @@ impl Worker {
         };
         let period = period.map_or(0, |period| period.div_ceil(MILLISECOND).max(1));
         unsafe { proxy_set_tick_period_milliseconds(u32::try_from(period).unwrap_or(u32::MAX)) };
+    }
+
+    /// Lets the streams go on that waited for a call.
+    fn settle(&self, call: CallId, status: u32, message: &[u8]) {
+        let found = {
+            let mut filter = self.filter.borrow_mut();
+            let Some(filter) = filter.as_mut() else { return };
+            let mut waiters = self.waiters.borrow_mut();
+            let settled = filter.on_answer(&self.envoy, call, status, message, waiters.count(call));
+            waiters.settle(call, settled)
+        };
+        for (stream, paused, outcome) in found {
+            self.go_on(stream, paused, outcome);
+        }
+    }
+
+    fn go_on(&self, stream: u32, paused: Paused, outcome: Outcome) {
+        let Paused { headers, waiting, exchange } = paused;
+        let is_there = unsafe { proxy_set_effective_context(stream) } == OK;
+        let verdict = {
+            let mut filter = self.filter.borrow_mut();
+            let Some(filter) = filter.as_mut() else { return };
+            if !is_there {
+                return filter.on_gone(&self.envoy, waiting);
+            }
+            let may_hold = self.held.borrow().has_room();
+            let decision = filter.on_settled(&self.envoy, &headers, may_hold, waiting, outcome);
+            mutate_all(&decision.mutations);
+            exchange.set(decision.exchange);
+            decision.verdict
+        };
+        match verdict {
+            Verdict::Continue => {
+                unsafe { proxy_continue_stream(StreamType::HttpRequest) };
+            }
+            Verdict::Answer(reply) => answer(&reply),
+            Verdict::Delay(delay, then) => self.hold(stream, delay, then),
+            Verdict::Wait(waiting) => self.wait(stream, Paused { headers, waiting: *waiting, exchange }),
+        }
+    }
+
+    fn hold(&self, stream: u32, delay: u64, then: Option<LocalReply>) {
+        let until = self.envoy.now().saturating_add(delay);
+        self.held.borrow_mut().hold(stream, until, then);
+        self.schedule();
+    }
+
+    fn wait(&self, stream: u32, paused: Paused) {
+        self.waiters.borrow_mut().wait(paused.waiting.call, stream, paused);
     }
 
     /// Lets go of every stream whose delay is over.
@@ -285,6 +413,12 @@ impl RootContext for Root {
                     log::warn!("policy {}: {warning}", policy.name);
                 }
                 log::info!("policy {} is loaded: {} routes", policy.name, policy.routes.len());
+                if policy.has_services() {
+                    WORKERS.with_borrow_mut(|workers| {
+                        workers.retain(|worker| worker.strong_count() > 0);
+                        workers.push(Rc::downgrade(&self.worker));
+                    });
+                }
                 *self.worker.filter.borrow_mut() = Some(Filter::new(policy, &self.worker.envoy));
                 self.worker.schedule();
                 true
@@ -307,7 +441,8 @@ impl RootContext for Root {
     }
 
     fn create_http_context(&self, id: u32) -> Option<Box<dyn HttpContext>> {
-        Some(Box::new(Stream { id, worker: Rc::clone(&self.worker), exchange: Exchange::default(), is_held: false }))
+        let (worker, exchange) = (Rc::clone(&self.worker), Exchange::default());
+        Some(Box::new(Stream { id, worker, exchange, waited: None, is_held: false }))
     }
 
     fn get_type(&self) -> Option<ContextType> {
@@ -334,6 +469,9 @@ struct Stream {
     id: u32,
     worker: Rc<Worker>,
     exchange: Exchange,
+    /// The exchange of a request that has waited.
+    waited: Option<Rc<Cell<Exchange>>>,
+    /// Whether it may be held or wait.
     is_held: bool,
 }
 
@@ -342,36 +480,39 @@ impl Context for Stream {}
 impl HttpContext for Stream {
     fn on_http_request_headers(&mut self, _: usize, _: bool) -> Action {
         let worker = &*self.worker;
-        let verdict = {
+        let (headers, verdict) = {
             let mut filter = worker.filter.borrow_mut();
             let Some(filter) = filter.as_mut() else { return Action::Continue };
             let headers =
                 fetch(|data, size| unsafe { proxy_get_header_map_pairs(MapType::HttpRequestHeaders, data, size) });
+            let headers = headers.unwrap_or_default();
             let may_hold = worker.held.borrow().has_room();
-            let decision = filter.on_request(&worker.envoy, &headers.unwrap_or_default(), may_hold);
-            for mutation in &decision.mutations {
-                mutate(MapType::HttpRequestHeaders, mutation);
-            }
+            let decision = filter.on_request(&worker.envoy, &headers, may_hold);
+            mutate_all(&decision.mutations);
             self.exchange = decision.exchange;
-            decision.verdict
+            (headers, decision.verdict)
         };
         match verdict {
-            Verdict::Continue => Action::Continue,
-            Verdict::Answer(reply) => {
-                answer(&reply);
-                Action::Pause
-            }
+            Verdict::Continue => return Action::Continue,
+            Verdict::Answer(reply) => answer(&reply),
             Verdict::Delay(delay, then) => {
-                let until = worker.envoy.now().saturating_add(delay);
-                worker.held.borrow_mut().hold(self.id, until, then);
                 self.is_held = true;
-                worker.schedule();
-                Action::Pause
+                worker.hold(self.id, delay, then);
+            }
+            Verdict::Wait(waiting) => {
+                self.is_held = true;
+                let exchange = Rc::<Cell<Exchange>>::default();
+                self.waited = Some(Rc::clone(&exchange));
+                worker.wait(self.id, Paused { headers, waiting: *waiting, exchange });
             }
         }
+        Action::Pause
     }
 
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
+        if let Some(exchange) = self.waited.take() {
+            self.exchange = exchange.get();
+        }
         if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
             let header = |name: &str| header(MapType::HttpResponseHeaders, name);
             if let Some(mutation) = filter.on_response(&self.worker.envoy, &mut self.exchange, &header) {
@@ -394,7 +535,17 @@ impl Drop for Stream {
     fn drop(&mut self) {
         if self.is_held {
             self.worker.held.borrow_mut().forget(self.id);
+            let paused = self.worker.waiters.borrow_mut().forget(self.id);
+            if let (Some(paused), Some(filter)) = (paused, self.worker.filter.borrow_mut().as_mut()) {
+                filter.on_gone(&self.worker.envoy, paused.waiting);
+            }
         }
+    }
+}
+
+fn mutate_all(mutations: &[HeaderMutation<'_>]) {
+    for mutation in mutations {
+        mutate(MapType::HttpRequestHeaders, mutation);
     }
 }
 

@@ -1,7 +1,7 @@
 //! A host without a proxy: a clock that stands still until it is moved, a seeded random source, words and metrics in
 //! memory. Tests and the command-line program run the filter on it.
 
-use super::{Conflict, Host, MetricId, Metrics, Properties, StateStore, Version};
+use super::{CallId, Conflict, GrpcCall, GrpcClient, Host, MetricId, Metrics, Properties, StateStore, Version};
 use crate::units::{Monotonic, Wall};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -16,6 +16,21 @@ pub struct Sim {
     words: RefCell<BTreeMap<String, (Vec<u8>, Version)>>,
     metrics: RefCell<Vec<(String, u64)>>,
     properties: RefCell<BTreeMap<String, Vec<u8>>>,
+    clusters: RefCell<Vec<String>>,
+    calls: RefCell<Vec<SentCall>>,
+    next_call: Cell<u32>,
+}
+
+/// A gRPC call that was sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SentCall {
+    pub id: CallId,
+    pub cluster: String,
+    /// Service and method, as in the path of the request.
+    pub path: String,
+    pub message: Vec<u8>,
+    /// In milliseconds.
+    pub timeout: u32,
 }
 
 impl Sim {
@@ -28,7 +43,20 @@ impl Sim {
             words: RefCell::default(),
             metrics: RefCell::default(),
             properties: RefCell::default(),
+            clusters: RefCell::default(),
+            calls: RefCell::default(),
+            next_call: Cell::new(1),
         }
+    }
+
+    /// Adds a cluster to which calls can be sent. There is none at first.
+    pub fn add_cluster(&self, name: &str) {
+        self.clusters.borrow_mut().push(name.to_owned());
+    }
+
+    /// The calls that were sent since this was last asked.
+    pub fn take_calls(&self) -> Vec<SentCall> {
+        self.calls.take()
     }
 
     /// Moves both clocks forward.
@@ -128,6 +156,24 @@ impl Metrics for Sim {
 impl Properties for Sim {
     fn property(&self, path: &[&str]) -> Option<Vec<u8>> {
         self.properties.borrow().get(&path.join(".")).cloned()
+    }
+}
+
+impl GrpcClient for Sim {
+    fn call(&self, call: &GrpcCall<'_>) -> Option<CallId> {
+        if !self.clusters.borrow().iter().any(|cluster| cluster == call.cluster) {
+            return None;
+        }
+        let id = CallId(self.next_call.get());
+        self.next_call.set(id.0 + 1);
+        self.calls.borrow_mut().push(SentCall {
+            id,
+            cluster: call.cluster.to_owned(),
+            path: format!("/{}/{}", call.service, call.method),
+            message: call.message.to_vec(),
+            timeout: call.timeout,
+        });
+        Some(id)
     }
 }
 

@@ -22,17 +22,22 @@ pub struct Admission {
     pub garbage: u64,
     /// Whether a compare-and-swap was given up; the request was refused then.
     pub contended: bool,
+    /// What was charged; nothing where a limit refused.
+    charges: Vec<Charge>,
 }
 
 /// A charge that was made, to be taken back should a later limit refuse.
-struct Charge<'p> {
-    limit: &'p Limit,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Charge {
+    /// An index into the route's limits.
+    limit: usize,
     fingerprint: u64,
     /// Where in shared data; `None` for a request that the worker had reserved.
     place: Option<Place>,
 }
 
 /// Charges every limit, or none. `route` and `properties` are for the keys that ask for them.
+#[inline(never)]
 pub fn admit(
     limits: &[Limit],
     secret: &Secret,
@@ -42,18 +47,17 @@ pub fn admit(
     now: Monotonic,
     store: &(impl StateStore + Properties),
 ) -> Admission {
-    let mut admission = Admission::default();
-    let mut charges: Vec<Charge<'_>> = Vec::with_capacity(limits.len());
+    let mut admission = Admission { charges: Vec::with_capacity(limits.len()), ..Admission::default() };
     for (index, limit) in limits.iter().enumerate() {
         let fingerprint = limit.fingerprint(secret, request, route, store);
         if limit.lease > 0 && leases.spend(limit.id, fingerprint, now) {
-            charges.push(Charge { limit, fingerprint, place: None });
+            admission.charges.push(Charge { limit: index, fingerprint, place: None });
             continue;
         }
         match limit.charge(fingerprint, leases, now, store, &mut admission) {
             Ok(Ok(place)) => {
                 admission.overflows += u64::from(place == Place::Overflow);
-                charges.push(Charge { limit, fingerprint, place: Some(place) });
+                admission.charges.push(Charge { limit: index, fingerprint, place: Some(place) });
             }
             Ok(Err(_)) | Err(_) if limit.shadow => admission.would_refuse.push(index),
             Ok(Err(wait)) => {
@@ -68,17 +72,31 @@ pub fn admit(
         }
     }
     if admission.refused.is_some() {
-        for charge in &charges {
-            charge.take_back(leases, now, store);
-        }
+        take_back(&mut admission, limits, leases, now, store);
     }
     admission
 }
 
-impl Charge<'_> {
+/// Takes back what `limits` charged for a request that is not admitted after all.
+#[inline(never)]
+pub fn take_back(
+    admission: &mut Admission,
+    limits: &[Limit],
+    leases: &mut Leases,
+    now: Monotonic,
+    store: &impl StateStore,
+) {
+    for charge in admission.charges.drain(..) {
+        if let Some(limit) = limits.get(charge.limit) {
+            charge.take_back(limit, leases, now, store);
+        }
+    }
+}
+
+impl Charge {
     /// A charge that cannot be taken back stays: that refuses too much, never too little.
-    fn take_back(&self, leases: &mut Leases, now: Monotonic, store: &impl StateStore) {
-        let Charge { limit, fingerprint, .. } = *self;
+    fn take_back(&self, limit: &Limit, leases: &mut Leases, now: Monotonic, store: &impl StateStore) {
+        let Charge { fingerprint, .. } = *self;
         match self.place {
             None => leases.take_back(limit.id, fingerprint),
             Some(place) => {
@@ -214,7 +232,7 @@ mod tests {
         let node = Node::from_json(text.as_bytes()).unwrap();
         let report = Report::default();
         let mut names = HeaderNames::default();
-        let limits = super::super::config::read(&Value::root(&node, &report), 0, "t/", "r", &mut names);
+        let (limits, _) = super::super::config::read(&Value::root(&node, &report), 0, "t/", "r", &mut names);
         assert_eq!(report.into_diagnostics(), []);
         (limits, names)
     }

@@ -2,17 +2,19 @@
 //!
 //! Each key's allowance is one number, its theoretical arrival time (`gcra`), kept in a fixed number of shared
 //! words (`table`) that change by compare-and-swap. A worker reserves requests of hot keys ahead (`lease`). All
-//! limits of a route must admit a request; where one refuses, what the earlier ones charged is given back.
+//! limits of a route must admit a request; where one refuses, what the earlier ones charged is given back. Limits of a
+//! whole fleet are kept by a service that is asked for many hits at once (`service`).
 
 mod config;
 mod decision;
 mod gcra;
 mod lease;
 mod policy;
+pub mod service;
 mod table;
 
 pub use config::read;
-pub use decision::{Admission, admit, return_leases};
+pub use decision::{Admission, admit, return_leases, take_back};
 pub use gcra::Gcra;
 pub use lease::Leases;
 pub use policy::{Limit, Secret};

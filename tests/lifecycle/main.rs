@@ -2,6 +2,7 @@
 //! simulated host and in the module that ships.
 
 mod canary;
+mod global;
 mod native;
 mod proxy;
 mod wasm;
@@ -11,6 +12,16 @@ use canary::{
     a_reported_failure_keeps_its_weight_and_enters_no_stage, a_stage_may_wait_for_evidence, garbage_is_no_verdict,
     grpc_failures_are_evidence, in_shadow_nothing_changes, slowness_is_evidence, stages_follow_the_wall_clock,
     the_worker_that_saw_the_last_failure_sends_no_other, what_is_no_fault_of_the_canary_is_no_evidence,
+};
+use global::{
+    a_batch_that_is_too_large_is_followed_by_a_single_hit, a_call_names_the_key_and_its_answer_lets_the_request_go_on,
+    a_local_limit_takes_over, a_request_that_waited_is_decided_on_like_any_other,
+    a_service_that_fails_is_counted_and_the_policy_decides, an_unknown_cluster_is_a_failure_like_any_other,
+    an_update_does_not_lose_who_waits, garbage_among_the_hits_is_counted_and_replaced,
+    hits_are_charged_ahead_and_shared_by_all_workers, hits_are_not_spent_in_another_window,
+    in_shadow_a_global_limit_only_counts, one_call_serves_those_who_wait_together,
+    values_that_are_no_text_cannot_pass_a_limit_by, what_is_over_is_remembered_until_its_reset,
+    what_is_refused_globally_is_charged_nowhere, who_leaves_while_waiting_is_not_charged,
 };
 use proxy::{Headers, Outcome, Proxy, exchange, get, value};
 use std::time::Duration;
@@ -62,6 +73,22 @@ cases![
     in_shadow_nothing_changes,
     slowness_is_evidence,
     garbage_is_no_verdict,
+    a_call_names_the_key_and_its_answer_lets_the_request_go_on,
+    one_call_serves_those_who_wait_together,
+    hits_are_charged_ahead_and_shared_by_all_workers,
+    hits_are_not_spent_in_another_window,
+    what_is_over_is_remembered_until_its_reset,
+    a_batch_that_is_too_large_is_followed_by_a_single_hit,
+    a_service_that_fails_is_counted_and_the_policy_decides,
+    an_unknown_cluster_is_a_failure_like_any_other,
+    a_local_limit_takes_over,
+    what_is_refused_globally_is_charged_nowhere,
+    who_leaves_while_waiting_is_not_charged,
+    a_request_that_waited_is_decided_on_like_any_other,
+    values_that_are_no_text_cannot_pass_a_limit_by,
+    garbage_among_the_hits_is_counted_and_replaced,
+    in_shadow_a_global_limit_only_counts,
+    an_update_does_not_lose_who_waits,
     hostile_requests_are_routed_like_any_other,
 ];
 

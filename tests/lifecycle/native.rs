@@ -1,19 +1,22 @@
 //! The filter on the simulated host: what `host/proxy_wasm.rs` does for Envoy, done here for a clock that stands still.
 
-use crate::proxy::{Headers, Outcome, Proxy, Reply, StreamId};
+use crate::proxy::{Call, Headers, Outcome, Proxy, Reply, StreamId};
 use std::collections::HashMap;
 use std::time::Duration;
 use trimtab::fault::HeldStreams;
-use trimtab::filter::{Exchange, Filter, Verdict};
+use trimtab::filter::{Decision, Exchange, Filter, Verdict, Waiting};
 use trimtab::host::sim::Sim;
-use trimtab::host::{Host, StateStore, Version};
+use trimtab::host::{CallId, Host, StateStore, Version};
 use trimtab::http::{LocalReply, encode_headers};
 use trimtab::policy::Policy;
+use trimtab::ratelimit::service::Waiters;
 
 #[derive(Default)]
 struct Worker {
     filter: Option<Filter>,
     held: HeldStreams<Option<LocalReply>>,
+    waiters: Waiters<Waiting>,
+    calls: Vec<Call>,
     next_stream: u32,
     streams: HashMap<u32, Stream>,
 }
@@ -52,24 +55,14 @@ impl Proxy for Native {
         let worker = &mut self.workers[worker];
         let id = worker.next_stream;
         worker.next_stream += 1;
-        let may_hold = worker.held.has_room();
         let filter = worker.filter.as_mut().expect("a policy is loaded");
-        let decision = filter.on_request(&self.host, &encode_headers(headers), may_hold);
-        let mut headers: Vec<(Vec<u8>, Vec<u8>)> =
-            headers.iter().map(|(name, value)| (name.as_bytes().to_vec(), value.to_vec())).collect();
-        decision.mutations.iter().for_each(|mutation| mutation.apply(&mut headers));
-        let headers: Headers =
-            headers.into_iter().map(|(name, value)| (String::from_utf8(name).unwrap(), value)).collect();
-        let outcome = match decision.verdict {
-            Verdict::Continue => Outcome::Continued(headers.clone()),
-            Verdict::Answer(reply) => Outcome::Answered(answer(reply)),
-            Verdict::Delay(delay, then) => {
-                worker.held.hold(id, self.host.now() + delay, then);
-                Outcome::Held
-            }
-        };
-        let exchange = decision.exchange;
-        worker.streams.insert(id, Stream { exchange, headers, outcome: outcome.clone() });
+        let decision = filter.on_request(&self.host, &encode_headers(headers), worker.held.has_room());
+        let headers = headers.iter().map(|(name, value)| ((*name).to_owned(), value.to_vec())).collect();
+        let stream = Stream { exchange: Exchange::default(), headers, outcome: Outcome::Held };
+        let stream = carry_out(id, stream, decision, &mut worker.held, &mut worker.waiters, &self.host);
+        let outcome = stream.outcome.clone();
+        worker.streams.insert(id, stream);
+        worker.note_calls(&self.host);
         (StreamId { worker: at, id }, outcome)
     }
 
@@ -89,6 +82,9 @@ impl Proxy for Native {
         let worker = &mut self.workers[stream.worker];
         worker.streams.remove(&stream.id);
         worker.held.forget(stream.id);
+        if let Some(waiting) = worker.waiters.forget(stream.id) {
+            worker.filter.as_mut().unwrap().on_gone(&self.host, waiting);
+        }
     }
 
     fn advance(&mut self, time: Duration) {
@@ -118,6 +114,29 @@ impl Proxy for Native {
         self.workers[stream.worker].streams[&stream.id].outcome.clone()
     }
 
+    fn add_cluster(&mut self, name: &str) {
+        self.host.add_cluster(name);
+    }
+
+    fn calls(&mut self, worker: usize) -> Vec<Call> {
+        self.workers[worker].calls.clone()
+    }
+
+    fn answer_call(&mut self, worker: usize, call: u32, status: u32, message: &[u8]) {
+        let Worker { filter, held, waiters, calls, streams, .. } = &mut self.workers[worker];
+        let filter = filter.as_mut().unwrap();
+        calls.retain(|known| known.id != call);
+        let message = if status == 0 { message } else { &[] };
+        let settled = filter.on_answer(&self.host, CallId(call), status, message, waiters.count(CallId(call)));
+        for (id, waiting, outcome) in waiters.settle(CallId(call), settled) {
+            let stream = streams.remove(&id).expect("who has gone was forgotten");
+            let headers = encode_headers(&stream.headers);
+            let decision = filter.on_settled(&self.host, &headers, held.has_room(), waiting, outcome);
+            streams.insert(id, carry_out(id, stream, decision, held, waiters, &self.host));
+        }
+        self.workers[worker].note_calls(&self.host);
+    }
+
     fn set_property(&mut self, path: &str, value: &[u8]) {
         self.host.set_property(path, value);
     }
@@ -130,6 +149,47 @@ impl Proxy for Native {
     fn metric(&mut self, name: &str) -> u64 {
         self.host.metric(name)
     }
+}
+
+impl Worker {
+    fn note_calls(&mut self, host: &Sim) {
+        self.calls.extend(host.take_calls().into_iter().map(|call| Call {
+            id: call.id.0,
+            cluster: call.cluster,
+            path: call.path,
+            message: call.message,
+            timeout: Duration::from_millis(call.timeout.into()),
+        }));
+    }
+}
+
+/// Does to a stream's request what was decided.
+fn carry_out(
+    id: u32,
+    mut stream: Stream,
+    decision: Decision<'_>,
+    held: &mut HeldStreams<Option<LocalReply>>,
+    waiters: &mut Waiters<Waiting>,
+    host: &Sim,
+) -> Stream {
+    let mut headers: Vec<(Vec<u8>, Vec<u8>)> =
+        stream.headers.iter().map(|(name, value)| (name.clone().into_bytes(), value.clone())).collect();
+    decision.mutations.iter().for_each(|mutation| mutation.apply(&mut headers));
+    stream.headers = headers.into_iter().map(|(name, value)| (String::from_utf8(name).unwrap(), value)).collect();
+    stream.exchange = decision.exchange;
+    stream.outcome = match decision.verdict {
+        Verdict::Continue => Outcome::Continued(stream.headers.clone()),
+        Verdict::Answer(reply) => Outcome::Answered(answer(reply)),
+        Verdict::Delay(delay, then) => {
+            held.hold(id, host.now() + delay, then);
+            Outcome::Held
+        }
+        Verdict::Wait(waiting) => {
+            waiters.wait(waiting.call, id, *waiting);
+            Outcome::Held
+        }
+    };
+    stream
 }
 
 fn find(headers: &[(&str, &str)], name: &str) -> Option<Vec<u8>> {

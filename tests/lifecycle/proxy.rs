@@ -33,6 +33,17 @@ pub struct StreamId {
     pub id: u32,
 }
 
+/// A gRPC call that waits for its answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Call {
+    pub id: u32,
+    pub cluster: String,
+    /// The path of the request.
+    pub path: String,
+    pub message: Vec<u8>,
+    pub timeout: Duration,
+}
+
 /// A proxy of two workers with one policy, on a clock that only [`Proxy::advance`] moves.
 pub trait Proxy {
     /// Replaces the policy in all workers, as a configuration update does.
@@ -58,6 +69,15 @@ pub trait Proxy {
 
     /// What became of a request that was held.
     fn outcome(&mut self, stream: StreamId) -> Outcome;
+
+    /// Adds a cluster that calls can be sent to. There is none at first.
+    fn add_cluster(&mut self, name: &str);
+
+    /// The calls of a worker that wait for an answer, oldest first.
+    fn calls(&mut self, worker: usize) -> Vec<Call>;
+
+    /// Ends a call: with a message where the gRPC status is 0.
+    fn answer_call(&mut self, worker: usize, call: u32, status: u32, message: &[u8]);
 
     /// A property of the streams to come; its path is joined by dots.
     fn set_property(&mut self, path: &str, value: &[u8]);

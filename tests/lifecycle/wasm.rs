@@ -1,6 +1,6 @@
 //! The module that ships, in a virtual machine for each worker.
 
-use crate::proxy::{Headers, Outcome, Proxy, Reply, StreamId};
+use crate::proxy::{Call, Headers, Outcome, Proxy, Reply, StreamId};
 use std::sync::LazyLock;
 use std::time::Duration;
 use trimtab_vm::{Action, Refused, RootId, Vm, World, advance};
@@ -103,6 +103,27 @@ impl Proxy for Module {
             (None, Action::Continue) => Outcome::Continued(pairs(stream.request_headers())),
             (None, Action::Pause) => Outcome::Held,
         }
+    }
+
+    fn add_cluster(&mut self, name: &str) {
+        self.world.add_cluster(name);
+    }
+
+    fn calls(&mut self, worker: usize) -> Vec<Call> {
+        let calls = self.workers[worker].vm.grpc_calls();
+        calls
+            .map(|call| Call {
+                id: call.token,
+                cluster: call.cluster.clone(),
+                path: format!("/{}/{}", call.service, call.method),
+                message: call.message.clone(),
+                timeout: call.timeout,
+            })
+            .collect()
+    }
+
+    fn answer_call(&mut self, worker: usize, call: u32, status: u32, message: &[u8]) {
+        self.workers[worker].vm.answer_grpc_call(call, status, message).unwrap_or_else(|trap| panic!("{trap}"));
     }
 
     fn set_property(&mut self, path: &str, value: &[u8]) {

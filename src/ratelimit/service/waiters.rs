@@ -1,0 +1,79 @@
+//! The streams that wait for a service's answer, by the call that they wait for.
+
+use super::calls::{Rest, Settled};
+use super::decision::Outcome;
+use crate::host::CallId;
+
+/// The waiting streams of one worker, in the order in which they came.
+#[derive(Debug)]
+pub struct Waiters<T> {
+    waiting: Vec<(CallId, u32, T)>,
+}
+
+impl<T> Default for Waiters<T> {
+    fn default() -> Self {
+        Waiters { waiting: Vec::new() }
+    }
+}
+
+impl<T> Waiters<T> {
+    /// Lets `stream` wait for `call`.
+    pub fn wait(&mut self, call: CallId, stream: u32, request: T) {
+        self.waiting.push((call, stream, request));
+    }
+
+    /// How many wait for `call`.
+    pub fn count(&self, call: CallId) -> usize {
+        self.waiting.iter().filter(|(awaited, ..)| *awaited == call).count()
+    }
+
+    /// Takes the streams that need not wait any more, each with what was found. Nothing is found by a call that nobody
+    /// knows.
+    pub fn settle(&mut self, call: CallId, settled: Option<Settled>) -> Vec<(u32, T, Outcome)> {
+        let (admitted, rest) = settled.map_or((0, Rest::Failed), |settled| (settled.admitted, settled.rest));
+        let mut found = Vec::new();
+        let answered: Vec<_> = self.waiting.extract_if(.., |(awaited, ..)| *awaited == call).collect();
+        for (at, (_, stream, request)) in answered.into_iter().enumerate() {
+            let outcome = match rest {
+                _ if at < admitted => Outcome::Admitted,
+                Rest::Refused(wait) => Outcome::Refused(wait),
+                Rest::Failed => Outcome::Failed,
+                Rest::Waits(next) => {
+                    self.wait(next, stream, request);
+                    continue;
+                }
+            };
+            found.push((stream, request, outcome));
+        }
+        found
+    }
+
+    /// Forgets a stream whose client has gone.
+    pub fn forget(&mut self, stream: u32) -> Option<T> {
+        let at = self.waiting.iter().position(|(_, waiting, _)| *waiting == stream)?;
+        Some(self.waiting.remove(at).2)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ratelimit::service::Place;
+
+    #[test]
+    fn the_first_to_come_are_admitted_first() {
+        let mut waiters = Waiters::default();
+        for (call, stream) in [(1, 10), (2, 20), (1, 11), (1, 12), (1, 13)] {
+            waiters.wait(CallId(call), stream, ());
+        }
+        waiters.forget(11);
+        assert_eq!(waiters.count(CallId(1)), 3);
+        let place = Place { route: 0, limit: 0 };
+        let settled = |admitted, rest| Some(Settled { place, admitted, rest, failure: None });
+        let found = waiters.settle(CallId(1), settled(1, Rest::Waits(CallId(3))));
+        assert_eq!(found, [(10, (), Outcome::Admitted)]);
+        let found = waiters.settle(CallId(3), settled(0, Rest::Refused(7)));
+        assert_eq!(found, [(12, (), Outcome::Refused(7)), (13, (), Outcome::Refused(7))]);
+        assert_eq!(waiters.settle(CallId(2), None), [(20, (), Outcome::Failed)]);
+    }
+}
