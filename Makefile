@@ -15,14 +15,14 @@ export CARGO_TARGET_WASM32_WASIP1_RUSTFLAGS := --remap-path-prefix=$(CURDIR)=. \
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: run
 run: setup build ## Try Trimtab on real traffic: Envoy, two upstreams, a tour (ONCE=1 ends after it)
 	@$(CARGO) run --quiet --package trimtab-testbed --bin tour -- $(if $(ONCE),--once)
 
 .PHONY: test
-test: setup format lint build ## Run everything: format, lints, unit, property, lifecycle, command-line and end-to-end tests
+test: setup setup-ratelimit format lint build ## Run everything: format, lints, unit, property, lifecycle, command-line and end-to-end tests
 	$(CARGO) test --workspace --features cli
 
 .PHONY: build
@@ -63,6 +63,10 @@ setup: ## Install what is missing: the wasm32-wasip1 target, Envoy, func-e
 .PHONY: setup-target
 setup-target:
 	@envoy/setup.sh target
+
+.PHONY: setup-ratelimit
+setup-ratelimit: ## Install what global rate limits are tested with: envoyproxy/ratelimit (needs Go) and Redis
+	@envoy/setup.sh ratelimit redis
 
 .PHONY: clean
 clean: ## Remove what was built

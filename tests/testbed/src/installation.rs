@@ -52,7 +52,7 @@ impl Installation {
     }
 }
 
-fn executable(path: &Path) -> Option<PathBuf> {
+pub(crate) fn executable(path: &Path) -> Option<PathBuf> {
     use std::os::unix::fs::PermissionsExt;
     let path = path.canonicalize().ok()?;
     let metadata = path.metadata().ok()?;

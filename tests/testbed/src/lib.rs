@@ -31,6 +31,7 @@ mod envoy;
 mod installation;
 mod message;
 mod process;
+mod ratelimit;
 mod raw;
 mod upstream;
 mod yaml;
@@ -39,12 +40,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use bootstrap::{
-    Bootstrap, Direction, Listener, by_cluster_header, by_subset, cluster, direct_response, http2_cluster, wasm_filter,
+    Bootstrap, Direction, Listener, by_cluster_header, by_subset, cluster, direct_response, http2_cluster,
+    pipe_cluster, wasm_filter,
 };
 pub use client::Client;
 pub use envoy::{Envoy, Options, Update};
 pub use installation::{ENVOY_VERSION, Installation, Launcher};
 pub use message::{Request, Response};
+pub use ratelimit::{RateLimit, Redis};
 pub use raw::{RawConnection, raw};
 pub use upstream::{Behaviour, Received, Upstream};
 pub use yaml::json_from_yaml;

@@ -47,6 +47,13 @@ impl ProcessGroup {
         self.0.try_wait().ok().flatten()
     }
 
+    /// Sends a signal, by its name, to the program alone.
+    pub(crate) fn signal(&self, signal: &str) {
+        let sent =
+            Command::new("sh").args(["-c", "kill -\"$1\" \"$2\"", "sh", signal, &self.id().to_string()]).status();
+        assert!(sent.is_ok_and(|status| status.success()), "cannot send {signal}");
+    }
+
     /// The process group's number, which is the program's process id.
     pub(crate) fn id(&self) -> u32 {
         self.0.id()
