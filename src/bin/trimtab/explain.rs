@@ -25,6 +25,8 @@ use trimtab::http::{HeaderMutation, LocalReply, Request};
 use trimtab::key::KeySource;
 use trimtab::matcher::Condition;
 use trimtab::policy::{Policy, Route};
+use trimtab::ratelimit::Limit;
+use trimtab::ratelimit::service::Outcome::Admitted;
 use trimtab::trace::w3c::{Flags, Invalid, format_traceparent};
 use trimtab::trace::{self, Arrived, Continuation};
 use trimtab::units::{Fraction, nanoseconds, point};
@@ -108,9 +110,19 @@ impl Explain {
             host.set_property(&property.path, property.value.as_bytes());
         }
         let block = block(&self.request, &self.scheme, self.authority.as_deref(), &self.headers);
+        for service in policy.routes.iter().flat_map(|route| &route.global_limits) {
+            host.add_cluster(&service.service.cluster);
+        }
         let mut filter = Filter::new(policy, &host);
-        let Decision { verdict, mutations, reasons, .. } = filter.on_request(&host, &block, true);
-        let changes = mutations.iter().map(Change::from).collect();
+        let owned = |Decision { verdict, mutations, reasons, .. }: Decision<'_>| {
+            (verdict, mutations.iter().map(Change::from).collect(), reasons)
+        };
+        let (mut verdict, mut changes, mut reasons) = owned(filter.on_request(&host, &block, true));
+        // No service is asked here: each is taken to admit the request.
+        while let Verdict::Wait(waiting) = verdict {
+            let decision = filter.on_settled(&host, &block, true, *waiting, Admitted);
+            (verdict, changes, reasons) = owned(decision);
+        }
         let policy = filter.policy();
         let mut request = Request::parse(&block, &policy.header_names);
         if policy.reads_route_name {
@@ -247,7 +259,7 @@ impl Story<'_> {
     fn reply(&self) -> Option<&LocalReply> {
         match &self.verdict {
             Verdict::Answer(reply) | Verdict::Delay(_, Some(reply)) => Some(reply),
-            Verdict::Continue | Verdict::Delay(_, None) => None,
+            Verdict::Continue | Verdict::Delay(_, None) | Verdict::Wait(_) => None,
         }
     }
 }
@@ -321,26 +333,42 @@ impl Story<'_> {
     }
 
     fn tell_limits(&self, table: &mut Table) {
-        let (Some(route), Some(admission)) = (self.route(), &self.reasons.admission) else { return };
+        let Some(route) = self.route().filter(|route| !route.limits.is_empty() || !route.global_limits.is_empty())
+        else {
+            return;
+        };
         table.section("limit");
+        let refused = self.reasons.admission.as_ref().and_then(|admission| admission.refused);
+        let would_refuse = self.reasons.admission.as_ref().map_or(&[][..], |admission| &admission.would_refuse);
         for (index, limit) in route.limits.iter().enumerate() {
-            let parts: Vec<String> = limit
-                .key
-                .iter()
-                .map(|source| match self.key_part(source) {
-                    (source, Some(value)) => format!("{source} {}", quoted(&value)),
-                    (source, None) => format!("{source} absent"),
-                })
-                .collect();
-            let whom = if parts.is_empty() { "one allowance for all".to_owned() } else { parts.join(", ") };
-            let verdict = match admission.refused {
+            let verdict = match refused {
                 Some((refused, wait)) if refused == index => format!("refused, for {}", duration(wait)),
                 Some((refused, _)) if refused < index => "not asked".to_owned(),
-                _ if admission.would_refuse.contains(&index) => "would be refused, but mode is shadow".to_owned(),
+                _ if would_refuse.contains(&index) => "would be refused, but mode is shadow".to_owned(),
                 _ => "admitted".to_owned(),
             };
-            table.row(&*limit.name, format!("{verdict}: {}; {whom}", limit.promise));
+            table.row(&*limit.name, format!("{verdict}: {}; {}", limit.promise, self.whom(limit)));
         }
+        for global in &route.global_limits {
+            let service = &global.service;
+            let verdict = if refused.is_some() { "not asked" } else { "asked, and taken to admit it" };
+            let entries = global.descriptor(&self.request, &route.name, self.host);
+            let entries: Vec<String> = entries.iter().map(|(key, value)| format!("{key}={}", quoted(value))).collect();
+            table.row(
+                &*global.limit.name,
+                format!("{} is {verdict}: domain {}; {}", service.cluster, service.domain, entries.join(", ")),
+            );
+        }
+    }
+
+    /// Whose allowance it is.
+    fn whom(&self, limit: &Limit) -> String {
+        let part = |source| match self.key_part(source) {
+            (source, Some(value)) => format!("{source} {}", quoted(&value)),
+            (source, None) => format!("{source} absent"),
+        };
+        let parts: Vec<String> = limit.key.iter().map(part).collect();
+        if parts.is_empty() { "one allowance for all".to_owned() } else { parts.join(", ") }
     }
 
     fn tell_destination(&self, table: &mut Table) {
@@ -433,7 +461,8 @@ impl Story<'_> {
             format!("{}{grpc} ({})", reply.status, reply.details)
         };
         match &self.verdict {
-            Verdict::Continue => table.row("continues", format!("to {}", self.destination())),
+            // The story is told when nobody waits any more.
+            Verdict::Continue | Verdict::Wait(_) => table.row("continues", format!("to {}", self.destination())),
             Verdict::Delay(time, None) => {
                 table.row("continues", format!("to {}, {} later", self.destination(), duration(*time)));
             }
@@ -480,21 +509,37 @@ impl Story<'_> {
     }
 
     fn json_limits(&self) -> Vec<Value> {
-        let (Some(route), Some(admission)) = (self.route(), &self.reasons.admission) else { return Vec::new() };
+        let Some(route) = self.route() else { return Vec::new() };
         let key = |source: &KeySource| {
             let (source, value) = self.key_part(source);
             json!({"source": source, "value": value})
         };
+        let refused = self.reasons.admission.as_ref().and_then(|admission| admission.refused);
         let limits = route.limits.iter().enumerate().map(|(index, limit)| {
             json!({
                 "name": &*limit.name,
                 "promise": &*limit.promise,
                 "key": limit.key.iter().map(key).collect::<Vec<_>>(),
-                "admitted": admission.refused.is_none_or(|(refused, _)| refused != index),
+                "admitted": refused.is_none_or(|(refused, _)| refused != index),
                 "shadow": limit.shadow,
             })
         });
-        limits.collect()
+        let global_limits = route.global_limits.iter().map(|global| {
+            let entries = global.descriptor(&self.request, &route.name, self.host);
+            let entries = entries.iter().map(|(key, value)| json!({"key": key, "value": value}));
+            json!({
+                "name": &*global.limit.name,
+                "promise": &*global.limit.promise,
+                "key": global.limit.key.iter().map(key).collect::<Vec<_>>(),
+                "shadow": global.limit.shadow,
+                "service": {
+                    "cluster": &*global.service.cluster,
+                    "domain": &*global.service.domain,
+                    "descriptor": entries.collect::<Vec<_>>(),
+                },
+            })
+        });
+        limits.chain(global_limits).collect()
     }
 
     fn json_destination(&self) -> Option<Value> {
@@ -539,7 +584,7 @@ impl Story<'_> {
 
     fn json_verdict(&self) -> Value {
         let (action, delay) = match &self.verdict {
-            Verdict::Continue => ("continue", None),
+            Verdict::Continue | Verdict::Wait(_) => ("continue", None),
             Verdict::Delay(time, None) => ("continue", Some(*time)),
             Verdict::Delay(time, Some(_)) => ("answer", Some(*time)),
             Verdict::Answer(_) => ("answer", None),

@@ -227,6 +227,29 @@ impl Inquiry {
 }
 
 impl GlobalLimit {
+    /// The entries of the descriptor that the service is asked about.
+    pub fn descriptor<'a>(
+        &'a self,
+        request: &Request<'a>,
+        route: &'a str,
+        properties: &impl Properties,
+    ) -> Vec<(&'a str, Cow<'a, str>)> {
+        let GlobalLimit { limit, service } = self;
+        let keys = service.descriptor_keys.iter().map(|key| &**key);
+        if limit.key.is_empty() {
+            return keys.map(|key| (key, Cow::Borrowed(&*limit.name))).collect();
+        }
+        let value = |source: &'a KeySource| {
+            let part = text(source.find(request, route, properties));
+            // An IPv6 address without the brackets that its port needs, as Envoy's own remote_address.
+            match (source, part.strip_prefix('[').and_then(|part| part.strip_suffix(']'))) {
+                (KeySource::SourceAddress { .. }, Some(address)) => Cow::Owned(address.to_owned()),
+                _ => part,
+            }
+        };
+        keys.zip(limit.key.iter().map(value)).collect()
+    }
+
     /// What the service is asked about the request, without hits, and what stands for it here.
     #[inline(never)]
     fn subject(
@@ -236,21 +259,7 @@ impl GlobalLimit {
         route: &str,
         properties: &impl Properties,
     ) -> (Vec<u8>, u64) {
-        let values: Vec<Cow<'_, str>> = if self.limit.key.is_empty() {
-            vec![Cow::Borrowed(&*self.limit.name)]
-        } else {
-            let part = |source: &KeySource| {
-                let part = text(source.find(request, route, properties));
-                // An IPv6 address without the brackets that its port needs, as Envoy's own remote_address.
-                match (source, part.strip_prefix('[').and_then(|part| part.strip_suffix(']'))) {
-                    (KeySource::SourceAddress { .. }, Some(address)) => Cow::Owned(address.to_owned()),
-                    _ => part,
-                }
-            };
-            self.limit.key.iter().map(part).collect()
-        };
-        let keys = self.service.descriptor_keys.iter().map(|key| &**key);
-        let message = encode(&self.service.domain, keys.zip(values.iter().map(|value| &**value)));
+        let message = encode(&self.service.domain, &self.descriptor(request, route, properties));
         let mut hasher = secret.hasher();
         hasher.write(&message);
         (message, hasher.finish())
