@@ -353,8 +353,8 @@ impl WorkerState {
 }
 
 impl Filter {
-    /// Takes the answer to a call for which `waiting` requests wait: its gRPC status, and its message where that is 0.
-    /// What is found is for the waiting requests, each of which goes on with [`Filter::on_settled`]. `None` where this
+    /// Takes the answer to a call for which `waiting` requests wait: its gRPC status, and with it its message, or the text
+    /// that goes with another status than 0. What is found is for the waiting requests, each of which goes on with [`Filter::on_settled`]. `None` where this
     /// filter sent no such call.
     pub fn on_answer(
         &mut self,

@@ -8,7 +8,7 @@
 
 use super::{CallId, Conflict, GrpcCall, GrpcClient, Host, MetricId, Metrics, Properties, StateStore, Version};
 use crate::fault::HeldStreams;
-use crate::filter::{Decision, Exchange, Filter, Verdict, Waiting};
+use crate::filter::{Exchange, Filter, Verdict, Waiting};
 use crate::http::{HeaderMutation, LocalReply, encode_headers};
 use crate::policy::Policy;
 use crate::random::split_mix;
@@ -107,6 +107,7 @@ unsafe extern "C" {
         timeout: u32,
         token: *mut u32,
     ) -> Status;
+    fn proxy_get_status(status: *mut u32, text: *mut *mut u8, size: *mut usize) -> Status;
 }
 
 #[link(wasm_import_module = "wasi_snapshot_preview1")]
@@ -304,11 +305,11 @@ extern "C" fn trimtab_on_grpc_receive(_root: u32, token: u32, size: usize) {
     on_grpc_answer(token, 0, &message.unwrap_or_default());
 }
 
-/// The end of a call that was not answered, with its gRPC status.
+/// The end of a call that was not answered, with its gRPC status, which is not 0.
 #[unsafe(no_mangle)]
 extern "C" fn trimtab_on_grpc_close(_root: u32, token: u32, status: u32) {
-    // Status 0 would be an answer; one without a message is none.
-    on_grpc_answer(token, status, &[]);
+    let text = fetch(|data, size| unsafe { proxy_get_status(&mut 0, data, size) });
+    on_grpc_answer(token, status, &text.unwrap_or_default());
 }
 
 impl Worker {

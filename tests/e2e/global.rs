@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tokio::task::JoinSet;
 use trimtab_testbed::{
-    Behaviour, Bootstrap, Client, Envoy, RateLimit, Redis, Request, Response, Upstream, cluster, http2_cluster,
-    needs_envoy, needs_ratelimit, pipe_cluster,
+    Behaviour, Bootstrap, Client, Envoy, RateLimit, RawConnection, Redis, Request, Response, Upstream, cluster,
+    eventually, http2_cluster, needs_envoy, needs_ratelimit, pipe_cluster,
 };
 
 const LIMITS: &str = "
@@ -165,7 +165,7 @@ async fn a_service_that_is_killed_under_load_and_comes_back_is_asked_again() {
     }
     let seen = async |status: u16, since: usize| {
         let what = format!("a {status} after {since} answers");
-        trimtab_testbed::eventually(&what, async || {
+        eventually(&what, async || {
             let statuses = statuses.lock().unwrap();
             statuses.iter().skip(since).any(|found| *found == status).then_some(statuses.len())
         })
@@ -202,7 +202,7 @@ async fn a_slow_service_costs_a_request_the_timeout_and_no_more() {
     assert_eq!(service_metric(&world, "timeout").await, timeouts + 1);
     service.resume();
     // What the service finds in its socket are calls that nobody waits for any more.
-    trimtab_testbed::eventually("an answer in time", async || {
+    eventually("an answer in time", async || {
         let before = service_metric(&world, "undecided").await;
         ask(&client, "ann").await;
         (service_metric(&world, "undecided").await == before).then_some(())
@@ -294,23 +294,19 @@ async fn a_cluster_that_envoy_does_not_have_is_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn clients_that_leave_while_they_wait_leave_nothing_behind() {
+async fn a_client_that_leaves_while_it_waits_is_counted() {
     needs_envoy!();
     let service = Upstream::start("service").await;
     service.set_behaviour(Behaviour::silent());
     let world = envoy(&limited(r#", "timeout": "10s""#), http2_cluster("rate_limit_cluster", service.address())).await;
-    for _ in 0..3 {
-        let mut connection = trimtab_testbed::RawConnection::open(world.envoy.address("inbound")).await;
-        connection.write(b"GET / HTTP/1.1\r\nhost: user-service\r\nx-user: ann\r\n\r\n").await;
-        // The call is out, or the request waits with others for the one that is.
-        world.envoy.wait_for_stat("http.inbound.downstream_rq_active", |active| active == 1).await;
-        service.next_request().await;
-        drop(connection);
-        world.envoy.wait_for_stat("http.inbound.downstream_rq_active", |active| active == 0).await;
-        // The next one asks anew: its user is another.
-        break;
-    }
-    assert_eq!(service_metric(&world, "gone").await, 1);
+    let mut connection = RawConnection::open(world.envoy.address("inbound")).await;
+    connection.write(b"GET / HTTP/1.1\r\nhost: user-service\r\nx-user: ann\r\n\r\n").await;
+    service.next_request().await;
+    drop(connection);
+    world.envoy.wait_for_stat("http.inbound.downstream_rq_active", |active| active == 0).await;
+    // The stream is deleted a moment after its request is.
+    let gone = "wasmcustom.trimtab.policy.user-service.route.api.limit.fleet.service.gone";
+    world.envoy.wait_for_stat(gone, |gone| gone == 1).await;
     assert_eq!(world.v1.count(), 0, "who left did not go on");
     world.assert_no_trap().await;
 }

@@ -126,7 +126,6 @@ impl Proxy for Native {
         let Worker { filter, held, waiters, calls, streams, .. } = &mut self.workers[worker];
         let filter = filter.as_mut().unwrap();
         calls.retain(|known| known.id != call);
-        let message = if status == 0 { message } else { &[] };
         let settled = filter.on_answer(&self.host, CallId(call), status, message, waiters.count(CallId(call)));
         for (id, waiting, outcome) in waiters.settle(CallId(call), settled) {
             let stream = streams.remove(&id).expect("who has gone was forgotten");

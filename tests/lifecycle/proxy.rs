@@ -76,7 +76,7 @@ pub trait Proxy {
     /// The calls of a worker that wait for an answer, oldest first.
     fn calls(&mut self, worker: usize) -> Vec<Call>;
 
-    /// Ends a call: with a message where the gRPC status is 0.
+    /// Ends a call: with a message where the gRPC status is 0, else with the text that goes with the status.
     fn answer_call(&mut self, worker: usize, call: u32, status: u32, message: &[u8]);
 
     /// A property of the streams to come; its path is joined by dots.

@@ -7,17 +7,20 @@
 //! asked for seldom holds little ahead, and a few hundred requests make a few dozen calls.
 //!
 //! A hit is spent in the window that it was charged to, never later. A service tells whole seconds, so a window that ends
-//! in `s` seconds lasts at least `s - 1` more from when the call was *sent*; that is how long hits are kept ahead. In the
-//! first second of a window even that is not sure, because a service may charge the old window and tell the new one's end:
-//! such hits are only kept if the call was sent while the same window was known to be on.
+//! in `s` seconds lasts at least `s - 1` more from when the call was *sent*; that is how long hits are kept ahead. Where a
+//! window may have begun while the call was under way even that is not sure, because a service may charge the old window
+//! and tell the new one's end: such hits are only kept if the call was sent while that window was known to be on.
 
 use super::codec::{Answer, Flaw, decode, with_hits};
 use super::policy::{GlobalLimit, Service};
-use super::quota::{Found, Known, Quota};
+use super::quota::{Found, Known, Quota, SAME_WINDOW};
 use crate::host::{CallId, Change, Conflict, GrpcCall, GrpcClient, StateStore, update};
 use crate::units::Monotonic;
 
 const SECOND: u64 = 1_000_000_000;
+
+/// gRPC's status for what took too long.
+const DEADLINE_EXCEEDED: u32 = 4;
 
 /// How long a key over its limit is left alone at least; its window may have one second to go, or none.
 const LEAST_SILENCE: u64 = 50_000_000;
@@ -83,6 +86,8 @@ pub struct Settled {
     pub place: Place,
     /// So many of them, the first to come, are admitted.
     pub admitted: usize,
+    /// Until when their hits could be spent by others; 0 where that is not known.
+    pub until: Monotonic,
     pub rest: Rest,
     /// Why there was no answer, to be counted; or why there was none to ask further.
     pub failure: Option<Failure>,
@@ -149,8 +154,8 @@ impl Calls {
         Ok(id)
     }
 
-    /// Takes the answer to a call for which `waiting` requests wait: its gRPC status and its message. `limit` finds the
-    /// limit at a place. `None` where there is no such call.
+    /// Takes the answer to a call for which `waiting` requests wait: its gRPC status, and with it its message, or the text
+    /// that goes with another status than 0. `limit` finds the limit at a place. `None` where there is no such call.
     #[inline(never)]
     pub fn settle<'p>(
         &mut self,
@@ -166,10 +171,15 @@ impl Calls {
         let call = self.under_way.swap_remove(at);
         let place = call.subject.place;
         let limit = limit(place)?;
-        let failed = |failure| Some(Settled { place, admitted: 0, rest: Rest::Failed, failure: Some(failure) });
+        let failed =
+            |failure| Some(Settled { place, admitted: 0, until: 0, rest: Rest::Failed, failure: Some(failure) });
         if status != 0 {
+            // Envoy tells its own timeout as UNAVAILABLE in its router's words, by a clock that may be a little behind; the
+            // service is told the timeout too, and may end the call itself.
             let timeout = u64::from(limit.service.timeout).saturating_mul(1_000_000);
-            let is_late = now.saturating_sub(call.sent) >= timeout;
+            let is_late = status == DEADLINE_EXCEEDED
+                || message.starts_with(b"upstream request timeout")
+                || now.saturating_sub(call.sent) >= timeout;
             return failed(if is_late { Failure::Timeout } else { Failure::Status });
         }
         let answer = match decode(message) {
@@ -193,12 +203,15 @@ impl Calls {
         let place = subject.place;
         let until = sent.saturating_add(answer.reset.saturating_sub(1).saturating_mul(SECOND));
         let mut known = Known::default();
-        let mut admitted = 0;
+        let mut settled = Settled { place, admitted: 0, until: 0, rest: Rest::Failed, failure: None };
         if !answer.is_over {
-            admitted = waiting.min(hits as usize);
-            let is_known = known_until > sent && until <= known_until.saturating_add(2 * SECOND);
-            let is_sure = answer.reset > 0 && (answer.reset < answer.window || is_known && answer.window > 0);
-            let ahead = if is_sure { (hits as usize).saturating_sub(admitted) } else { 0 };
+            settled.admitted = waiting.min(hits as usize);
+            let is_known = known_until > sent && until <= known_until.saturating_add(SAME_WINDOW);
+            let took = now.saturating_sub(sent) / SECOND;
+            let is_old = answer.reset > 0 && answer.reset.saturating_add(took) < answer.window;
+            let is_sure = is_old || is_known && answer.window > 0;
+            let ahead = if is_sure { (hits as usize).saturating_sub(settled.admitted) } else { 0 };
+            settled.until = if is_sure { until } else { 0 };
             known = Known { until, batch: if is_sure { hits } else { 0 }, remaining: answer.remaining.unwrap_or(0) };
             if until > now {
                 let ahead = u32::try_from(ahead).unwrap_or(u32::MAX);
@@ -213,18 +226,18 @@ impl Calls {
             let _ = limit.amend(subject.fingerprint, host, &|quota| {
                 quota.refuse(subject.fingerprint, until, then, now);
             });
-            return Settled { place, admitted, rest: Rest::Refused(reset), failure: None };
+            settled.rest = Rest::Refused(reset);
+            return settled;
         }
         // Some are left: more than the room that was known, or a batch that was too large. A single hit will tell.
-        let left = waiting.saturating_sub(admitted);
-        if left == 0 {
-            return Settled { place, admitted, rest: Rest::Failed, failure: None };
+        let left = u32::try_from(waiting.saturating_sub(settled.admitted)).unwrap_or(u32::MAX);
+        if left > 0 {
+            match self.send(&limit.service, subject, left, known, now, host) {
+                Ok(id) => settled.rest = Rest::Waits(id),
+                Err(failure) => settled.failure = Some(failure),
+            }
         }
-        let left = u32::try_from(left).unwrap_or(u32::MAX);
-        match self.send(&limit.service, subject, left, known, now, host) {
-            Ok(id) => Settled { place, admitted, rest: Rest::Waits(id), failure: None },
-            Err(failure) => Settled { place, admitted, rest: Rest::Failed, failure: Some(failure) },
-        }
+        settled
     }
 }
 
@@ -248,7 +261,7 @@ impl GlobalLimit {
             let is_garbage = decoded == Some(None);
             let mut quota = decoded.flatten().unwrap_or_default();
             match quota.take(fingerprint, now) {
-                Found::Hit => Change::Write(quota.encode(), (Found::Hit, is_garbage)),
+                hit @ Found::Hit(_) => Change::Write(quota.encode(), (hit, is_garbage)),
                 found => Change::Keep((found, is_garbage)),
             }
         })

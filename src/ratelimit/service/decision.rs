@@ -24,8 +24,8 @@ const LONGEST_VALUE: usize = 512;
 pub struct Inquiry {
     /// The limit that is asked next, an index into the route's global limits.
     next: usize,
-    /// The hits that were spent: limit and key.
-    spent: Vec<(usize, u64)>,
+    /// The hits that were spent: limit, key, and until when they could be.
+    spent: Vec<(usize, u64, Monotonic)>,
     pub refused: Option<Refusal>,
     /// The limits in shadow that would have refused.
     pub would_refuse: Vec<usize>,
@@ -45,7 +45,8 @@ pub struct Refusal {
 /// What is found of a request at the limit that it waits at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    Admitted,
+    /// With a hit that could be spent until then; 0 where that is not known.
+    Admitted(Monotonic),
     /// Nanoseconds until the reset.
     Refused(u64),
     Failed,
@@ -93,9 +94,9 @@ impl Asker<'_> {
     ) {
         let Some(limit) = self.limits.get(inquiry.next) else { return };
         match outcome {
-            Outcome::Admitted => {
+            Outcome::Admitted(until) => {
                 let (_, fingerprint) = limit.subject(self.secret, request, self.route_name, host);
-                inquiry.spent.push((inquiry.next, fingerprint));
+                inquiry.spent.push((inquiry.next, fingerprint, until));
             }
             Outcome::Refused(wait) => self.refuse(inquiry, limit, Some(wait)),
             Outcome::Failed => {
@@ -162,7 +163,7 @@ impl Asker<'_> {
                         (self.count)(index, Event::Garbage);
                     }
                     match found {
-                        Found::Hit => Outcome::Admitted,
+                        Found::Hit(until) => Outcome::Admitted(until),
                         Found::Over(wait) => Outcome::Refused(wait),
                         Found::Nothing(known) => {
                             let place = Place { route: self.route, limit: index };
@@ -212,9 +213,9 @@ impl Asker<'_> {
 /// Gives back what was spent of `limits` for a request that is not admitted after all.
 #[inline(never)]
 pub fn give_back(inquiry: &mut Inquiry, limits: &[GlobalLimit], now: Monotonic, store: &impl StateStore) {
-    for (index, fingerprint) in inquiry.spent.drain(..) {
+    for (index, fingerprint, until) in inquiry.spent.drain(..) {
         if let Some(limit) = limits.get(index) {
-            let _ = limit.amend(fingerprint, store, &|quota| quota.give_back(fingerprint, now));
+            let _ = limit.amend(fingerprint, store, &|quota| quota.give_back(fingerprint, until, now));
         }
     }
 }
@@ -307,4 +308,230 @@ fn text(part: Option<Cow<'_, [u8]>>) -> Cow<'_, str> {
     let mut text = String::from("xxh64:");
     text.extend((0..16).map(|place| char::from_digit((hash >> (60 - place * 4)) as u32 & 0xf, 16).unwrap_or('0')));
     Cow::Owned(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::diagnostic::Report;
+    use crate::document::{Node, Value};
+    use crate::host::Host;
+    use crate::host::sim::{SentCall, Sim};
+    use crate::http::{HeaderNames, encode_headers};
+    use crate::ratelimit::service::{Rest, Waiters};
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+    use std::time::Duration;
+
+    const SECOND: u64 = 1_000_000_000;
+    const LIMIT: u32 = 40;
+
+    fn limits(text: &str) -> (Vec<GlobalLimit>, HeaderNames) {
+        let node = Node::from_json(text.as_bytes()).unwrap();
+        let report = Report::default();
+        let mut names = HeaderNames::default();
+        let (_, limits) = crate::ratelimit::read(&Value::root(&node, &report), 0, "t/", "r", &mut names);
+        assert_eq!(report.into_diagnostics(), []);
+        (limits, names)
+    }
+
+    /// envoyproxy/ratelimit, as its sources are: it charges first and compares then, counts in windows of its own clock,
+    /// and reads that clock twice.
+    #[derive(Default)]
+    struct Service {
+        /// How far its clock is before everybody's.
+        offset: u64,
+        charged: HashMap<u64, u32>,
+        /// Hits that it admitted beyond the requests that waited, by window.
+        ahead_of_need: HashMap<u64, u32>,
+    }
+
+    impl Service {
+        const WINDOW: u64 = 60;
+
+        fn window(&self, now: Monotonic) -> u64 {
+            (now + self.offset) / SECOND / Service::WINDOW
+        }
+
+        /// Answers a call that it charges at `charged_at` and tells the reset of at `told_at`.
+        fn answer(&mut self, call: &SentCall, charged_at: Monotonic, told_at: Monotonic, waiting: u32) -> Vec<u8> {
+            let at = call.message.iter().rposition(|byte| *byte == 0x18).unwrap();
+            let hits = u32::from(call.message[at + 1]);
+            assert!(hits < 128 && at + 2 == call.message.len(), "{:?}", call.message);
+            let window = self.window(charged_at);
+            let count = self.charged.entry(window).or_default();
+            *count += hits;
+            let remaining = LIMIT.checked_sub(*count);
+            if remaining.is_some() {
+                *self.ahead_of_need.entry(window).or_default() += hits.saturating_sub(waiting);
+            }
+            let reset = Service::WINDOW - (told_at + self.offset) / SECOND % Service::WINDOW;
+            let code = if remaining.is_some() { 1 } else { 2 };
+            let remaining = remaining.unwrap_or(0) as u8;
+            let status = [8, code, 0x12, 4, 8, LIMIT as u8, 0x10, 2, 0x18, remaining, 0x22, 2, 8, reset as u8];
+            [&[8, code, 0x12, status.len() as u8][..], &status].concat()
+        }
+    }
+
+    /// A call on its way: to which proxy and worker it belongs, and when it is charged, told, and answered.
+    struct Flight {
+        worker: usize,
+        call: SentCall,
+        charge: Monotonic,
+        told: Monotonic,
+        arrives: Monotonic,
+    }
+
+    /// One step of a run: so much later, a request reaches a worker, and a call that it may make takes so long.
+    type Step = (u64, usize, u64, u64, u64);
+
+    fn step() -> impl Strategy<Value = Step> {
+        let pause = prop_oneof![8 => 0..20_000_000_u64, 2 => 0..SECOND, 1 => 0..30 * SECOND];
+        let reads = prop_oneof![4 => 0..3_000_000_u64, 1 => 0..5 * SECOND];
+        (pause, 0..4_usize, 0..15_000_000_u64, reads, 0..15_000_000_u64)
+    }
+
+    /// What was admitted: from hits ahead, by the window in which they were spent; and in all.
+    #[derive(Default)]
+    struct Admitted {
+        ahead: HashMap<u64, u32>,
+        all: u32,
+        refused: u32,
+    }
+
+    /// Two proxies of two workers each, one key, and a service.
+    fn run(steps: &[Step], batch: u32, service: &mut Service) -> Admitted {
+        let (limits, names) = limits(&format!(
+            r#"[{{"name": "a", "scope": "global", "limit": {{"requestsPerUnit": {LIMIT}, "unit": "minute"}},
+                 "service": {{"cluster": "c", "domain": "d", "batch": {batch}, "onFailure": "deny"}}}}]"#
+        ));
+        let block = encode_headers::<&str, &str>(&[]);
+        let request = Request::parse(&block, &names);
+        let proxies = [Sim::new(1), Sim::new(2)];
+        proxies.iter().for_each(|proxy| proxy.add_cluster("c"));
+        let mut calls: [Calls; 4] = Default::default();
+        let mut waiters: [Waiters<()>; 4] = Default::default();
+        let mut flights: Vec<Flight> = Vec::new();
+        let mut admitted = Admitted::default();
+        let advance = |to: Monotonic| {
+            proxies.iter().for_each(|proxy| proxy.advance(Duration::from_nanos(to.saturating_sub(proxy.now()))));
+        };
+        let end = (u64::MAX, 0, 0, 0, 0);
+        for (pause, worker, there, reads, back) in steps.iter().copied().chain([end]) {
+            let next = proxies[0].now().saturating_add(pause);
+            // Everything that happens before, in its order: what a service charges and tells, and answers.
+            while let Some(at) = (0..flights.len()).min_by_key(|at| flights[*at].arrives)
+                && flights[at].arrives <= next
+            {
+                let flight = flights.swap_remove(at);
+                let host = &proxies[flight.worker / 2];
+                advance(flight.arrives);
+                let (calls, waiters) = (&mut calls[flight.worker], &mut waiters[flight.worker]);
+                let waiting = waiters.count(flight.call.id);
+                let answer = service.answer(&flight.call, flight.charge, flight.told, waiting as u32);
+                let limit = |_| limits.first();
+                let settled = calls.settle(flight.call.id, 0, &answer, waiting, limit, host.now(), host).unwrap();
+                for (_, (), outcome) in waiters.settle(flight.call.id, Some(settled)) {
+                    calls.leave();
+                    match outcome {
+                        Outcome::Admitted(_) => admitted.all += 1,
+                        Outcome::Refused(wait) => {
+                            assert!(wait <= Service::WINDOW * SECOND);
+                            admitted.refused += 1;
+                        }
+                        Outcome::Failed => panic!("nothing fails here: {settled:?}"),
+                    }
+                }
+                assert!(!matches!(settled.rest, Rest::Failed) || settled.admitted == waiting);
+                flights.extend(host.take_calls().into_iter().map(|call| {
+                    let charge = host.now() + there;
+                    let told = charge + reads;
+                    Flight { worker: flight.worker, call, charge, told, arrives: told + back }
+                }));
+            }
+            if pause == u64::MAX {
+                break;
+            }
+            advance(next);
+            let host = &proxies[worker / 2];
+            let mut asker = Asker {
+                limits: &limits,
+                route: 0,
+                route_name: "r",
+                secret: &Secret([7; 16]),
+                calls: &mut calls[worker],
+                leases: &mut Leases::default(),
+                count: &|_, event| assert_eq!(event, Event::Sent),
+            };
+            let mut inquiry = Inquiry::default();
+            match asker.ask(&mut inquiry, &request, host.now(), host) {
+                Some(call) => waiters[worker].wait(call, 0, ()),
+                None if inquiry.refused.is_some() => admitted.refused += 1,
+                None => {
+                    admitted.all += 1;
+                    *admitted.ahead.entry(service.window(host.now())).or_default() += 1;
+                }
+            }
+            flights.extend(host.take_calls().into_iter().map(|call| {
+                let charge = next + there;
+                let told = charge + reads;
+                Flight { worker, call, charge, told, arrives: told + back }
+            }));
+        }
+        assert!(
+            waiters.iter().all(|waiters| (0..1000).all(|call| waiters.count(CallId(call)) == 0)),
+            "nobody waits on"
+        );
+        admitted
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(400))]
+
+        /// Whenever calls are charged and answered, and wherever the windows end: no hit is spent that was not granted,
+        /// and none that was kept ahead in another window than its own.
+        #[test]
+        fn no_hit_is_invented_or_outlives_its_window(
+            steps in proptest::collection::vec(step(), 1..400),
+            batch in 1..50_u32,
+            offset in 0..60 * SECOND,
+        ) {
+            let mut service = Service { offset, ..Service::default() };
+            let admitted = run(&steps, batch, &mut service);
+            prop_assert!(admitted.all <= service.charged.values().sum());
+            prop_assert_eq!((admitted.all + admitted.refused) as usize, steps.len());
+            for (window, spent) in &admitted.ahead {
+                let ahead = service.ahead_of_need.get(window).copied().unwrap_or(0);
+                prop_assert!(*spent <= ahead, "{spent} spent of {ahead} ahead in window {window}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_window_of_demand_loses_less_than_an_eighth() {
+        for batch in [1, 5, 100] {
+            let mut service = Service { offset: 5 * SECOND, ..Service::default() };
+            let steps: Vec<Step> = (0..2000).map(|n| (1_000_000, n * 7 % 4, 900_000, 100_000, 900_000)).collect();
+            let admitted = run(&steps, batch, &mut service);
+            assert!(admitted.all <= LIMIT && admitted.all > LIMIT - LIMIT / 8, "batch {batch}: {}", admitted.all);
+        }
+    }
+
+    #[test]
+    fn an_address_goes_as_envoy_writes_it() {
+        let (limits, names) = limits(
+            r#"[{"name": "a", "scope": "global", "limit": {"requestsPerUnit": 9, "unit": "day"},
+                 "key": [{"sourceAddress": {}}, {"property": "a.b"}, {"pathSegment": 0}, {"header": "x-user"}],
+                 "service": {"cluster": "c", "domain": "d"}}]"#,
+        );
+        let host = Sim::new(1);
+        host.set_property("source.address", b"[2001:db8::1]:4711");
+        let block = encode_headers(&[(":path", "/users"), ("x-user", "[ann]")]);
+        let found = limits[0].descriptor(&Request::parse(&block, &names), "r", &host);
+        let found: Vec<(&str, &str)> = found.iter().map(|(key, value)| (*key, &**value)).collect();
+        assert_eq!(
+            found,
+            [("remote_address", "2001:db8::1"), ("a.b", ""), ("path_segment_0", "users"), ("x-user", "[ann]")]
+        );
+    }
 }

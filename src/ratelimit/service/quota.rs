@@ -19,6 +19,10 @@ const RESIDENT: usize = 28;
 /// In the place of the hits ahead: the key is over its limit.
 const OVER: u32 = u32::MAX;
 
+/// Two answers tell the end of one window by so many nanoseconds apart at most, and windows in which hits are kept are a
+/// minute long at least.
+pub(super) const SAME_WINDOW: u64 = 2_000_000_000;
+
 /// The keys of one word.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Quota {
@@ -51,8 +55,8 @@ pub(super) struct Known {
 /// What one request finds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Found {
-    /// A hit that was charged ahead, and is spent now.
-    Hit,
+    /// A hit that was charged ahead, and is spent now; until when it could have been.
+    Hit(Monotonic),
     /// The key is over its limit; nanoseconds until the reset.
     Over(u64),
     /// The service has to be asked.
@@ -109,7 +113,7 @@ impl Quota {
             }
             Some(resident) if resident.ahead > 0 => {
                 resident.ahead -= 1;
-                Found::Hit
+                Found::Hit(resident.until)
             }
             Some(Resident { until, batch, remaining, .. }) => {
                 Found::Nothing(Known { until: *until, batch: *batch, remaining: *remaining })
@@ -118,9 +122,12 @@ impl Quota {
         }
     }
 
-    /// Gives a spent hit back, while its window lasts.
-    pub(super) fn give_back(&mut self, fingerprint: u64, now: Monotonic) {
-        if let Some(resident) = self.live(fingerprint, now).filter(|resident| resident.ahead < OVER - 1) {
+    /// Gives back a spent hit that could have been spent until `until`, while its window lasts.
+    pub(super) fn give_back(&mut self, fingerprint: u64, until: Monotonic, now: Monotonic) {
+        if let Some(resident) = self.live(fingerprint, now)
+            && resident.ahead < OVER - 1
+            && resident.until.abs_diff(until) <= SAME_WINDOW
+        {
             resident.ahead += 1;
         }
     }
@@ -183,13 +190,18 @@ mod tests {
         quota.add(1, 2, KNOWN, NOW);
         assert_eq!(quota.take(2, NOW), Found::Nothing(Known::default()), "another key");
         assert_eq!(quota.take(1, UNTIL), Found::Nothing(Known::default()), "the window is over");
-        assert_eq!(quota.take(1, UNTIL - 1), Found::Hit);
-        assert_eq!(quota.take(1, NOW), Found::Hit);
+        assert_eq!(quota.take(1, UNTIL - 1), Found::Hit(UNTIL));
+        assert_eq!(quota.take(1, NOW), Found::Hit(UNTIL));
         assert_eq!(quota.take(1, NOW), Found::Nothing(KNOWN));
-        quota.give_back(1, NOW);
-        quota.give_back(1, UNTIL);
-        assert_eq!(quota.take(1, NOW), Found::Hit);
-        assert_eq!(quota.take(1, NOW), Found::Nothing(KNOWN), "what comes back too late is lost");
+        quota.give_back(1, UNTIL + 1, NOW);
+        quota.give_back(1, UNTIL, UNTIL);
+        quota.give_back(1, UNTIL - 60_000_000_000, NOW);
+        assert_eq!(quota.take(1, NOW), Found::Hit(UNTIL));
+        assert_eq!(
+            quota.take(1, NOW),
+            Found::Nothing(KNOWN),
+            "what comes back too late, or of another window, is lost"
+        );
     }
 
     #[test]
@@ -197,7 +209,7 @@ mod tests {
         let mut quota = Quota::default();
         quota.add(1, 2, KNOWN, NOW);
         quota.add(1, 2, Known { until: UNTIL + 500_000_000, ..KNOWN }, NOW);
-        assert!((0..4).all(|_| quota.take(1, UNTIL - 1) == Found::Hit));
+        assert!((0..4).all(|_| quota.take(1, UNTIL - 1) == Found::Hit(UNTIL)));
         quota.add(1, 2, Known { until: UNTIL + 9, ..KNOWN }, NOW);
         assert_eq!(quota.take(1, UNTIL), Found::Nothing(Known::default()));
     }
@@ -211,8 +223,8 @@ mod tests {
         assert_eq!(quota.take(1, NOW + 3_000_000_000), Found::Nothing(Known::default()));
         quota.add(2, 1, KNOWN, NOW);
         quota.refuse(2, UNTIL, 0, NOW);
-        assert_eq!(quota.take(2, NOW), Found::Hit);
-        quota.give_back(1, NOW);
+        assert_eq!(quota.take(2, NOW), Found::Hit(UNTIL));
+        quota.give_back(1, NOW, NOW);
         assert_eq!(quota.take(1, NOW), Found::Over(4_000_000_000), "nothing is given back to a key that is over");
     }
 
@@ -227,7 +239,7 @@ mod tests {
         for forgotten in 0..3 {
             assert_eq!(quota.take(forgotten, NOW), Found::Nothing(Known::default()), "{forgotten}");
         }
-        assert_eq!(quota.take(WAYS as u64 + 2, NOW), Found::Hit);
+        assert_eq!(quota.take(WAYS as u64 + 2, NOW), Found::Hit(UNTIL));
     }
 
     proptest! {
@@ -236,7 +248,7 @@ mod tests {
             if let Some(mut quota) = Quota::decode(&word) {
                 prop_assert_eq!(&quota.encode(), &word);
                 quota.take(7, now);
-                quota.give_back(7, now);
+                quota.give_back(7, now, now);
                 quota.add(7, 3, KNOWN, now);
                 quota.refuse(8, now, u64::MAX, now);
                 prop_assert!(quota.encode().len() <= 1 + WAYS * RESIDENT);
@@ -250,7 +262,7 @@ mod tests {
             let (mut charged, mut spent) = ([0; 20], [0; 20]);
             for (key, hits) in steps {
                 match hits {
-                    0..4 if quota.take(key, NOW) == Found::Hit => spent[key as usize] += 1,
+                    0..4 if quota.take(key, NOW) == Found::Hit(UNTIL) => spent[key as usize] += 1,
                     0..4 => {}
                     4 => quota.refuse(key, UNTIL, 0, NOW),
                     hits => {

@@ -30,12 +30,13 @@ impl<T> Waiters<T> {
     /// Takes the streams that need not wait any more, each with what was found. Nothing is found by a call that nobody
     /// knows.
     pub fn settle(&mut self, call: CallId, settled: Option<Settled>) -> Vec<(u32, T, Outcome)> {
-        let (admitted, rest) = settled.map_or((0, Rest::Failed), |settled| (settled.admitted, settled.rest));
+        let (admitted, until, rest) =
+            settled.map_or((0, 0, Rest::Failed), |settled| (settled.admitted, settled.until, settled.rest));
         let mut found = Vec::new();
         let answered: Vec<_> = self.waiting.extract_if(.., |(awaited, ..)| *awaited == call).collect();
         for (at, (_, stream, request)) in answered.into_iter().enumerate() {
             let outcome = match rest {
-                _ if at < admitted => Outcome::Admitted,
+                _ if at < admitted => Outcome::Admitted(until),
                 Rest::Refused(wait) => Outcome::Refused(wait),
                 Rest::Failed => Outcome::Failed,
                 Rest::Waits(next) => {
@@ -69,9 +70,9 @@ mod tests {
         waiters.forget(11);
         assert_eq!(waiters.count(CallId(1)), 3);
         let place = Place { route: 0, limit: 0 };
-        let settled = |admitted, rest| Some(Settled { place, admitted, rest, failure: None });
+        let settled = |admitted, rest| Some(Settled { place, admitted, until: 9, rest, failure: None });
         let found = waiters.settle(CallId(1), settled(1, Rest::Waits(CallId(3))));
-        assert_eq!(found, [(10, (), Outcome::Admitted)]);
+        assert_eq!(found, [(10, (), Outcome::Admitted(9))]);
         let found = waiters.settle(CallId(3), settled(0, Rest::Refused(7)));
         assert_eq!(found, [(12, (), Outcome::Refused(7)), (13, (), Outcome::Refused(7))]);
         assert_eq!(waiters.settle(CallId(2), None), [(20, (), Outcome::Failed)]);
