@@ -13,7 +13,7 @@ use crate::http::{HeaderMutation, LocalReply, Request};
 use crate::outlier::{Totals, is_failure};
 use crate::policy::{Policy, Route, TargetId};
 use crate::ratelimit::service::{Asker, Calls, Event, Inquiry, Outcome, Rest, Settled, give_back};
-use crate::ratelimit::{Admission, Leases, Secret, admit, return_leases, take_back};
+use crate::ratelimit::{Admission, Leases, Limit, Secret, admit, return_leases, take_back};
 use crate::telemetry::{DestinationMeters, Meters, Stand};
 use crate::trace::w3c::TraceContext;
 use crate::trace::{self, Continuation, Direction, Notes, Response};
@@ -72,7 +72,7 @@ pub struct Waiting {
     /// An index into the policy's routes.
     route: usize,
     admission: Option<Admission>,
-    inquiry: Inquiry,
+    inquiry: Box<Inquiry>,
 }
 
 /// What was decided on the way to a verdict.
@@ -83,7 +83,7 @@ pub struct Reasons {
     pub route: Option<usize>,
     pub admission: Option<Admission>,
     /// What rate limit services said.
-    pub inquiry: Option<Inquiry>,
+    pub inquiry: Option<Box<Inquiry>>,
     pub choice: Option<Choice>,
     /// What the canary got, where a destination is on trial.
     pub share: Option<Share>,
@@ -154,7 +154,7 @@ impl Filter {
         host: &impl Host,
         headers: &[u8],
         may_hold: bool,
-        waiting: Waiting,
+        waiting: Box<Waiting>,
         outcome: Outcome,
     ) -> Decision<'p> {
         self.worker.calls.leave();
@@ -167,7 +167,7 @@ impl Filter {
         host: &impl Host,
         headers: &[u8],
         may_hold: bool,
-        waited: Option<(Waiting, Outcome)>,
+        waited: Option<(Box<Waiting>, Outcome)>,
     ) -> Decision<'p> {
         let Filter { policy, meters, worker } = self;
         let policy: &'p Policy = policy;
@@ -219,7 +219,7 @@ impl WorkerState {
         request: &Request<'_>,
         continuation: Option<Continuation>,
         may_hold: bool,
-        waited: Option<(Waiting, Outcome)>,
+        waited: Option<(Box<Waiting>, Outcome)>,
     ) -> Decision<'p> {
         let WorkerState { secret, leases, calls, watches, trials } = self;
         let mut decision = Decision::default();
@@ -237,23 +237,25 @@ impl WorkerState {
 
         // Limits before anything is chosen or injected: a refused request costs its upstream and the experiment
         // nothing.
-        let (waited, outcome) = waited.unzip();
-        let (mut admission, mut inquiry) = match waited {
-            Some(Waiting { admission, inquiry, .. }) => (admission, inquiry),
-            None if route.limits.is_empty() => Default::default(),
-            None => {
-                let admission = admit(&route.limits, secret, leases, request, &route.name, host.now(), host);
-                meters.count_admission(&admission, host);
-                (Some(admission), Inquiry::default())
+        if !route.limits.is_empty() && waited.is_none() {
+            let admission = admit(&route.limits, secret, leases, request, &route.name, host.now(), host);
+            meters.count_admission(&admission, host);
+            if let Some((limit, wait)) = admission.refused
+                && let Some(limit) = route.limits.get(limit)
+            {
+                *verdict = Verdict::Answer(limit.refusal(wait, exchange.is_grpc));
+                mutations.clear();
             }
-        };
-        let mut refusal = None;
-        if let Some((limit, wait)) = admission.as_ref().and_then(|admission| admission.refused) {
-            refusal = route.limits.get(limit).map(|limit| limit.refusal(wait, exchange.is_grpc));
-        } else if !route.global_limits.is_empty() {
-            // Those of the fleet last: the proxy's own cost nothing to ask, and what they charged can be given back.
-            let now = host.now();
-            let mut asker = Asker {
+            let refused = admission.refused.is_some();
+            reasons.admission = Some(admission);
+            if refused {
+                return decision;
+            }
+        }
+
+        // Those of a fleet after the proxy's own, which cost nothing to ask and can be given back.
+        if !route.global_limits.is_empty() {
+            let asker = Asker {
                 limits: &route.global_limits,
                 route: index,
                 route_name: &route.name,
@@ -262,29 +264,16 @@ impl WorkerState {
                 leases,
                 count: &|limit, event| meters.count_event(limit, event, host),
             };
-            if let Some(outcome) = outcome {
-                asker.hear(&mut inquiry, outcome, request, now, host);
+            if let Some(found) = ask_services(asker, &route.limits, request, host, reasons, waited) {
+                *verdict = found;
+                mutations.clear();
             }
-            if let Some(call) = asker.ask(&mut inquiry, request, now, host) {
-                *verdict = Verdict::Wait(Box::new(Waiting { call, route: index, admission, inquiry }));
+            if let Some(inquiry) = &reasons.inquiry {
+                meters.count_inquiry(inquiry, host);
+            }
+            if !matches!(verdict, Verdict::Continue) {
                 return decision;
             }
-            meters.count_inquiry(&inquiry, host);
-            if let Some(refused) = inquiry.refused {
-                give_back(&mut inquiry, &route.global_limits, now, host);
-                if let Some(admission) = &mut admission {
-                    take_back(admission, &route.limits, leases, now, host);
-                }
-                let limit = route.global_limits.get(refused.limit);
-                refusal = limit.map(|limit| limit.refusal(refused.wait, exchange.is_grpc));
-            }
-            reasons.inquiry = Some(inquiry);
-        }
-        reasons.admission = admission;
-        if let Some(refusal) = refusal {
-            *verdict = Verdict::Answer(refusal);
-            mutations.clear();
-            return decision;
         }
 
         // The destination before the fault, because the fault's guard looks at the one that was chosen.
@@ -379,7 +368,7 @@ impl Filter {
     }
 
     /// Gives back what was charged for a request whose client has gone while it waited.
-    pub fn on_gone(&mut self, host: &impl Host, mut waiting: Waiting) {
+    pub fn on_gone(&mut self, host: &impl Host, mut waiting: Box<Waiting>) {
         let Filter { policy, meters, worker } = self;
         worker.calls.leave();
         let Some(route) = policy.routes.get(waiting.route) else { return };
@@ -474,6 +463,39 @@ impl Filter {
         let is_judged = self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some());
         windows.into_iter().chain(leases).chain(is_judged.then_some(JUDGE_PERIOD)).min()
     }
+}
+
+/// Asks the global limits of a route about a request that its own limits have admitted. What is to be done with the
+/// request unless they admit it: wait, or be refused, and then what was charged is given back.
+#[inline(never)]
+fn ask_services(
+    mut asker: Asker<'_>,
+    own: &[Limit],
+    request: &Request<'_>,
+    host: &impl Host,
+    reasons: &mut Reasons,
+    waited: Option<(Box<Waiting>, Outcome)>,
+) -> Option<Verdict> {
+    let now = host.now();
+    let mut inquiry = Box::<Inquiry>::default();
+    if let Some((waiting, outcome)) = waited {
+        (reasons.admission, inquiry) = (waiting.admission, waiting.inquiry);
+        asker.hear(&mut inquiry, outcome, request, now, host);
+    }
+    if let Some(call) = asker.ask(&mut inquiry, request, now, host) {
+        let admission = reasons.admission.take();
+        return Some(Verdict::Wait(Box::new(Waiting { call, route: asker.route, admission, inquiry })));
+    }
+    let refused = inquiry.refused;
+    if refused.is_some() {
+        give_back(&mut inquiry, asker.limits, now, host);
+        if let Some(admission) = &mut reasons.admission {
+            take_back(admission, own, asker.leases, now, host);
+        }
+    }
+    reasons.inquiry = Some(inquiry);
+    let limit = asker.limits.get(refused?.limit)?;
+    Some(Verdict::Answer(limit.refusal(refused?.wait, request.is_grpc())))
 }
 
 /// Whether the target is unwell by the judgement of `watch`, or was a short while ago by any worker's. `route` and

@@ -277,7 +277,7 @@ struct Worker {
 /// A stream's request that waits for a call.
 struct Paused {
     headers: Vec<u8>,
-    waiting: Waiting,
+    waiting: Box<Waiting>,
     /// Where the stream finds its exchange in the end: the answer comes to the worker, not to the stream.
     exchange: Rc<Cell<Exchange>>,
 }
@@ -362,7 +362,7 @@ impl Worker {
             }
             Verdict::Answer(reply) => answer(&reply),
             Verdict::Delay(delay, then) => self.hold(stream, delay, then),
-            Verdict::Wait(waiting) => self.wait(stream, Paused { headers, waiting: *waiting, exchange }),
+            Verdict::Wait(waiting) => self.wait(stream, Paused { headers, waiting, exchange }),
         }
     }
 
@@ -504,7 +504,7 @@ impl HttpContext for Stream {
                 self.is_held = true;
                 let exchange = Rc::<Cell<Exchange>>::default();
                 self.waited = Some(Rc::clone(&exchange));
-                worker.wait(self.id, Paused { headers, waiting: *waiting, exchange });
+                worker.wait(self.id, Paused { headers, waiting, exchange });
             }
         }
         Action::Pause
@@ -544,6 +544,7 @@ impl Drop for Stream {
     }
 }
 
+#[inline(never)]
 fn mutate_all(mutations: &[HeaderMutation<'_>]) {
     for mutation in mutations {
         mutate(MapType::HttpRequestHeaders, mutation);
@@ -562,6 +563,7 @@ fn mutate(map: MapType, mutation: &HeaderMutation<'_>) {
     };
 }
 
+#[inline(never)]
 fn answer(reply: &LocalReply) {
     let headers = encode_headers(&reply.headers);
     unsafe {

@@ -15,7 +15,7 @@ use trimtab::ratelimit::service::Waiters;
 struct Worker {
     filter: Option<Filter>,
     held: HeldStreams<Option<LocalReply>>,
-    waiters: Waiters<Waiting>,
+    waiters: Waiters<Box<Waiting>>,
     calls: Vec<Call>,
     next_stream: u32,
     streams: HashMap<u32, Stream>,
@@ -168,7 +168,7 @@ fn carry_out(
     mut stream: Stream,
     decision: Decision<'_>,
     held: &mut HeldStreams<Option<LocalReply>>,
-    waiters: &mut Waiters<Waiting>,
+    waiters: &mut Waiters<Box<Waiting>>,
     host: &Sim,
 ) -> Stream {
     let mut headers: Vec<(Vec<u8>, Vec<u8>)> =
@@ -184,7 +184,7 @@ fn carry_out(
             Outcome::Held
         }
         Verdict::Wait(waiting) => {
-            waiters.wait(waiting.call, id, *waiting);
+            waiters.wait(waiting.call, id, waiting);
             Outcome::Held
         }
     };

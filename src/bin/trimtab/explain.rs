@@ -120,7 +120,7 @@ impl Explain {
         let (mut verdict, mut changes, mut reasons) = owned(filter.on_request(&host, &block, true));
         // No service is asked here: each is taken to admit the request.
         while let Verdict::Wait(waiting) = verdict {
-            let decision = filter.on_settled(&host, &block, true, *waiting, Admitted(0));
+            let decision = filter.on_settled(&host, &block, true, waiting, Admitted(0));
             (verdict, changes, reasons) = owned(decision);
         }
         let policy = filter.policy();

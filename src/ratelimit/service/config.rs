@@ -37,31 +37,44 @@ pub(in crate::ratelimit) fn read(
     }
 }
 
+#[inline(never)]
 fn read_service(value: &Value<'_>, requests: Option<u64>, key: &[KeySource], names: &HeaderNames) -> Option<Service> {
     let mut fields = value.object()?;
-    let cluster = fields.required("cluster").and_then(|value| value.text());
-    let domain = fields.required("domain").and_then(|value| value.text());
-    let timeout = fields.optional("timeout").map(|value| read_timeout(&value));
-    let on_failure = fields.optional("onFailure").map(|value| {
-        value.one_of(&[("allow", OnFailure::Allow), ("deny", OnFailure::Deny), ("local", OnFailure::Local)])
-    });
-    let batch = fields.optional("batch").map(|value| value.integer(1..=MOST));
-    let own = fields.optional("descriptorKeys").map(|value| read_keys(&value, key));
-    fields.end();
-    let descriptor_keys = match own {
-        Some(own) => own?,
-        None if key.is_empty() => vec!["generic_key".into()],
-        None => key.iter().map(|source| descriptor_key(source, names)).collect(),
+    let cluster = read_text(&mut fields, "cluster");
+    let domain = read_text(&mut fields, "domain");
+    let timeout = match fields.optional("timeout") {
+        Some(value) => read_timeout(&value),
+        None => Some(20),
     };
-    let batch = batch.unwrap_or(Some((requests? / SHARE).clamp(1, 1000)))?;
+    let on_failure = match fields.optional("onFailure") {
+        Some(value) => {
+            value.one_of(&[("allow", OnFailure::Allow), ("deny", OnFailure::Deny), ("local", OnFailure::Local)])
+        }
+        None => Some(OnFailure::Allow),
+    };
+    let batch = match fields.optional("batch") {
+        Some(value) => value.integer(1..=MOST),
+        None => requests.map(|requests| (requests / SHARE).clamp(1, 1000)),
+    };
+    let descriptor_keys = match fields.optional("descriptorKeys") {
+        Some(value) => read_keys(&value, key.len().max(1)),
+        None if key.is_empty() => Some(vec!["generic_key".into()]),
+        None => Some(key.iter().map(|source| descriptor_key(source, names)).collect()),
+    };
+    fields.end();
     Some(Service {
-        cluster: cluster?.into(),
-        domain: domain?.into(),
-        timeout: timeout.unwrap_or(Some(20))?,
-        on_failure: on_failure.unwrap_or(Some(OnFailure::Allow))?,
-        batch: u32::try_from(batch).unwrap_or(u32::MAX),
-        descriptor_keys,
+        cluster: cluster?,
+        domain: domain?,
+        timeout: timeout?,
+        on_failure: on_failure?,
+        batch: u32::try_from(batch?).unwrap_or(u32::MAX),
+        descriptor_keys: descriptor_keys?,
     })
+}
+
+#[inline(never)]
+fn read_text(fields: &mut Fields<'_>, name: &'static str) -> Option<Box<str>> {
+    fields.required(name)?.text().map(Box::from)
 }
 
 fn read_timeout(value: &Value<'_>) -> Option<u32> {
@@ -74,9 +87,8 @@ fn read_timeout(value: &Value<'_>) -> Option<u32> {
     u32::try_from(timeout.as_millis()).ok()
 }
 
-fn read_keys(value: &Value<'_>, key: &[KeySource]) -> Option<Vec<Box<str>>> {
+fn read_keys(value: &Value<'_>, wanted: usize) -> Option<Vec<Box<str>>> {
     let keys: Vec<Box<str>> = value.array()?.iter().filter_map(|key| key.text().map(Box::from)).collect();
-    let wanted = key.len().max(1);
     if keys.len() != wanted {
         value.error(
             format!("{} descriptor keys", keys.len()),
@@ -88,12 +100,24 @@ fn read_keys(value: &Value<'_>, key: &[KeySource]) -> Option<Vec<Box<str>>> {
 }
 
 /// What an entry is called: as in Envoy's own actions where there is a name, else as the source is.
+#[inline(never)]
 fn descriptor_key(source: &KeySource, names: &HeaderNames) -> Box<str> {
-    match source {
-        KeySource::Header(id) => names.name(*id).into(),
-        KeySource::Cookie(name) | KeySource::QueryParameter(name) => name.clone(),
-        KeySource::SourceAddress { .. } => "remote_address".into(),
-        KeySource::Property(path) => path.join(".").into(),
-        other => other.describe(names).replace(' ', "_").into(),
-    }
+    let name = match source {
+        KeySource::Header(id) => names.name(*id),
+        KeySource::Cookie(name) | KeySource::QueryParameter(name) => name,
+        KeySource::SourceAddress { .. } => "remote_address",
+        KeySource::Route => "route",
+        KeySource::PathSegment(index) => return format!("path_segment_{index}").into(),
+        KeySource::Property(path) => {
+            let mut name = String::new();
+            for segment in path {
+                if !name.is_empty() {
+                    name.push('.');
+                }
+                name.push_str(segment);
+            }
+            return name.into();
+        }
+    };
+    name.into()
 }
