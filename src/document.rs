@@ -149,6 +149,9 @@ impl<'de> Deserialize<'de> for Node {
     }
 }
 
+/// What a variable of the proxy's environment holds, by its name. A key has its place there, not in a document.
+pub type Environment<'e> = &'e dyn Fn(&str) -> Option<Vec<u8>>;
+
 /// A node, where it stands, and where to report on it.
 #[derive(Clone)]
 pub struct Value<'a> {

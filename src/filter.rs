@@ -6,7 +6,7 @@
 
 mod trial;
 
-use crate::canary::{Choice, Share};
+use crate::canary::{Carried, Choice, Decided, Share};
 use crate::fault::{Fault, Injection, State, Watch, Withheld};
 use crate::host::{Change, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request};
@@ -40,6 +40,16 @@ struct WorkerState {
     trials: Vec<Trial>,
 }
 
+/// A request as it arrived.
+#[derive(Clone, Copy)]
+struct Arrival<'a> {
+    request: &'a Request<'a>,
+    /// What earlier hops decided for it.
+    carried: &'a Carried,
+    /// Whether another stream can be delayed.
+    may_hold: bool,
+}
+
 /// What is to be done with a request, and why.
 #[derive(Debug, Default)]
 pub struct Decision<'p> {
@@ -71,6 +81,8 @@ pub struct Reasons {
     pub choice: Option<Choice>,
     /// What the canary got, where a destination is on trial.
     pub share: Option<Share>,
+    /// What later hops are told of that choice.
+    pub decided: Option<Decided>,
     /// The faults that were drawn.
     pub drawn: Injection,
     /// Why they were not injected.
@@ -145,10 +157,23 @@ impl Filter {
                 trace.bridge.as_ref()?.recall(&request, context, host.now(), host)
             })
         });
-        let mut decision = worker.decide(policy, meters, host, &request, continuation, may_hold);
+        let carried = policy.cohort.as_ref().map_or_else(Carried::default, |header| {
+            let recalled = continuation.as_ref().and_then(|known| known.recalled(policy.trace.as_ref()?, header.id));
+            header.carried(request.joined(header.id).as_deref(), recalled, || host.wall_now())
+        });
+        let arrival = Arrival { request: &request, carried: &carried, may_hold };
+        let mut decision = worker.decide(policy, meters, host, arrival, continuation);
 
         // Told to the next hop last, when it is known whether there is one and what was done to the request.
         let Decision { verdict, mutations, exchange, reasons } = &mut decision;
+        if let Some(header) = &policy.cohort
+            && let Verdict::Continue | Verdict::Delay(_, None) = verdict
+        {
+            let rollout = reasons.route.and_then(|route| policy.routes.get(route)?.canary());
+            let decided = rollout.zip(reasons.decided).map(|(canary, decided)| (&*canary.rollout, decided));
+            mutations.extend(header.write(&carried, decided, || host.wall_now()));
+            meters.count_carried(&carried, policy, reasons.share, host);
+        }
         if let (Some(trace), Some(continuation)) = (&policy.trace, &mut reasons.trace) {
             let mut remembered = Notes::default();
             if let Verdict::Continue | Verdict::Delay(_, None) = verdict {
@@ -172,9 +197,8 @@ impl WorkerState {
         policy: &'p Policy,
         meters: &Meters,
         host: &impl Host,
-        request: &Request<'_>,
+        Arrival { request, carried, may_hold }: Arrival<'_>,
         continuation: Option<Continuation>,
-        may_hold: bool,
     ) -> Decision<'p> {
         let WorkerState { secret, leases, watches, trials } = self;
         let mut decision = Decision::default();
@@ -213,9 +237,11 @@ impl WorkerState {
         let destination = route.split.as_ref().and_then(|split| {
             let choice = match trial {
                 Some((stand, trial)) => {
-                    let (choice, share) = trial.choose(&stand, request, host);
+                    let carried = carried.decided(&stand.canary.rollout);
+                    let (choice, share) = trial.choose(&stand, request, carried, host);
                     reasons.share = Some(share);
-                    exchange.sample = trial.sample(&stand, index, choice, host);
+                    reasons.decided = Trial::decided(&stand, choice, share);
+                    exchange.sample = trial.sample(&stand, index, (choice, share), host);
                     choice
                 }
                 None => split.choose(Fraction::NONE, None, || host.random()),

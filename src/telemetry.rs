@@ -5,7 +5,7 @@
 //! What all workers have to see of each other at once, such as a target's failures, is counted here too: adding to a
 //! metric is atomic and far cheaper than a shared word.
 
-use crate::canary::{Arm, Canary, Counts, Finding, Question, Share, Split, Term, Verdict, decibans};
+use crate::canary::{Arm, Canary, Carried, Counts, Finding, Question, Share, Split, Term, Verdict, decibans};
 use crate::fault::{Injection, Withheld};
 use crate::host::{MetricId, Metrics};
 use crate::outlier::Totals;
@@ -26,6 +26,8 @@ pub struct Meters {
     pub routes: Vec<RouteMeters>,
     /// In the order of the policy's targets.
     pub targets: Vec<TargetMeters>,
+    /// Where decisions are carried from hop to hop.
+    cohort: Option<CohortMeters>,
     /// Of requests that leave the application.
     outbound: TraceMeters,
     /// Of all others.
@@ -188,6 +190,17 @@ const NOTES: [(Note, &str); 8] = [
     (Note::Displaced, "displaced"),
 ];
 
+/// The decisions of canaries that requests arrived with.
+#[derive(Clone, Copy, Debug)]
+struct CohortMeters {
+    followed: MetricId,
+    /// Of rollouts that the policy does not know.
+    foreign: MetricId,
+    malformed: MetricId,
+    forged: MetricId,
+    stale: MetricId,
+}
+
 /// The health of shared data.
 #[derive(Clone, Copy, Debug)]
 struct StateMeters {
@@ -225,6 +238,13 @@ impl Meters {
             unmatched: counter("unmatched"),
             routes: routes.map(|route| RouteMeters::define(&prefix, route, &targets, state, metrics)).collect(),
             targets,
+            cohort: policy.cohort.as_ref().map(|_| CohortMeters {
+                followed: counter("cohort.followed"),
+                foreign: counter("cohort.foreign"),
+                malformed: counter("cohort.malformed"),
+                forged: counter("cohort.forged"),
+                stale: counter("cohort.stale"),
+            }),
             outbound: match &policy.trace {
                 Some(trace) if trace.bridge.is_some() => {
                     TraceMeters::define(&|name| counter(&format!("outbound.trace.{name}")))
@@ -235,6 +255,24 @@ impl Meters {
                 Some(_) => TraceMeters::define(&|name| counter(&format!("trace.{name}"))),
                 None => TraceMeters::default(),
             },
+        }
+    }
+
+    /// Counts the decisions that a request arrived with; `share` is what the canary of its route got.
+    pub fn count_carried(&self, carried: &Carried, policy: &Policy, share: Option<Share>, metrics: &impl Metrics) {
+        let Some(meters) = &self.cohort else { return };
+        let is_followed = share.is_some_and(|share| share.term == Term::Carried);
+        let is_foreign = |rollout: &&str| !policy.knows(rollout);
+        for (metric, count) in [
+            (meters.followed, u64::from(is_followed)),
+            (meters.foreign, carried.rollouts().filter(is_foreign).count() as u64),
+            (meters.malformed, carried.refused.malformed),
+            (meters.forged, carried.refused.forged),
+            (meters.stale, carried.refused.stale),
+        ] {
+            if count > 0 {
+                metrics.add(metric, count);
+            }
         }
     }
 

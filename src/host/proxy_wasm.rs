@@ -98,6 +98,8 @@ unsafe extern "C" {
 unsafe extern "C" {
     fn clock_time_get(clock: u32, precision: u64, time: *mut u64) -> u16;
     fn random_get(buffer: *mut u8, size: usize) -> u16;
+    fn environ_sizes_get(count: *mut usize, size: *mut usize) -> u16;
+    fn environ_get(entries: *mut *mut u8, buffer: *mut u8) -> u16;
 }
 
 /// WASI's wall clock.
@@ -124,6 +126,23 @@ fn fetch(call: impl FnOnce(*mut *mut u8, *mut usize) -> Status) -> Option<Vec<u8
 fn header(map: MapType, name: &str) -> Option<Vec<u8>> {
     // SAFETY: the pointers are valid for the call, and the host keeps none of them.
     fetch(|data, size| unsafe { proxy_get_header_map_value(map, name.as_ptr(), name.len(), data, size) })
+}
+
+/// The variable `name` of the proxy's environment.
+fn environment(name: &str) -> Option<Vec<u8>> {
+    let (mut count, mut size) = (0, 0);
+    if unsafe { environ_sizes_get(&mut count, &mut size) } != 0 {
+        return None;
+    }
+    let mut entries = vec![std::ptr::null_mut(); count];
+    let mut buffer = vec![0; size];
+    // SAFETY: both are as large as the host has just asked for, and it fills nothing but them.
+    if unsafe { environ_get(entries.as_mut_ptr(), buffer.as_mut_ptr()) } != 0 {
+        return None;
+    }
+    let mut variables = buffer.split(|byte| *byte == 0);
+    let value = variables.find_map(|entry| entry.strip_prefix(name.as_bytes())?.strip_prefix(b"="))?;
+    Some(value.to_vec())
 }
 
 /// Envoy as a [`Host`].
@@ -279,7 +298,7 @@ impl RootContext for Root {
         let text = fetch(|data, length| unsafe {
             proxy_get_buffer_bytes(BufferType::PluginConfiguration, 0, size, data, length)
         });
-        match Policy::from_json(&text.unwrap_or_default()) {
+        match Policy::from_json(&text.unwrap_or_default(), &environment) {
             Ok((policy, warnings)) => {
                 for warning in warnings {
                     log::warn!("policy {}: {warning}", policy.name);

@@ -7,7 +7,7 @@ use super::notes::{Note, Notes};
 use super::policy::{Direction, Edge, Recognised, Response, Trace};
 use super::tracestate::{Edit, has_member, is_tracestate, rewrite};
 use super::w3c::{Flags, Invalid, TraceContext, format_traceparent, parse_traceparent};
-use crate::http::{HeaderMutation, HeaderNames, Request};
+use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
 use crate::units::Fraction;
 use std::borrow::Cow;
 
@@ -203,6 +203,12 @@ impl Continuation {
         self.context.flags = self.context.flags.with(Flags::SAMPLED);
         self.threshold = None;
         self.is_forced = true;
+    }
+
+    /// The header `id` as it was remembered for a request that leaves, if the bridge of `trace` carries it.
+    pub fn recalled(&self, trace: &Trace, id: HeaderId) -> Option<&[u8]> {
+        let place = trace.bridge.as_ref()?.carry.iter().position(|(_, carried)| *carried == id)?;
+        self.remembered.as_ref()?.carried.get(place)?.as_deref()
     }
 
     /// The header changes that tell the next hop.

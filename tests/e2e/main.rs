@@ -3,8 +3,10 @@
 
 mod canary;
 mod fault;
+mod hops;
 mod hostile;
 mod ratelimit;
+mod steering;
 mod trace;
 mod trial;
 mod update;

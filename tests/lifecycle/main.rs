@@ -7,8 +7,10 @@ mod proxy;
 mod wasm;
 
 use canary::{
-    a_cap_on_exposure_is_exact, a_failing_canary_is_rolled_back_in_all_workers_for_good,
-    a_reported_failure_keeps_its_weight_and_enters_no_stage, a_stage_may_wait_for_evidence, garbage_is_no_verdict,
+    a_canary_that_failed_here_is_not_followed_into, a_cap_on_exposure_is_exact,
+    a_decision_at_another_weight_is_no_evidence, a_decision_is_carried_and_followed,
+    a_failing_canary_is_rolled_back_in_all_workers_for_good, a_reported_failure_keeps_its_weight_and_enters_no_stage,
+    a_stage_may_wait_for_evidence, an_application_that_loses_the_decision_gets_it_back, garbage_is_no_verdict,
     grpc_failures_are_evidence, in_shadow_nothing_changes, slowness_is_evidence, stages_follow_the_wall_clock,
     the_worker_that_saw_the_last_failure_sends_no_other, what_is_no_fault_of_the_canary_is_no_evidence,
 };
@@ -62,6 +64,10 @@ cases![
     in_shadow_nothing_changes,
     slowness_is_evidence,
     garbage_is_no_verdict,
+    a_decision_is_carried_and_followed,
+    a_canary_that_failed_here_is_not_followed_into,
+    a_decision_at_another_weight_is_no_evidence,
+    an_application_that_loses_the_decision_gets_it_back,
     hostile_requests_are_routed_like_any_other,
 ];
 

@@ -1,6 +1,6 @@
 //! The filter on the simulated host: what `host/proxy_wasm.rs` does for Envoy, done here for a clock that stands still.
 
-use crate::proxy::{Headers, Outcome, Proxy, Reply, StreamId};
+use crate::proxy::{ENVIRONMENT, Headers, Outcome, Proxy, Reply, StreamId};
 use std::collections::HashMap;
 use std::time::Duration;
 use trimtab::fault::HeldStreams;
@@ -40,7 +40,7 @@ impl Native {
 impl Proxy for Native {
     fn update(&mut self, policy: &str) -> Result<(), String> {
         for worker in &mut self.workers {
-            let (policy, _) = Policy::from_json(policy.as_bytes())
+            let (policy, _) = Policy::from_json(policy.as_bytes(), &environment)
                 .map_err(|told| told.iter().map(|told| format!("policy refused: {told}\n")).collect::<String>())?;
             worker.filter = Some(Filter::new(policy, &self.host));
         }
@@ -130,6 +130,12 @@ impl Proxy for Native {
     fn metric(&mut self, name: &str) -> u64 {
         self.host.metric(name)
     }
+}
+
+/// The same variable as the module's virtual machine has.
+fn environment(name: &str) -> Option<Vec<u8>> {
+    let (known, value) = ENVIRONMENT;
+    (name == known).then(|| value.as_bytes().to_vec())
 }
 
 fn find(headers: &[(&str, &str)], name: &str) -> Option<Vec<u8>> {

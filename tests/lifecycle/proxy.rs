@@ -5,6 +5,9 @@ use std::time::Duration;
 /// A header, as bytes: HTTP does not promise text.
 pub type Headers = Vec<(String, Vec<u8>)>;
 
+/// What both proxies have in their environment.
+pub const ENVIRONMENT: (&str, &str) = ("TRIMTAB_COHORT_KEY", "a key of more than thirty-two bytes");
+
 /// What became of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {

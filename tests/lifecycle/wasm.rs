@@ -1,9 +1,9 @@
 //! The module that ships, in a virtual machine for each worker.
 
-use crate::proxy::{Headers, Outcome, Proxy, Reply, StreamId};
+use crate::proxy::{ENVIRONMENT, Headers, Outcome, Proxy, Reply, StreamId};
 use std::sync::LazyLock;
 use std::time::Duration;
-use trimtab_vm::{Action, Refused, RootId, Vm, World, advance};
+use trimtab_vm::{Action, Options, Refused, RootId, Vm, World, advance};
 
 static MODULE: LazyLock<trimtab_vm::Module> = LazyLock::new(|| {
     let path = std::env::var("TRIMTAB_WASM")
@@ -26,7 +26,9 @@ impl Module {
     pub fn start(policy: &str) -> Box<dyn Proxy> {
         let world = World::new(1);
         let workers = (0..2).map(|_| {
-            let mut vm = Vm::new(&world, &MODULE).expect("the module starts");
+            let (name, value) = ENVIRONMENT;
+            let options = Options { environment: vec![(name.into(), value.into())], ..Options::default() };
+            let mut vm = Vm::with_options(&world, &MODULE, options).expect("the module starts");
             let root = vm.start_plugin("trimtab", policy).expect("the case's policy is valid");
             Worker { vm, root, streams: Vec::new() }
         });

@@ -27,7 +27,7 @@ use trimtab::matcher::Condition;
 use trimtab::policy::{Policy, Route};
 use trimtab::trace::w3c::{Flags, Invalid, format_traceparent};
 use trimtab::trace::{self, Arrived, Continuation};
-use trimtab::units::{Fraction, nanoseconds, point};
+use trimtab::units::{Fraction, Wall, nanoseconds, parse_instant, point};
 
 #[derive(Args)]
 pub(crate) struct Explain {
@@ -54,6 +54,10 @@ pub(crate) struct Explain {
     #[arg(long = "property", value_name = "PATH=VALUE", value_parser = Property::parse)]
     properties: Vec<Property>,
 
+    /// When the request comes, such as 2026-11-21T09:00:00Z; now where this is not written
+    #[arg(long, value_name = "INSTANT", value_parser = instant)]
+    at: Option<Wall>,
+
     /// Draws what is random; the same seed draws the same
     #[arg(long)]
     seed: Option<u64>,
@@ -61,6 +65,10 @@ pub(crate) struct Explain {
     /// `json`: one object
     #[arg(long, value_enum, default_value_t)]
     format: Format,
+}
+
+fn instant(text: &str) -> Result<Wall, &'static str> {
+    parse_instant(text).ok_or("write an RFC 3339 instant, such as 2026-11-21T09:00:00Z")
 }
 
 impl Explain {
@@ -101,8 +109,9 @@ impl Explain {
         // Small enough to be typed again.
         let seed = self.seed.unwrap_or_else(|| RandomState::new().hash_one(0) % 1_000_000);
         let host = Sim::new(seed);
-        if let Ok(now) = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH) {
-            host.set_wall(nanoseconds(now));
+        let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map(nanoseconds);
+        if let Some(at) = self.at.or_else(|| now().ok()) {
+            host.set_wall(at);
         }
         for property in &self.properties {
             host.set_property(&property.path, property.value.as_bytes());
@@ -353,6 +362,7 @@ impl Story<'_> {
             let when = match share.term {
                 Term::NotStarted => " until its start time",
                 Term::Stage(_) => " in this stage",
+                Term::Carried => " there",
                 Term::Route | Term::Exhausted | Term::Held | Term::RolledBack => "",
             };
             Some(format!("{} has those below {weight}{when}", destination.label()))
@@ -375,6 +385,11 @@ impl Story<'_> {
                 let absent = if split.canary.is_some() { "no key, so it was " } else { "" };
                 let place = Fraction::from_ppm(place);
                 format!("{absent}drawn at {place}; {}", trial.unwrap_or_else(shares))
+            }
+            Why::Carried { place } => {
+                let rollout = split.canary.as_ref().map_or("", |canary| &canary.rollout);
+                let place = Fraction::from_ppm(place);
+                format!("an earlier hop found it at {place} of {rollout}; {}", trial.unwrap_or_default())
             }
         };
         table.row(self.destination(), why);
@@ -505,6 +520,7 @@ impl Story<'_> {
             Why::Only => ("only", None),
             Why::Cohort { place } => ("cohort", Some(place)),
             Why::Drawn { place } => ("drawn", Some(place)),
+            Why::Carried { place } => ("carried", Some(place)),
         };
         let key = self.cohort_key(split).map(|(source, value)| json!({"source": source, "value": value}));
         Some(json!({
