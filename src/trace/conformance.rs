@@ -39,7 +39,7 @@ fn wire(headers: &[(&str, &str)], host: &Sim) -> Headers {
 fn every_case_passes_on_one_hop() {
     let host = Sim::new(7);
     let mut filter = filter(&host, "inbound");
-    cases::run("one hop", &mut |headers, calls| {
+    cases::run("one hop", true, &mut |headers, calls| {
         (0..calls).map(|_| pass(&mut filter, &host, &wire(headers, &host))).collect()
     });
 }
@@ -49,7 +49,7 @@ fn every_case_passes_whatever_the_application_copies() {
     for copied in [&["x-request-id"][..], &["traceparent"], &["traceparent", "tracestate"]] {
         let host = Sim::new(7);
         let (mut inbound, mut outbound) = (filter(&host, "inbound"), filter(&host, "outbound"));
-        cases::run(&format!("the application copies {copied:?}"), &mut |headers, calls| {
+        cases::run(&format!("the application copies {copied:?}"), true, &mut |headers, calls| {
             let arrived = pass(&mut inbound, &host, &wire(headers, &host));
             let copy: Headers = arrived.into_iter().filter(|(name, _)| copied.contains(&name.as_str())).collect();
             (0..calls).map(|_| pass(&mut outbound, &host, &copy)).collect()

@@ -2,8 +2,8 @@
 
 use crate::world::{World, policy};
 use trimtab_testbed::{
-    Bootstrap, Client, Direction, Envoy, Listener, Request, Upstream, by_subset, cluster, needs_envoy, wasm,
-    wasm_filter,
+    Bootstrap, Client, Direction, Envoy, Listener, Request, Upstream, by_subset, cluster, needs_envoy, repository,
+    wasm, wasm_filter,
 };
 
 #[path = "../conformance/cases.rs"]
@@ -55,6 +55,8 @@ struct Sidecar {
     envoy: Envoy,
     application: Upstream,
     next: Upstream,
+    /// Where Envoy's own tracer reports its spans, if it has one.
+    collector: Option<Upstream>,
 }
 
 impl Sidecar {
@@ -70,7 +72,37 @@ impl Sidecar {
             .cluster(cluster("application", application.address()))
             .cluster(cluster("next", next.address()));
         let envoy = Envoy::options().concurrency(workers).start(&bootstrap).await;
-        Sidecar { envoy, application, next }
+        Sidecar { envoy, application, next, collector: None }
+    }
+
+    /// A sidecar as `example` in `envoy/` configures it, but that every new trace is sampled.
+    async fn from_example(workers: u32, example: &str) -> Sidecar {
+        let (application, next) = (Upstream::start("application").await, Upstream::start("next").await);
+        let collector = Upstream::start("collector").await;
+        let mut text = std::fs::read_to_string(repository().join(example)).expect("the example is there");
+        let mut replace = |written: &str, by: &str| {
+            assert!(text.contains(written), "{example} no longer says {written}");
+            text = text.replace(written, by);
+        };
+        replace("/etc/trimtab/trimtab.wasm", &wasm().display().to_string());
+        replace("{\"value\": 1}", "{\"value\": 100}");
+        replace("random_sampling: {value: 1}", "random_sampling: {value: 100}");
+        replace("address: 0.0.0.0, port_value: 10000", "address: 127.0.0.1, port_value: 0");
+        replace("address: 127.0.0.1, port_value: 10001", "address: 127.0.0.1, port_value: 0");
+        for (written, upstream) in [
+            ("address: application, port_value: 8080", &application),
+            ("address: next, port_value: 8081", &next),
+            ("address: collector, port_value: 4318", &collector),
+        ] {
+            replace(written, &format!("address: 127.0.0.1, port_value: {}", upstream.address().port()));
+        }
+        let envoy = Envoy::options().concurrency(workers).try_start_text(&text).await;
+        Sidecar {
+            envoy: envoy.unwrap_or_else(|failure| panic!("{example}: {failure}")),
+            application,
+            next,
+            collector: Some(collector),
+        }
     }
 
     /// What the next hop sees of `calls` requests by an application that copies these headers.
@@ -115,7 +147,7 @@ async fn the_conformance_cases_pass_through_a_sidecar() {
         [(2, &["x-request-id"]), (8, &["x-request-id"]), (2, &["traceparent"]), (2, &["traceparent", "tracestate"])];
     for (workers, copied) in settings {
         let sidecar = Sidecar::start(workers, r#"{"bridge": {}, "sampling": {"percentage": "100%"}}"#).await;
-        cases::run(&format!("{workers} workers, the application copies {copied:?}"), &mut |headers, calls| {
+        cases::run(&format!("{workers} workers, the application copies {copied:?}"), true, &mut |headers, calls| {
             let chain = sidecar.chain(headers, copied, calls);
             tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(chain))
         });
@@ -151,4 +183,30 @@ async fn an_application_that_copies_a_request_id_keeps_trace_baggage_and_cohort(
     assert!(timing.starts_with("trace;desc=00-4bf92f3577b34da6a3ce929d0e0e4736-"), "{timing}");
     let response = Client::http1(sidecar.envoy.address("outbound")).send(Request::get("/")).await;
     assert_eq!(response.header("server-timing"), None, "the application is no client of its own sidecar");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_conformance_cases_pass_beside_envoys_tracer() {
+    needs_envoy!();
+    let settings: [(u32, &str, &[&str]); 4] = [
+        (2, "envoy/otel.yaml", &["x-request-id"]),
+        (8, "envoy/otel.yaml", &["x-request-id"]),
+        (2, "envoy/otel.yaml", &["traceparent"]),
+        (2, "envoy/otel.yaml", &["traceparent", "tracestate"]),
+    ];
+    for (workers, example, copied) in settings {
+        let sidecar = Sidecar::from_example(workers, example).await;
+        cases::run(
+            &format!("{example}, {workers} workers, the application copies {copied:?}"),
+            false,
+            &mut |headers, calls| {
+                let chain = sidecar.chain(headers, copied, calls);
+                tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(chain))
+            },
+        );
+        let collector = sidecar.collector.as_ref().unwrap();
+        let spans = collector.next_request().await;
+        assert_eq!(spans.path, "/v1/traces", "the tracer is at work");
+        assert_eq!(sidecar.metric("trace.ambiguous").await, 0);
+    }
 }
