@@ -17,6 +17,8 @@ pub enum Arrived {
     Valid,
     Missing,
     Invalid(Invalid),
+    /// In filter state: an earlier filter has decided.
+    Decided,
 }
 
 /// What a request goes on with.
@@ -78,7 +80,7 @@ impl Trace {
         random: &mut dyn FnMut() -> u64,
         recall: &mut dyn FnMut(Option<&TraceContext>) -> Option<Remembered>,
     ) -> Option<Continuation> {
-        if self.edge == Edge::Ignore {
+        if matches!(self.edge, Edge::Ignore | Edge::Restore) {
             return None;
         }
         let found = self.read_headers(request);
@@ -87,7 +89,7 @@ impl Trace {
             _ if direction == Direction::Outbound => false,
             Edge::Restart => true,
             Edge::RestartExternal => !self.is_marked(request),
-            Edge::Continue | Edge::Ignore => false,
+            Edge::Continue | Edge::Ignore | Edge::Restore => false,
         };
         notes.add_if(restarts, Note::Restarted);
         let inbound = found.context.filter(|_| !restarts);
@@ -198,6 +200,22 @@ impl Trace {
 }
 
 impl Continuation {
+    /// What goes on as it was decided before.
+    pub(super) fn restored(context: TraceContext, tracestate: Option<&[u8]>) -> Continuation {
+        Continuation {
+            arrived: Arrived::Decided,
+            from: None,
+            root: false,
+            context,
+            direction: Direction::Neither,
+            notes: Notes::default(),
+            tracestate: tracestate.map_or(Tracestate::Dropped, |list| Tracestate::Restored(list.to_vec())),
+            threshold: None,
+            is_forced: false,
+            remembered: None,
+        }
+    }
+
     /// Samples the trace whatever was decided. With what probability that happens nobody knows, so no threshold stays.
     pub fn force_sampling(&mut self) {
         self.context.flags = self.context.flags.with(Flags::SAMPLED);

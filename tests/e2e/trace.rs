@@ -188,11 +188,14 @@ async fn an_application_that_copies_a_request_id_keeps_trace_baggage_and_cohort(
 #[tokio::test(flavor = "multi_thread")]
 async fn the_conformance_cases_pass_beside_envoys_tracer() {
     needs_envoy!();
-    let settings: [(u32, &str, &[&str]); 4] = [
+    let settings: [(u32, &str, &[&str]); 7] = [
         (2, "envoy/otel.yaml", &["x-request-id"]),
         (8, "envoy/otel.yaml", &["x-request-id"]),
         (2, "envoy/otel.yaml", &["traceparent"]),
         (2, "envoy/otel.yaml", &["traceparent", "tracestate"]),
+        (2, "envoy/upstream-filter.yaml", &["x-request-id"]),
+        (2, "envoy/upstream-filter.yaml", &["traceparent"]),
+        (2, "envoy/upstream-filter.yaml", &["traceparent", "tracestate"]),
     ];
     for (workers, example, copied) in settings {
         let sidecar = Sidecar::from_example(workers, example).await;

@@ -26,7 +26,7 @@ use trimtab::key::KeySource;
 use trimtab::matcher::Condition;
 use trimtab::policy::{Policy, Route};
 use trimtab::trace::w3c::{Flags, Invalid, format_traceparent};
-use trimtab::trace::{self, Arrived, Continuation};
+use trimtab::trace::{self, Arrived, Continuation, Edge};
 use trimtab::units::{Fraction, nanoseconds, point};
 
 #[derive(Args)]
@@ -280,15 +280,18 @@ impl Story<'_> {
     fn tell_trace(&self, table: &mut Table) {
         table.section("trace");
         let Some(Continuation { arrived, from, root, context, .. }) = &self.reasons.trace else {
-            table.row(
-                "left alone",
-                if self.policy.trace.is_some() { "edge: ignore" } else { "the policy has no trace block" },
-            );
+            let why = match self.policy.trace.as_ref().map(|trace| trace.edge) {
+                None => "the policy has no trace block",
+                Some(Edge::Restore) => "edge: restore, and no earlier filter has left a context",
+                Some(_) => "edge: ignore",
+            };
+            table.row("left alone", why);
             return;
         };
         let arrival = match arrived {
             Arrived::Valid => format!("a valid {} arrived", from.map_or("context", |from| from.describe())),
             Arrived::Missing => "no traceparent arrived".to_owned(),
+            Arrived::Decided => "an earlier filter has decided".to_owned(),
             Arrived::Invalid(invalid) => format!("the traceparent is invalid: {}", describe_invalid(*invalid)),
         };
         let sampled = if context.flags.contains(Flags::SAMPLED) { "sampled" } else { "not sampled" };
@@ -561,6 +564,7 @@ fn json_trace(continuation: &Continuation) -> Value {
     let (arrived, reason) = match continuation.arrived {
         Arrived::Valid => ("valid", None),
         Arrived::Missing => ("missing", None),
+        Arrived::Decided => ("decided", None),
         Arrived::Invalid(invalid) => ("invalid", Some(describe_invalid(invalid))),
     };
     json!({
