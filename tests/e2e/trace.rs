@@ -1,9 +1,10 @@
 //! Trace propagation: what the upstream is told.
 
 use crate::world::{World, policy};
+use std::path::Path;
 use trimtab_testbed::{
-    Bootstrap, Client, Direction, Envoy, Listener, Request, Upstream, by_subset, cluster, needs_envoy, repository,
-    wasm, wasm_filter,
+    Bootstrap, Client, Direction, Envoy, Listener, Request, Upstream, by_subset, cluster, eventually, needs_envoy,
+    repository, wasm, wasm_filter,
 };
 
 #[path = "../conformance/cases.rs"]
@@ -212,4 +213,28 @@ async fn the_conformance_cases_pass_beside_envoys_tracer() {
         assert_eq!(spans.path, "/v1/traces", "the tracer is at work");
         assert_eq!(sidecar.metric("trace.ambiguous").await, 0);
     }
+}
+
+/// An access log prints the trace that the request went on with, even where it went nowhere.
+#[tokio::test]
+async fn an_access_log_prints_the_trace_id() {
+    needs_envoy!();
+    let next = Upstream::start("v1").await;
+    let log = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("access-{}.log", std::process::id()));
+    let limit = r#"{"name": "l", "limit": {"requestsPerUnit": 1, "unit": "hour"}}"#;
+    let trace = r#", "trace": {"filterState": ["traceId"]}"#;
+    let listener = Listener::new("inbound")
+        .policy(&policy(&format!(r#"{{"name": "r", "rateLimits": [{limit}]}}"#), trace))
+        .access_log(&log, "%RESPONSE_CODE% %FILTER_STATE(wasm.trimtab.trace_id:PLAIN)%\n");
+    let bootstrap = Bootstrap::new().listener(listener).cluster(cluster("v1", next.address()));
+    let envoy = Envoy::start(&bootstrap).await;
+    let client = Client::http1(envoy.address("inbound"));
+    for _ in 0..2 {
+        client.send(Request::get("/").header("traceparent", TRACEPARENT)).await;
+    }
+    let lines = eventually("two lines in the access log", async || {
+        std::fs::read_to_string(&log).ok().filter(|log| log.lines().count() == 2)
+    });
+    assert_eq!(lines.await, format!("200 {id}\n429 {id}\n", id = &TRACEPARENT[3..35]));
+    std::fs::remove_file(log).unwrap();
 }

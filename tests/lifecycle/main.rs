@@ -4,6 +4,7 @@
 mod canary;
 mod native;
 mod proxy;
+mod trace;
 mod wasm;
 
 use canary::{
@@ -14,6 +15,10 @@ use canary::{
 };
 use proxy::{Headers, Outcome, Proxy, exchange, get, value};
 use std::time::Duration;
+use trace::{
+    a_context_is_left_and_restored, a_limit_may_force_sampling, a_rollback_may_force_sampling,
+    an_injected_fault_may_force_sampling, the_conformance_cases_pass,
+};
 
 /// Declares each case as a native test and as a test of the module.
 macro_rules! cases {
@@ -38,6 +43,11 @@ cases![
     an_application_that_copies_an_id_keeps_its_trace,
     a_stranger_brings_no_trace_in,
     b3_is_translated,
+    the_conformance_cases_pass,
+    a_context_is_left_and_restored,
+    a_limit_may_force_sampling,
+    an_injected_fault_may_force_sampling,
+    a_rollback_may_force_sampling,
     a_limit_is_exact_over_the_workers,
     a_grpc_call_is_refused_in_grpc,
     limits_are_charged_all_or_none,

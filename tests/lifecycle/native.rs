@@ -6,7 +6,7 @@ use std::time::Duration;
 use trimtab::fault::HeldStreams;
 use trimtab::filter::{Exchange, Filter, Verdict};
 use trimtab::host::sim::Sim;
-use trimtab::host::{Host, StateStore, Version};
+use trimtab::host::{Host, Properties, StateStore, Version};
 use trimtab::http::{LocalReply, encode_headers};
 use trimtab::policy::Policy;
 
@@ -120,6 +120,10 @@ impl Proxy for Native {
 
     fn set_property(&mut self, path: &str, value: &[u8]) {
         self.host.set_property(path, value);
+    }
+
+    fn left(&mut self, _: StreamId, name: &str) -> Option<Vec<u8>> {
+        self.host.property(&[name])
     }
 
     fn write_shared(&mut self, key: &str, value: &[u8]) {
