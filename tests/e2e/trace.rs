@@ -1,6 +1,7 @@
 //! Trace propagation: what the upstream is told.
 
 use crate::world::{World, policy};
+use std::ops::Range;
 use std::path::Path;
 use trimtab_testbed::{
     Bootstrap, Client, Direction, Envoy, Listener, Request, Upstream, by_subset, cluster, eventually, needs_envoy,
@@ -237,4 +238,86 @@ async fn an_access_log_prints_the_trace_id() {
     });
     assert_eq!(lines.await, format!("200 {id}\n429 {id}\n", id = &TRACEPARENT[3..35]));
     std::fs::remove_file(log).unwrap();
+}
+
+/// So many requests of their own ids and traces, from `first` on, as many at once as there are `clients`. What reached
+/// the upstream is compared with what belongs to the id: whether it is that.
+async fn exchange_all(clients: &[Client], numbers: Range<usize>, inbound: bool) -> usize {
+    let share = numbers.len().div_ceil(clients.len());
+    let tasks = clients.iter().enumerate().map(|(place, client)| {
+        let (client, numbers) = (client.clone(), numbers.clone().skip(place * share).take(share));
+        tokio::spawn(async move {
+            let mut own = 0;
+            for n in numbers {
+                let (id, trace) = (format!("request-{n}"), format!("c0ffee{n:026x}"));
+                let mut request = Request::get("/").header("x-request-id", &id);
+                if inbound {
+                    request = request.header("traceparent", format!("00-{trace}-{:016x}-01", n + 1));
+                    request = request.header("baggage", format!("n={n}"));
+                }
+                let response = client.send(request).await;
+                let traceparent = response.echoed("traceparent").expect("every request has a trace");
+                let baggage = response.echoed("baggage");
+                if traceparent[3..35] == trace {
+                    assert_eq!(baggage, Some(format!("n={n}")), "{id}");
+                    own += 1;
+                } else {
+                    assert!(!traceparent.contains("c0ffee"), "{id} was given the trace of another: {traceparent}");
+                    assert_eq!(baggage, None, "{id} was given the baggage of another");
+                }
+            }
+            own
+        })
+    });
+    let mut own = 0;
+    for task in tasks.collect::<Vec<_>>() {
+        own += task.await.expect("no request was given what is another's");
+    }
+    own
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_traces_at_once_are_kept_apart_within_their_slots() {
+    needs_envoy!();
+    const TRACES: usize = 10_000;
+    const CAPACITY: u64 = 4096;
+    let sidecar = Sidecar::start(4, r#"{"bridge": {"capacity": 4096, "ttl": "24h"}}"#).await;
+    let clients =
+        |listener| -> Vec<Client> { (0..64).map(|_| Client::http1(sidecar.envoy.address(listener))).collect() };
+    let (inbound, outbound) = (clients("inbound"), clients("outbound"));
+
+    // All have arrived before the first one leaves: so many are alive at once.
+    assert_eq!(exchange_all(&inbound, 0..TRACES, true).await, TRACES);
+    let displaced = sidecar.metric("trace.displaced").await;
+    let remembered = exchange_all(&outbound, 0..TRACES, false).await as u64;
+    assert_eq!(remembered, TRACES as u64 - displaced, "each is remembered that nothing has displaced");
+    assert!((CAPACITY / 2..=CAPACITY).contains(&remembered), "{remembered} of {CAPACITY} slots are in use");
+    assert_eq!(sidecar.metric("outbound.trace.bridged").await, remembered);
+    assert_eq!(sidecar.metric("outbound.trace.missing").await, TRACES as u64);
+
+    // Some arrive while others leave, all over the same slots.
+    let arriving = exchange_all(&inbound, TRACES..TRACES + 2_000, true);
+    let leaving = exchange_all(&outbound, 0..2_000, false);
+    let (arrived, left) = tokio::join!(arriving, leaving);
+    assert_eq!(arrived, 2_000);
+    assert!(left as u64 <= remembered);
+    assert_eq!(sidecar.metric("trace.ambiguous").await, 0);
+    for worker in 0..4 {
+        // Both listeners count under the address that they were configured with.
+        let name = format!("listener.127.0.0.1_0.worker_{worker}.downstream_cx_total");
+        assert!(sidecar.envoy.stat(&name).await > Some(0), "{name}");
+    }
+
+    // Envoy's memory stays where it is: without a bound, so many traces more would take several megabytes.
+    let before = allocated(&sidecar.envoy).await;
+    exchange_all(&inbound, 2 * TRACES..3 * TRACES, true).await;
+    let after = allocated(&sidecar.envoy).await;
+    assert!(after < before + (1 << 20), "from {before} to {after} bytes");
+}
+
+/// The bytes that Envoy has allocated.
+async fn allocated(envoy: &Envoy) -> u64 {
+    let memory = envoy.admin("/memory").await;
+    let (_, rest) = memory.split_once("\"allocated\": \"").expect("Envoy tells what it has allocated");
+    rest.split_once('"').and_then(|(bytes, _)| bytes.parse().ok()).expect("it is a number")
 }
