@@ -149,7 +149,8 @@ fn padded(text: &[u8], length: usize) -> Result<[u8; 16], Invalid> {
     }
 }
 
-// Eight digits are one machine word, and four bytes are eight nibbles in one: no step below looks at a single digit.
+// Eight digits are one machine word, the first of them in its lowest byte, as the module's memory has them: no step
+// below looks at a single digit.
 
 /// A word of eight bytes of this value.
 const fn each(byte: u8) -> u64 {
@@ -159,25 +160,25 @@ const fn each(byte: u8) -> u64 {
 /// The four bytes that eight lower-case digits stand for.
 #[inline]
 fn bytes(text: [u8; 8]) -> Result<[u8; 4], Invalid> {
-    let text = u64::from_be_bytes(text);
+    let text = u64::from_le_bytes(text);
     // A letter's low half counts from 1, and stands for that and 9 more.
     let nibbles = (text & each(0x0f)) + ((text >> 6) & each(0x01)) * 9;
     // What is no digit stands for nothing, or for what is written otherwise.
     if nibbles & each(0xf0) != 0 || ascii(nibbles) != text {
         return Err(Invalid::Character);
     }
-    let pairs = (nibbles | nibbles >> 4) & 0x00ff_00ff_00ff_00ff;
+    let pairs = (nibbles << 4 | nibbles >> 8) & 0x00ff_00ff_00ff_00ff;
     let halves = (pairs | pairs >> 8) & 0x0000_ffff_0000_ffff;
-    Ok(((halves | halves >> 16) as u32).to_be_bytes())
+    Ok(((halves | halves >> 16) as u32).to_le_bytes())
 }
 
 /// Eight lower-case digits for four bytes: the inverse of [`bytes`].
 #[inline]
 fn digits(bytes: [u8; 4]) -> [u8; 8] {
-    let halves = u64::from(u32::from_be_bytes(bytes));
-    let pairs = (halves | halves << 16) & 0x0000_ffff_0000_ffff;
-    let whole = (pairs | pairs << 8) & 0x00ff_00ff_00ff_00ff;
-    ascii((whole | whole << 4) & each(0x0f)).to_be_bytes()
+    let whole = u64::from(u32::from_le_bytes(bytes));
+    let halves = (whole | whole << 16) & 0x0000_ffff_0000_ffff;
+    let pairs = (halves | halves << 8) & 0x00ff_00ff_00ff_00ff;
+    ascii((pairs >> 4 | pairs << 8) & each(0x0f)).to_le_bytes()
 }
 
 /// The digit of each nibble, a nibble in each byte.
