@@ -38,6 +38,18 @@ const DEFAULT_SAMPLING: Fraction = Fraction::from_ppm(10_000);
 /// Our own key in `tracestate`, where an edge needs one and the policy names none.
 const DEFAULT_MARK: &str = "trimtab";
 
+static EDGES: [(&str, Edge); 5] = [
+    ("continue", Edge::Continue),
+    ("restart", Edge::Restart),
+    ("restartExternal", Edge::RestartExternal),
+    ("ignore", Edge::Ignore),
+    ("restore", Edge::Restore),
+];
+static DIRECTIONS: [(&str, Option<Direction>); 3] =
+    [("auto", None), ("inbound", Some(Direction::Inbound)), ("outbound", Some(Direction::Outbound))];
+static RESPONSES: [(&str, Response); 3] =
+    [("none", Response::None), ("serverTiming", Response::ServerTiming), ("traceresponse", Response::Traceresponse)];
+
 /// The most entries of an allow-list.
 const MAX_ALLOWED: usize = 64;
 
@@ -45,14 +57,7 @@ impl Trace {
     /// Reads the block. `prefix` is what the policy's shared words start with.
     pub fn read(value: &Value<'_>, prefix: &str, names: &mut HeaderNames) -> Option<Trace> {
         let mut fields = value.object()?;
-        let edges = [
-            ("continue", Edge::Continue),
-            ("restart", Edge::Restart),
-            ("restartExternal", Edge::RestartExternal),
-            ("ignore", Edge::Ignore),
-            ("restore", Edge::Restore),
-        ];
-        let edge = fields.optional("edge").and_then(|value| value.one_of(&edges)).unwrap_or(Edge::Continue);
+        let edge = fields.optional("edge").and_then(|value| value.one_of(&EDGES)).unwrap_or(Edge::Continue);
         if edge == Edge::Restore {
             for field in
                 ["extract", "sampling", "tracestate", "baggage", "direction", "response", "bridge", "filterState"]
@@ -77,15 +82,8 @@ impl Trace {
             fields.end();
             allow
         });
-        let directions =
-            [("auto", None), ("inbound", Some(Direction::Inbound)), ("outbound", Some(Direction::Outbound))];
-        let direction = fields.optional("direction").and_then(|value| value.one_of(&directions)).flatten();
-        let responses = [
-            ("none", Response::None),
-            ("serverTiming", Response::ServerTiming),
-            ("traceresponse", Response::Traceresponse),
-        ];
-        let response = fields.optional("response").and_then(|value| value.one_of(&responses));
+        let direction = fields.optional("direction").and_then(|value| value.one_of(&DIRECTIONS)).flatten();
+        let response = fields.optional("response").and_then(|value| value.one_of(&RESPONSES));
         let left = fields.optional("filterState").map(|value| read_words(&value, &[("traceId", 1), ("context", 2)]));
         let left = left.unwrap_or_default();
         let filter_state = FilterState { trace_id: left & 1 != 0, context: left & 2 != 0 };
