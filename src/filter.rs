@@ -127,7 +127,7 @@ impl Filter {
     }
 
     /// Decides on a request from its serialised headers. `may_hold` says whether another stream can be delayed.
-    pub fn on_request<'p>(&'p mut self, host: &impl Host, headers: &[u8], may_hold: bool) -> Decision<'p> {
+    pub fn on_request<'p>(&'p mut self, host: &impl Host, headers: &'p [u8], may_hold: bool) -> Decision<'p> {
         let Filter { policy, meters, worker } = self;
         let policy: &'p Policy = policy;
         let mut request = Request::parse(headers, &policy.header_names);

@@ -351,9 +351,10 @@ impl HttpContext for Stream {
             let mut filter = worker.filter.borrow_mut();
             let Some(filter) = filter.as_mut() else { return Action::Continue };
             let headers =
-                fetch(|data, size| unsafe { proxy_get_header_map_pairs(MapType::HttpRequestHeaders, data, size) });
+                fetch(|data, size| unsafe { proxy_get_header_map_pairs(MapType::HttpRequestHeaders, data, size) })
+                    .unwrap_or_default();
             let may_hold = worker.held.borrow().has_room();
-            let decision = filter.on_request(&worker.envoy, &headers.unwrap_or_default(), may_hold);
+            let decision = filter.on_request(&worker.envoy, &headers, may_hold);
             for mutation in &decision.mutations {
                 mutate(MapType::HttpRequestHeaders, mutation);
             }

@@ -100,7 +100,8 @@ impl Trace {
                 formats.push(Recognised { extracted, injected, ..Recognised::intern(*format, names)? });
             }
         }
-        const UNTRUSTED: [&str; 4] = ["baggage", "x-client-trace-id", "x-envoy-force-trace", "jaeger-debug-id"];
+        const UNTRUSTED: [&str; 5] =
+            ["baggage", "x-client-trace-id", "x-envoy-force-trace", "jaeger-debug-id", "jaeger-baggage"];
         let untrusted = UNTRUSTED.into_iter().filter(|_| restarts).filter_map(|name| Some((name, names.intern(name)?)));
         Some(Trace {
             edge,

@@ -224,20 +224,22 @@ impl Continuation {
     }
 
     /// The header changes that tell the next hop.
-    pub fn inject<'p>(&mut self, trace: &'p Trace, request: &Request<'_>, mutations: &mut Vec<HeaderMutation<'p>>) {
+    pub fn inject<'p>(&mut self, trace: &'p Trace, request: &Request<'p>, mutations: &mut Vec<HeaderMutation<'p>>) {
         let restarted = self.notes.contains(Note::Restarted);
         for known in &trace.formats {
             self.inject_format(known, request, restarted, mutations);
         }
         self.inject_tracestate(trace, request, mutations);
 
+        let allow = trace.baggage_allow.as_deref().filter(|_| self.direction != Direction::Inbound);
+        if let Some(allow) = if restarted { Some(&[][..]) } else { allow } {
+            mutations.extend(baggage::foreign(request, allow).map(HeaderMutation::Remove));
+        }
         if restarted {
             let sent = trace.untrusted.iter().filter(|(_, id)| request.has(*id));
             mutations.extend(sent.map(|(name, _)| HeaderMutation::Remove(name)));
             return;
         }
-        let leaves = self.direction != Direction::Inbound;
-        let allow = trace.baggage_allow.as_deref().filter(|_| leaves);
         if request.has(trace.baggage) {
             let (list, cut) = baggage::limit(&mut request.values(trace.baggage), allow);
             self.notes.add_if(cut, Note::Truncated);
@@ -512,6 +514,10 @@ mod tests {
             B3,
             ("uber-trace-id", "1:2:0:3"),
             ("baggage", "tenant=evil"),
+            ("uberctx-tenant", "evil"),
+            ("ot-baggage-tenant", "evil"),
+            ("ot-baggage-tenant", "twice"),
+            ("jaeger-baggage", "tenant=evil"),
             ("x-client-trace-id", "1"),
             ("x-envoy-force-trace", "true"),
             ("x-datadog-origin", "rum"),
@@ -552,6 +558,24 @@ mod tests {
             (value(&after, "tracestate"), value(&after, "baggage")),
             (Some("a=1,b=2"), Some("tenant=x,user=ann"))
         );
+    }
+
+    #[test]
+    fn baggage_of_other_formats_passes_where_baggage_may() {
+        let headers =
+            [("traceparent", INBOUND), ("uberctx-tenantid", "x"), ("uberctx-user", "ann"), ("ot-baggage-a", "1")];
+        let sent = |policy: &str, direction| {
+            let (after, _) = go(policy, direction, false, &headers);
+            after.into_iter().map(|(name, _)| name).filter(|name| name != "traceparent").collect::<Vec<_>>()
+        };
+        let all = ["uberctx-tenantid", "uberctx-user", "ot-baggage-a"];
+        assert_eq!(sent("{}", Direction::Outbound), all);
+        let policy = r#"{"baggage": {"allow": ["tenantId"]}}"#;
+        assert_eq!(sent(policy, Direction::Inbound), all);
+        assert_eq!(sent(policy, Direction::Outbound), all[..1]);
+        assert_eq!(sent(policy, Direction::Neither), all[..1]);
+        assert_eq!(sent(r#"{"edge": "restart"}"#, Direction::Inbound), [""; 0]);
+        assert_eq!(sent(r#"{"edge": "restart"}"#, Direction::Outbound), all);
     }
 
     #[test]

@@ -13,6 +13,8 @@ mod conformance;
 mod decision;
 mod filter_state;
 mod formats;
+#[cfg(test)]
+mod fuzz;
 mod notes;
 mod policy;
 mod tracestate;

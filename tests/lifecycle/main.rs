@@ -237,10 +237,17 @@ fn a_stranger_brings_no_trace_in(start: Start) {
     let trace = r#", "trace": {"edge": "restartExternal", "tracestate": {"key": "acme"}, "direction": "inbound"}"#;
     let mut proxy = start(&policy("", trace));
     for (tracestate, is_ours) in [("acme=1", true), ("a=1", false)] {
-        let sent = [("traceparent", TRACEPARENT), ("tracestate", tracestate), ("baggage", "a=1"), ("x-b3-flags", "1")];
+        let sent = [
+            ("traceparent", TRACEPARENT),
+            ("tracestate", tracestate),
+            ("baggage", "a=1"),
+            ("uberctx-a", "1"),
+            ("x-b3-flags", "1"),
+        ];
         let headers = exchange(&mut *proxy, 0, &sent, "200").continued();
         assert_eq!(value(&headers, "traceparent").unwrap()[..36] == TRACEPARENT[..36], is_ours);
         assert_eq!(value(&headers, "baggage").is_some(), is_ours);
+        assert_eq!(value(&headers, "uberctx-a").is_some(), is_ours);
         assert_eq!(value(&headers, "x-b3-flags"), None);
     }
     assert_eq!(proxy.metric("trimtab.policy.p.trace.restarted"), 1);

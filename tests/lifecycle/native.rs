@@ -54,7 +54,8 @@ impl Proxy for Native {
         worker.next_stream += 1;
         let may_hold = worker.held.has_room();
         let filter = worker.filter.as_mut().expect("a policy is loaded");
-        let decision = filter.on_request(&self.host, &encode_headers(headers), may_hold);
+        let block = encode_headers(headers);
+        let decision = filter.on_request(&self.host, &block, may_hold);
         let mut headers: Vec<(Vec<u8>, Vec<u8>)> =
             headers.iter().map(|(name, value)| (name.as_bytes().to_vec(), value.to_vec())).collect();
         decision.mutations.iter().for_each(|mutation| mutation.apply(&mut headers));
