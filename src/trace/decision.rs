@@ -216,6 +216,11 @@ impl Continuation {
         }
     }
 
+    /// Whether [`Continuation::force_sampling`] has decided.
+    pub fn is_forced(&self) -> bool {
+        self.is_forced
+    }
+
     /// Samples the trace whatever was decided. With what probability that happens nobody knows, so no threshold stays.
     pub fn force_sampling(&mut self) {
         self.context.flags = self.context.flags.with(Flags::SAMPLED);
