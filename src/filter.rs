@@ -6,7 +6,7 @@
 
 mod trial;
 
-use crate::canary::{Carried, Choice, Decided, Share};
+use crate::canary::{Carried, Choice, Decided, Share, Term, Why};
 use crate::fault::{Fault, Injection, State, Watch, Withheld};
 use crate::host::{Change, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request};
@@ -15,7 +15,7 @@ use crate::policy::{Policy, Route, TargetId};
 use crate::ratelimit::{Admission, Leases, Secret, admit, return_leases};
 use crate::telemetry::{DestinationMeters, Meters, Stand};
 use crate::trace::w3c::TraceContext;
-use crate::trace::{self, Continuation, Direction, Notes, Response};
+use crate::trace::{self, Continuation, Direction, Edge, Force, Notes, Response};
 use crate::units::Fraction;
 use trial::{JUDGE_PERIOD, Trial};
 
@@ -139,7 +139,7 @@ impl Filter {
     }
 
     /// Decides on a request from its serialised headers. `may_hold` says whether another stream can be delayed.
-    pub fn on_request<'p>(&'p mut self, host: &impl Host, headers: &[u8], may_hold: bool) -> Decision<'p> {
+    pub fn on_request<'p>(&'p mut self, host: &impl Host, headers: &'p [u8], may_hold: bool) -> Decision<'p> {
         let Filter { policy, meters, worker } = self;
         let policy: &'p Policy = policy;
         let mut request = Request::parse(headers, &policy.header_names);
@@ -149,6 +149,9 @@ impl Filter {
 
         // The trace first: whatever happens to the request, it belongs to one, and faults are drawn from its id.
         let continuation = policy.trace.as_ref().and_then(|trace| {
+            if trace.edge == Edge::Restore {
+                return trace::restore(host);
+            }
             // Asked for every request: listeners with equal configurations share one filter in Envoy, so what one
             // request tells does not hold for the next.
             let ask = || Direction::from_property(host.property(&["xds", "listener_direction"]).as_deref());
@@ -174,7 +177,11 @@ impl Filter {
             mutations.extend(header.write(&carried, decided, || host.wall_now()));
             meters.count_carried(&carried, policy, reasons.share, host);
         }
+        let is_forced = policy.trace.as_ref().is_some_and(|trace| is_forced(trace.force, policy, reasons, host));
         if let (Some(trace), Some(continuation)) = (&policy.trace, &mut reasons.trace) {
+            if is_forced {
+                continuation.force_sampling();
+            }
             let mut remembered = Notes::default();
             if let Verdict::Continue | Verdict::Delay(_, None) = verdict {
                 continuation.inject(trace, &request, mutations);
@@ -184,6 +191,7 @@ impl Filter {
             }
             let tells = trace.response != Response::None && continuation.direction != Direction::Outbound;
             exchange.trace = tells.then_some(continuation.context);
+            trace.filter_state.leave(continuation, &request, mutations, host);
             meters.count_trace(continuation, remembered, host);
         }
         decision
@@ -280,11 +288,6 @@ impl WorkerState {
                         (None, Some(reply)) => Verdict::Answer(reply),
                         (None, None) => Verdict::Continue,
                     };
-                    if let (Some(trace), Some(continuation)) = (&policy.trace, &mut reasons.trace)
-                        && trace.forced_by_faults
-                    {
-                        continuation.force_sampling();
-                    }
                 }
             }
         }
@@ -381,6 +384,23 @@ impl Filter {
         let is_judged = self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some());
         windows.into_iter().chain(leases).chain(is_judged.then_some(JUDGE_PERIOD)).min()
     }
+}
+
+/// Whether something was done to a request that its trace has to tell, whatever samplers say.
+fn is_forced(force: Force, policy: &Policy, reasons: &Reasons, host: &impl Host) -> bool {
+    let is_faulted = || !reasons.drawn.is_none() && reasons.withheld.is_none();
+    let is_limited = |admission: &Admission| admission.refused.is_some() || !admission.would_refuse.is_empty();
+    let is_moved = || {
+        let canary = policy.routes.get(reasons.route?)?.canary()?;
+        let split = policy.routes.get(reasons.route?)?.split.as_ref()?;
+        let (Why::Cohort { place } | Why::Drawn { place }) = reasons.choice?.why else { return None };
+        let due = canary.share(split.weight(canary.destination), || host.wall_now()).weight;
+        let is_rolled_back = reasons.share?.term == Term::RolledBack && !canary.shadow;
+        Some(is_rolled_back && place < due.ppm())
+    };
+    (force.fault && is_faulted())
+        || (force.rate_limit && reasons.admission.as_ref().is_some_and(is_limited))
+        || (force.rollback && is_moved() == Some(true))
 }
 
 /// Whether the target is unwell by the judgement of `watch`, or was a short while ago by any worker's. `route` and

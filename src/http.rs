@@ -205,6 +205,12 @@ impl<'a> Request<'a> {
         self.first(id).into_iter().chain(repeated.into_iter().flatten())
     }
 
+    /// The names of all headers, as often as they were sent: for those that no policy can name one by one. A name that
+    /// is no text is left out.
+    pub fn names(&self) -> impl Iterator<Item = &'a str> {
+        Pairs::new(self.block).filter_map(|(name, ..)| std::str::from_utf8(name).ok())
+    }
+
     /// All values of a header joined by commas: what Envoy matches when a header was sent more than once.
     pub fn joined(&self, id: HeaderId) -> Option<Cow<'a, [u8]>> {
         match self.slot(id).values {

@@ -286,6 +286,7 @@ impl Meters {
             }
         };
         let (arrived, reason) = match continuation.arrived {
+            Arrived::Decided => return,
             Arrived::Valid => (0, None),
             Arrived::Missing => (1, None),
             Arrived::Invalid(Invalid::Duplicate) => (2, Some(3)),

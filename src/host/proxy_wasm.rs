@@ -74,6 +74,7 @@ unsafe extern "C" {
     fn proxy_set_effective_context(context: u32) -> Status;
     fn proxy_continue_stream(stream: StreamType) -> Status;
     fn proxy_get_property(path: *const u8, path_size: usize, data: *mut *mut u8, size: *mut usize) -> Status;
+    fn proxy_set_property(path: *const u8, path_size: usize, value: *const u8, value_size: usize) -> Status;
     fn proxy_get_shared_data(
         key: *const u8,
         key_size: usize,
@@ -217,6 +218,10 @@ impl Properties for Envoy {
     fn property(&self, path: &[&str]) -> Option<Vec<u8>> {
         let path = path.join("\0");
         fetch(|data, size| unsafe { proxy_get_property(path.as_ptr(), path.len(), data, size) })
+    }
+
+    fn leave(&self, name: &str, value: &[u8]) {
+        unsafe { proxy_set_property(name.as_ptr(), name.len(), value.as_ptr(), value.len()) };
     }
 }
 
@@ -365,9 +370,10 @@ impl HttpContext for Stream {
             let mut filter = worker.filter.borrow_mut();
             let Some(filter) = filter.as_mut() else { return Action::Continue };
             let headers =
-                fetch(|data, size| unsafe { proxy_get_header_map_pairs(MapType::HttpRequestHeaders, data, size) });
+                fetch(|data, size| unsafe { proxy_get_header_map_pairs(MapType::HttpRequestHeaders, data, size) })
+                    .unwrap_or_default();
             let may_hold = worker.held.borrow().has_room();
-            let decision = filter.on_request(&worker.envoy, &headers.unwrap_or_default(), may_hold);
+            let decision = filter.on_request(&worker.envoy, &headers, may_hold);
             for mutation in &decision.mutations {
                 mutate(MapType::HttpRequestHeaders, mutation);
             }

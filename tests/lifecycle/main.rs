@@ -4,6 +4,7 @@
 mod canary;
 mod native;
 mod proxy;
+mod trace;
 mod wasm;
 
 use canary::{
@@ -16,6 +17,10 @@ use canary::{
 };
 use proxy::{Headers, Outcome, Proxy, exchange, get, value};
 use std::time::Duration;
+use trace::{
+    a_context_is_left_and_restored, a_limit_may_force_sampling, a_rollback_may_force_sampling,
+    an_injected_fault_may_force_sampling, the_conformance_cases_pass,
+};
 
 /// Declares each case as a native test and as a test of the module.
 macro_rules! cases {
@@ -40,6 +45,11 @@ cases![
     an_application_that_copies_an_id_keeps_its_trace,
     a_stranger_brings_no_trace_in,
     b3_is_translated,
+    the_conformance_cases_pass,
+    a_context_is_left_and_restored,
+    a_limit_may_force_sampling,
+    an_injected_fault_may_force_sampling,
+    a_rollback_may_force_sampling,
     a_limit_is_exact_over_the_workers,
     a_grpc_call_is_refused_in_grpc,
     limits_are_charged_all_or_none,
@@ -233,10 +243,17 @@ fn a_stranger_brings_no_trace_in(start: Start) {
     let trace = r#", "trace": {"edge": "restartExternal", "tracestate": {"key": "acme"}, "direction": "inbound"}"#;
     let mut proxy = start(&policy("", trace));
     for (tracestate, is_ours) in [("acme=1", true), ("a=1", false)] {
-        let sent = [("traceparent", TRACEPARENT), ("tracestate", tracestate), ("baggage", "a=1"), ("x-b3-flags", "1")];
+        let sent = [
+            ("traceparent", TRACEPARENT),
+            ("tracestate", tracestate),
+            ("baggage", "a=1"),
+            ("uberctx-a", "1"),
+            ("x-b3-flags", "1"),
+        ];
         let headers = exchange(&mut *proxy, 0, &sent, "200").continued();
         assert_eq!(value(&headers, "traceparent").unwrap()[..36] == TRACEPARENT[..36], is_ours);
         assert_eq!(value(&headers, "baggage").is_some(), is_ours);
+        assert_eq!(value(&headers, "uberctx-a").is_some(), is_ours);
         assert_eq!(value(&headers, "x-b3-flags"), None);
     }
     assert_eq!(proxy.metric("trimtab.policy.p.trace.restarted"), 1);

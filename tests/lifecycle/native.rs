@@ -6,7 +6,7 @@ use std::time::Duration;
 use trimtab::fault::HeldStreams;
 use trimtab::filter::{Exchange, Filter, Verdict};
 use trimtab::host::sim::Sim;
-use trimtab::host::{Host, StateStore, Version};
+use trimtab::host::{Host, Properties, StateStore, Version};
 use trimtab::http::{LocalReply, encode_headers};
 use trimtab::policy::Policy;
 
@@ -54,7 +54,8 @@ impl Proxy for Native {
         worker.next_stream += 1;
         let may_hold = worker.held.has_room();
         let filter = worker.filter.as_mut().expect("a policy is loaded");
-        let decision = filter.on_request(&self.host, &encode_headers(headers), may_hold);
+        let block = encode_headers(headers);
+        let decision = filter.on_request(&self.host, &block, may_hold);
         let mut headers: Vec<(Vec<u8>, Vec<u8>)> =
             headers.iter().map(|(name, value)| (name.as_bytes().to_vec(), value.to_vec())).collect();
         decision.mutations.iter().for_each(|mutation| mutation.apply(&mut headers));
@@ -120,6 +121,10 @@ impl Proxy for Native {
 
     fn set_property(&mut self, path: &str, value: &[u8]) {
         self.host.set_property(path, value);
+    }
+
+    fn left(&mut self, _: StreamId, name: &str) -> Option<Vec<u8>> {
+        self.host.property(&[name])
     }
 
     fn write_shared(&mut self, key: &str, value: &[u8]) {

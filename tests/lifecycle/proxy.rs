@@ -65,6 +65,9 @@ pub trait Proxy {
     /// A property of the streams to come; its path is joined by dots.
     fn set_property(&mut self, path: &str, value: &[u8]);
 
+    /// What the filter has left with a stream under `name`.
+    fn left(&mut self, stream: StreamId, name: &str) -> Option<Vec<u8>>;
+
     /// Writes a shared word, as a neighbour could.
     fn write_shared(&mut self, key: &str, value: &[u8]);
 

@@ -111,6 +111,12 @@ impl Proxy for Module {
         self.world.set_property(path, value);
     }
 
+    fn left(&mut self, stream: StreamId, name: &str) -> Option<Vec<u8>> {
+        let (vm, stream) = self.stream(stream);
+        let written = vm.stream(stream).written_properties();
+        written.iter().rev().find(|(known, _)| known == name).map(|(_, value)| value.clone())
+    }
+
     fn write_shared(&mut self, key: &str, value: &[u8]) {
         self.world.set_shared_data(key, value, 0).expect("version 0 writes always");
     }

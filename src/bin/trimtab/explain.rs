@@ -26,7 +26,7 @@ use trimtab::key::KeySource;
 use trimtab::matcher::Condition;
 use trimtab::policy::{Policy, Route};
 use trimtab::trace::w3c::{Flags, Invalid, format_traceparent};
-use trimtab::trace::{self, Arrived, Continuation};
+use trimtab::trace::{self, Arrived, Continuation, Edge};
 use trimtab::units::{Fraction, Wall, nanoseconds, parse_instant, point};
 
 #[derive(Args)]
@@ -288,25 +288,42 @@ impl Story<'_> {
 
     fn tell_trace(&self, table: &mut Table) {
         table.section("trace");
-        let Some(Continuation { arrived, from, root, context, .. }) = &self.reasons.trace else {
-            table.row(
-                "left alone",
-                if self.policy.trace.is_some() { "edge: ignore" } else { "the policy has no trace block" },
-            );
+        let Some(continuation @ Continuation { arrived, from, root, context, .. }) = &self.reasons.trace else {
+            let why = match self.policy.trace.as_ref().map(|trace| trace.edge) {
+                None => "the policy has no trace block",
+                Some(Edge::Restore) => "edge: restore, and no earlier filter has left a context",
+                Some(_) => "edge: ignore",
+            };
+            table.row("left alone", why);
             return;
         };
         let arrival = match arrived {
             Arrived::Valid => format!("a valid {} arrived", from.map_or("context", |from| from.describe())),
             Arrived::Missing => "no traceparent arrived".to_owned(),
+            Arrived::Decided => "an earlier filter has decided".to_owned(),
             Arrived::Invalid(invalid) => format!("the traceparent is invalid: {}", describe_invalid(*invalid)),
         };
         let sampled = if context.flags.contains(Flags::SAMPLED) { "sampled" } else { "not sampled" };
-        if *root {
+        let decided = |by: String| match continuation.is_forced() {
+            true => "sampled, for what was done to the request (force)".to_owned(),
+            false => format!("{sampled}{by}"),
+        };
+        if *arrived == Arrived::Decided {
+            table.row("goes on", format!("{arrival}; {sampled}"));
+        } else if *root {
             let restarted = if *arrived == Arrived::Valid { ", but edge is restart" } else { "" };
             let share = self.policy.trace.as_ref().map_or(Fraction::NONE, |trace| trace.sampling);
-            table.row("begins here", format!("{arrival}{restarted}; its id is drawn; {sampled} ({share} are)"));
+            let decided = decided(format!(" ({share} are)"));
+            table.row("begins here", format!("{arrival}{restarted}; its id is drawn; {decided}"));
         } else {
-            table.row("goes on", format!("{arrival}; its new parent id is drawn; {sampled}, as the caller decided"));
+            let decided = decided(", as the caller decided".to_owned());
+            table.row("goes on", format!("{arrival}; its new parent id is drawn; {decided}"));
+        }
+        let left = self.policy.trace.as_ref().map(|trace| trace.filter_state).unwrap_or_default();
+        for (is_left, what) in [(left.trace_id, "wasm.trimtab.trace_id"), (left.context, "wasm.trimtab.context")] {
+            if is_left {
+                table.row("is left", format!("in filter state, as {what}"));
+            }
         }
     }
 
@@ -577,6 +594,7 @@ fn json_trace(continuation: &Continuation) -> Value {
     let (arrived, reason) = match continuation.arrived {
         Arrived::Valid => ("valid", None),
         Arrived::Missing => ("missing", None),
+        Arrived::Decided => ("decided", None),
         Arrived::Invalid(invalid) => ("invalid", Some(describe_invalid(invalid))),
     };
     json!({
