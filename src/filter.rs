@@ -232,7 +232,7 @@ impl WorkerState {
         if let (Some(fault), Some(faults)) = (&route.fault, &meters.faults) {
             let inbound = || trace::extract(request).ok().flatten();
             let context = reasons.trace.as_ref().map(|continuation| continuation.context).or_else(inbound);
-            reasons.drawn = fault.draw(fault.draws(context.map(|context| context.trace_id), || host.random()));
+            reasons.drawn = fault.draw(context.map(|context| context.trace_id), || host.random());
             if !reasons.drawn.is_none() {
                 let watch = watches.get_mut(index).and_then(|watches| watches.get_mut(chosen));
                 let name = destination.map_or(&*route.name, |(destination, _)| destination.label());

@@ -1,8 +1,9 @@
 //! Reads a route's `fault` block.
 
 use super::guard::Guard;
-use super::policy::{Abort, DrawnFrom, Fault};
-use crate::document::{Fields, Value};
+use super::policy::{Abort, Delay, Distribution, DrawnFrom, Fault};
+use crate::decimal::parse_decimal;
+use crate::document::{Fields, Value, quoted};
 use crate::units::{Fraction, nanoseconds, read_duration};
 use std::time::Duration;
 use xxhash_rust::xxh64::xxh64;
@@ -29,6 +30,9 @@ const GRPC_CODES: [&str; 17] = [
 ];
 
 const LEAST_DELAY: Duration = Duration::from_millis(1);
+
+/// The most quantiles of a distribution.
+const MAX_QUANTILES: usize = 16;
 
 impl Fault {
     /// Reads the block of the route called `route`.
@@ -80,14 +84,49 @@ fn read_percentage(fields: &mut Fields<'_>) -> Option<Fraction> {
     }
 }
 
-fn read_delay(value: &Value<'_>) -> Option<(Fraction, u64)> {
+fn read_delay(value: &Value<'_>) -> Option<(Fraction, Delay)> {
     let mut fields = value.object()?;
     let percentage = read_percentage(&mut fields);
-    let delay = fields.required("fixedDelay").and_then(|value| read_duration(&value, LEAST_DELAY));
-    fields.refuse("exponentialDelay", "Istio does not implement it either; write fixedDelay");
-    fields.not_yet("distribution");
+    let fixed = fields.optional("fixedDelay");
+    let distribution = fields.optional("distribution");
+    fields.refuse("exponentialDelay", "Istio does not implement it either; write fixedDelay or distribution");
     fields.end();
-    Some((percentage?, nanoseconds(delay?)))
+    let delay = match (fixed, distribution) {
+        (Some(fixed), None) => read_duration(&fixed, LEAST_DELAY).map(|delay| Delay::Fixed(nanoseconds(delay))),
+        (None, Some(distribution)) => read_distribution(&distribution).map(Delay::Distribution),
+        _ => {
+            value.error("a delay needs one length", "write fixedDelay or distribution");
+            None
+        }
+    };
+    Some((percentage?, delay?))
+}
+
+/// Reads quantiles such as `{p50: 100ms, p95: 400ms, p99.9: 1s}`, in any order.
+fn read_distribution(value: &Value<'_>) -> Option<Distribution> {
+    let entries = value.entries()?;
+    if entries.is_empty() || entries.len() > MAX_QUANTILES {
+        let help = format!("write 1 to {MAX_QUANTILES}, such as {{p50: 100ms, p99: 1s}}");
+        value.error(format!("{} quantiles", entries.len()), help);
+        return None;
+    }
+    let mut quantiles = Vec::new();
+    for (name, delay) in entries {
+        let quantile = name.strip_prefix('p').and_then(|percent| parse_decimal(percent, 10_000));
+        let Some(quantile @ 1..=1_000_000) = quantile else {
+            let help = "expected a percentile from p0.0001 to p100, such as p95 or p99.9";
+            delay.error(format!("{} is no percentile", quoted(name)), help);
+            return None;
+        };
+        quantiles.push((Fraction::from_ppm(quantile as u32), nanoseconds(read_duration(&delay, LEAST_DELAY)?)));
+    }
+    quantiles.sort_unstable();
+    let rises = |pair: &[(Fraction, u64)]| matches!(pair, [(a, shorter), (b, longer)] if a < b && shorter < longer);
+    if !quantiles.windows(2).all(rises) {
+        value.error("a distribution that does not increase", "write a longer delay for each higher percentile");
+        return None;
+    }
+    Some(Distribution { quantiles: quantiles.into() })
 }
 
 fn read_abort(value: &Value<'_>) -> Option<(Fraction, Abort)> {
@@ -163,10 +202,43 @@ mod tests {
         );
         let fault = fault.unwrap();
         assert_eq!(told, [] as [&str; 0]);
-        assert_eq!(fault.delay, Some((Fraction::from_ppm(1_000), 5_000_000_000)));
+        assert_eq!(fault.delay, Some((Fraction::from_ppm(1_000), Delay::Fixed(5_000_000_000))));
         assert_eq!(fault.abort, Some((Fraction::from_ppm(500_000), Abort::Http(400))));
         let (fault, _) = read(r#"{"abort": {"percentage": {"value": 1}, "grpcStatus": "UNAVAILABLE"}}"#);
         assert_eq!(fault.unwrap().abort, Some((Fraction::from_ppm(10_000), Abort::Grpc(14))));
+    }
+
+    #[test]
+    fn a_distribution_is_read_in_any_order() {
+        let (fault, told) = read(
+            r#"{"delay": {"percentage": {"value": 1}, "distribution": {"p99.9": "1s", "p50": "100ms", "p95": "400ms"}}}"#,
+        );
+        assert_eq!(told, [] as [&str; 0]);
+        let Some((_, Delay::Distribution(distribution))) = fault.unwrap().delay else { panic!("no distribution") };
+        let expected = [(500_000, 100_000_000), (950_000, 400_000_000), (999_000, 1_000_000_000)];
+        assert_eq!(*distribution.quantiles, expected.map(|(ppm, time)| (Fraction::from_ppm(ppm), time)));
+    }
+
+    #[test]
+    fn distributions_that_are_none_are_refused() {
+        for (quantiles, expected) in [
+            ("{}", "0 quantiles"),
+            (r#"{"p50": "2s", "p99": "1s"}"#, "does not increase"),
+            (r#"{"p50": "1s", "p99": "1s"}"#, "does not increase"),
+            (r#"{"p50": "1s", "p50.0": "2s"}"#, "does not increase"),
+            (r#"{"p0": "1s"}"#, "no percentile"),
+            (r#"{"p101": "1s"}"#, "no percentile"),
+            (r#"{"p-1": "1s"}"#, "no percentile"),
+            (r#"{"median": "1s"}"#, "no percentile"),
+            (r#"{"p50": "-1s"}"#, "expected a duration"),
+            (r#"{"p50": "25h"}"#, "expected a duration"),
+            ("7", "expected an object"),
+        ] {
+            let text = format!(r#"{{"delay": {{"percentage": {{"value": 1}}, "distribution": {quantiles}}}}}"#);
+            let (fault, told) = read(&text);
+            assert!(told.iter().any(|told| told.starts_with("error") && told.contains(expected)), "{text}: {told:?}");
+            assert!(fault.is_none_or(|fault| fault.delay.is_none()), "{text}");
+        }
     }
 
     #[test]
@@ -180,7 +252,7 @@ mod tests {
             (r#"{"delay": {"percentage": {"value": 101}, "fixedDelay": "1s"}}"#, "from 0 to 100"),
             (r#"{"delay": {"percentage": {"value": 1}, "fixedDelay": "-1s"}}"#, "expected a duration"),
             (r#"{"delay": {"percentage": {"value": 1}, "fixedDelay": "0s"}}"#, "expected a duration"),
-            (r#"{"delay": {"percentage": {"value": 1}}}"#, "fixedDelay is missing"),
+            (r#"{"delay": {"percentage": {"value": 1}}}"#, "needs one length"),
             (r#"{"delay": {"percentage": {"value": 1}, "fixedDelay": "1s"}, "maxActive": 5}"#, "not yet supported"),
         ] {
             let (_, told) = read(text);

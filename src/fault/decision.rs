@@ -1,14 +1,16 @@
 //! What is done to one request.
 
-use super::policy::{Abort, DrawnFrom, Fault};
+use super::policy::{Abort, Delay, DrawnFrom, Fault};
 use crate::http::LocalReply;
 use xxhash_rust::xxh64::xxh64;
 
-/// Two independent numbers: one for the delay, one for the abort.
+/// What a number is drawn for. Each has a draw of its own, independent of the others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Draws {
-    pub delay: u64,
-    pub abort: u64,
+pub enum Draw {
+    Delay = 0,
+    Abort = 1,
+    /// How long the delay is, where it is drawn.
+    Length = 2,
 }
 
 /// What was drawn for a request. A delay may be followed by an abort.
@@ -37,23 +39,32 @@ impl Injection {
 }
 
 impl Fault {
-    /// The numbers that decide for a request: from its trace id where the policy says so and there is one.
-    pub fn draws(&self, trace_id: Option<[u8; 16]>, mut random: impl FnMut() -> u64) -> Draws {
+    /// The number that decides on `what` for a request of this trace, where the policy draws from trace ids.
+    pub fn number(&self, what: Draw, trace_id: Option<[u8; 16]>) -> Option<u64> {
         match (self.drawn_from, trace_id) {
-            (DrawnFrom::TraceId, Some(id)) => {
-                Draws { delay: xxh64(&id, self.salt), abort: xxh64(&id, self.salt.wrapping_add(1)) }
-            }
-            _ => Draws { delay: random(), abort: random() },
+            (DrawnFrom::TraceId, Some(id)) => Some(xxh64(&id, self.salt.wrapping_add(what as u64))),
+            _ => None,
         }
     }
 
-    /// The faults that `draws` select.
-    pub fn draw(&self, draws: Draws) -> Injection {
-        let drawn = |share: crate::units::Fraction, draw| share.includes(draw);
-        Injection {
-            delay: self.delay.filter(|(share, _)| drawn(*share, draws.delay)).map(|(_, delay)| delay),
-            abort: self.abort.filter(|(share, _)| drawn(*share, draws.abort)).map(|(_, abort)| abort),
+    /// The faults of a request of this trace; `random` is asked where the trace id does not decide.
+    pub fn draw(&self, trace_id: Option<[u8; 16]>, mut random: impl FnMut() -> u64) -> Injection {
+        let mut number = |what| self.number(what, trace_id).unwrap_or_else(&mut random);
+        let mut injection = Injection::default();
+        if let Some((share, delay)) = &self.delay
+            && share.includes(number(Draw::Delay))
+        {
+            injection.delay = Some(match delay {
+                Delay::Fixed(time) => *time,
+                Delay::Distribution(distribution) => distribution.delay(number(Draw::Length)),
+            });
         }
+        if let Some((share, abort)) = &self.abort
+            && share.includes(number(Draw::Abort))
+        {
+            injection.abort = Some(*abort);
+        }
+        injection
     }
 }
 
@@ -114,7 +125,7 @@ mod tests {
     fn half_and_half(drawn_from: DrawnFrom) -> Fault {
         let half = Fraction::from_ppm(500_000);
         Fault {
-            delay: Some((half, 1)),
+            delay: Some((half, Delay::Fixed(1))),
             abort: Some((half, Abort::Http(503))),
             drawn_from,
             shadow: false,
@@ -132,7 +143,7 @@ mod tests {
             let count = 100_000_u32;
             let (mut delays, mut aborts, mut both) = (0_u32, 0_u32, 0_u32);
             for n in 0..u128::from(count) {
-                let injection = fault.draw(fault.draws(Some(n.to_be_bytes()), &mut random));
+                let injection = fault.draw(Some(n.to_be_bytes()), &mut random);
                 delays += u32::from(injection.delay.is_some());
                 aborts += u32::from(injection.abort.is_some());
                 both += u32::from(injection.delay.is_some() && injection.abort.is_some());
@@ -148,9 +159,11 @@ mod tests {
     #[test]
     fn a_trace_id_always_draws_the_same() {
         let fault = half_and_half(DrawnFrom::TraceId);
-        let id = 7_u128.to_be_bytes();
-        assert_eq!(fault.draws(Some(id), || 1), fault.draws(Some(id), || 2));
-        assert_ne!(fault.draws(None, || 1), fault.draws(None, || 2), "no trace id: a draw");
+        let drawn = |id: Option<u128>, random: u64| fault.draw(id.map(u128::to_be_bytes), || random);
+        for id in 0..100 {
+            assert_eq!(drawn(Some(id), 0), drawn(Some(id), u64::MAX));
+        }
+        assert_ne!(drawn(None, 0), drawn(None, u64::MAX), "no trace id: a draw");
     }
 
     #[test]

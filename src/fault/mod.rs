@@ -10,7 +10,7 @@ mod guard;
 mod held;
 mod policy;
 
-pub use decision::{Draws, Injection, Withheld};
+pub use decision::{Draw, Injection, Withheld};
 pub use guard::{Guard, State, Watch};
 pub use held::{HeldStreams, MAX_HELD};
-pub use policy::{Abort, DrawnFrom, Fault};
+pub use policy::{Abort, Delay, Distribution, DrawnFrom, Fault};

@@ -17,7 +17,7 @@ use std::time::SystemTime;
 use trimtab::canary::{Choice, Split, Term, Why};
 use trimtab::decimal::Decimal;
 use trimtab::document::quoted;
-use trimtab::fault::{Abort, DrawnFrom, Fault, Withheld};
+use trimtab::fault::{Abort, Delay, Draw, DrawnFrom, Fault, Withheld};
 use trimtab::filter::{Decision, Filter, Reasons, Verdict};
 use trimtab::host::Properties;
 use trimtab::host::sim::Sim;
@@ -208,13 +208,16 @@ impl Story<'_> {
         let context = self.reasons.trace.as_ref().map(|continuation| continuation.context);
         let context = context.or_else(|| trace::extract(&self.request).ok().flatten());
         let trace_id = context.map(|context| context.trace_id).filter(|_| fault.drawn_from == DrawnFrom::TraceId);
-        let draws = trace_id.map(|id| fault.draws(Some(id), || 0));
-        let place = |draw: u64| Fraction::from_ppm(point(draw));
-        let delay = fault.delay.map(|(share, delay)| Dice {
-            fault: format!("delay {}", duration(delay)),
-            share,
+        let place = |what| fault.number(what, trace_id).map(|draw| Fraction::from_ppm(point(draw)));
+        let delay = fault.delay.as_ref().map(|(share, delay)| Dice {
+            fault: match (delay, self.reasons.drawn.delay) {
+                (_, Some(drawn)) => format!("delay {}", duration(drawn)),
+                (Delay::Fixed(time), None) => format!("delay {}", duration(*time)),
+                (Delay::Distribution(_), None) => format!("delay up to {}", duration(delay.longest())),
+            },
+            share: *share,
             drawn: self.reasons.drawn.delay.is_some(),
-            place: draws.map(|draws| place(draws.delay)),
+            place: place(Draw::Delay),
         });
         let abort = fault.abort.map(|(share, abort)| Dice {
             fault: match abort {
@@ -223,7 +226,7 @@ impl Story<'_> {
             },
             share,
             drawn: self.reasons.drawn.abort.is_some(),
-            place: draws.map(|draws| place(draws.abort)),
+            place: place(Draw::Abort),
         });
         delay.into_iter().chain(abort).collect()
     }
