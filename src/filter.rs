@@ -7,7 +7,7 @@
 mod trial;
 
 use crate::canary::{Choice, Share};
-use crate::fault::{Fault, Injection, State, Watch, Withheld};
+use crate::fault::{Abort, Fault, Injection, MARK, MESSAGE, Slot, State, Status, Watch, Withheld};
 use crate::host::{Change, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request};
 use crate::outlier::{Totals, is_failure};
@@ -17,6 +17,7 @@ use crate::telemetry::{DestinationMeters, Meters, Stand};
 use crate::trace::w3c::TraceContext;
 use crate::trace::{self, Continuation, Direction, Notes, Response};
 use crate::units::Fraction;
+use std::borrow::Cow;
 use trial::{JUDGE_PERIOD, Trial};
 
 pub use trial::Sample;
@@ -56,9 +57,31 @@ pub struct Decision<'p> {
 pub enum Verdict {
     #[default]
     Continue,
-    /// Hold the request for so many nanoseconds, then let it go on, or answer.
-    Delay(u64, Option<LocalReply>),
+    Delay(Box<Hold>),
     Answer(LocalReply),
+    /// Reset the stream: no answer ever comes.
+    Reset,
+}
+
+/// A delay.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hold {
+    /// Nanoseconds.
+    pub delay: u64,
+    /// What follows; never another delay.
+    pub then: Verdict,
+    /// To be given to [`Filter::free`] when that is done, or the client has gone.
+    pub slot: Option<Slot>,
+}
+
+impl Verdict {
+    /// The verdict in the end, once a delay is over.
+    pub fn last(&self) -> &Verdict {
+        match self {
+            Verdict::Delay(hold) => &hold.then,
+            other => other,
+        }
+    }
 }
 
 /// What was decided on the way to a verdict.
@@ -84,9 +107,21 @@ pub struct Exchange {
     pub observed: Option<TargetId>,
     /// What the answer is to a judge.
     pub sample: Option<Sample>,
+    /// What is to replace the upstream's answer.
+    pub replacement: Option<Replacement>,
+    /// To be given to [`Filter::free`] when the stream has ended.
+    pub slot: Option<Slot>,
     pub is_grpc: bool,
     /// The trace that the client is told of; `None` where it is told nothing.
     pub trace: Option<TraceContext>,
+}
+
+/// A response fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Replacement {
+    pub status: Status,
+    /// An index into the policy's routes.
+    pub route: usize,
 }
 
 impl Exchange {
@@ -151,7 +186,7 @@ impl Filter {
         let Decision { verdict, mutations, exchange, reasons } = &mut decision;
         if let (Some(trace), Some(continuation)) = (&policy.trace, &mut reasons.trace) {
             let mut remembered = Notes::default();
-            if let Verdict::Continue | Verdict::Delay(_, None) = verdict {
+            if let Verdict::Continue = verdict.last() {
                 continuation.inject(trace, &request, mutations);
                 if let (Some(bridge), Direction::Inbound) = (&trace.bridge, continuation.direction) {
                     remembered = bridge.remember(&request, &continuation.context, mutations, host.now(), host);
@@ -229,41 +264,58 @@ impl WorkerState {
         host.add(sent_to.requests, 1);
 
         // The fault last: what is injected replaces what would have happened otherwise.
-        if let (Some(fault), Some(faults)) = (&route.fault, &meters.faults) {
+        if let Some(fault) = &route.fault
+            && !fault.target.includes(request, chosen, host)
+        {
+            reasons.withheld = Some(Withheld::NotAimed);
+        } else if let (Some(fault), Some(faults)) = (&route.fault, &meters.faults) {
             let inbound = || trace::extract(request).ok().flatten();
             let context = reasons.trace.as_ref().map(|continuation| continuation.context).or_else(inbound);
-            reasons.drawn = fault.draw(context.map(|context| context.trace_id), || host.random());
-            if !reasons.drawn.is_none() {
+            let trace_id = context.map(|context| context.trace_id);
+            reasons.drawn = fault.draw(fault.asked(request), trace_id, || host.random());
+            let mut is_unwell = || {
                 let watch = watches.get_mut(index).and_then(|watches| watches.get_mut(chosen));
                 let name = destination.map_or(&*route.name, |(destination, _)| destination.label());
-                let is_unwell = watch.is_none_or(|watch| is_suspended(watch, sent_to, &route.name, name, host));
-                reasons.withheld = if is_unwell {
-                    Some(Withheld::Suspended)
-                } else if fault.shadow {
-                    Some(Withheld::Shadow)
-                } else if reasons.drawn.delay.is_some() && !may_hold {
-                    Some(Withheld::Overflow)
-                } else {
-                    None
+                watch.is_none_or(|watch| is_suspended(watch, sent_to, &route.name, name, host))
+            };
+            reasons.withheld = if reasons.drawn.is_none() {
+                Some(Withheld::NotDrawn)
+            } else if is_unwell() {
+                Some(Withheld::Suspended)
+            } else if fault.shadow {
+                Some(Withheld::Shadow)
+            } else if reasons.drawn.delay.is_some() && !may_hold {
+                Some(Withheld::Overflow)
+            } else if fault.slots.as_ref().is_some_and(|slots| !slots.take(host)) {
+                Some(Withheld::MaxActive)
+            } else {
+                None
+            };
+            faults.count(&reasons.drawn, reasons.withheld, host);
+            if reasons.withheld.is_none() {
+                *verdict = match reasons.drawn.abort {
+                    Some(Abort::Answer(status)) => Verdict::Answer(status.reply(exchange.is_grpc, fault.marks)),
+                    Some(Abort::Reset) => Verdict::Reset,
+                    Some(Abort::Asked) | None => Verdict::Continue,
                 };
-                faults.count(&reasons.drawn, reasons.withheld, host);
-                if reasons.withheld.is_none() {
-                    let reply = reasons.drawn.abort.map(|abort| abort.reply(exchange.is_grpc));
-                    *verdict = match (reasons.drawn.delay, reply) {
-                        (Some(delay), reply) => Verdict::Delay(delay, reply),
-                        (None, Some(reply)) => Verdict::Answer(reply),
-                        (None, None) => Verdict::Continue,
-                    };
-                    if let (Some(trace), Some(continuation)) = (&policy.trace, &mut reasons.trace)
-                        && trace.forced_by_faults
-                    {
-                        continuation.force_sampling();
-                    }
+                exchange.replacement = reasons.drawn.response.map(|status| Replacement { status, route: index });
+                exchange.slot = fault.slots.as_ref().map(|_| Slot(index));
+                if let Some(delay) = reasons.drawn.delay {
+                    let then = std::mem::take(verdict);
+                    // Nothing more is to come of the fault then, unless an answer is still to be replaced.
+                    let slot = if exchange.replacement.is_none() { exchange.slot.take() } else { None };
+                    *verdict = Verdict::Delay(Box::new(Hold { delay, then, slot }));
+                }
+                if let (Some(trace), Some(continuation)) = (&policy.trace, &mut reasons.trace)
+                    && trace.forced_by_faults
+                {
+                    continuation.force_sampling();
                 }
             }
         }
 
-        // Only a request that nothing was done to tells how its target is.
+        // Only a request that nothing was done to tells how its target is. An answer that will be replaced is learned
+        // from before.
         if *verdict == Verdict::Continue {
             exchange.observed = route.targets.get(chosen).copied().filter(|target| policy.is_watched(*target));
         } else {
@@ -274,17 +326,57 @@ impl WorkerState {
 }
 
 impl Filter {
-    /// Learns from the head of a response, and says how to change it; `header` is asked only where somebody wants to
-    /// know.
+    /// Learns from the head of a response, and changes it; `header` is asked only where somebody wants to know.
     pub fn on_response(
         &mut self,
         host: &impl Host,
         exchange: &mut Exchange,
         header: Header<'_>,
-    ) -> Option<HeaderMutation<'static>> {
+        change: &mut dyn FnMut(HeaderMutation<'static>),
+    ) {
         self.learn(host, exchange, header);
-        let response = self.policy.trace.as_ref()?.response;
-        Continuation::response(&exchange.trace.take()?, response)
+        if exchange.replacement.is_some() {
+            self.replace(host, exchange, header, change);
+        }
+        if let Some(trace) = &self.policy.trace
+            && let Some(context) = exchange.trace.take()
+            && let Some(mutation) = Continuation::response(&context, trace.response)
+        {
+            change(mutation);
+        }
+    }
+
+    /// Replaces the status of an answer that the upstream gave, of a gRPC call where its status stands. What Envoy
+    /// itself says in the upstream's place, and what switches protocols, is left alone.
+    fn replace(
+        &self,
+        host: &impl Host,
+        exchange: &mut Exchange,
+        header: Header<'_>,
+        change: &mut dyn FnMut(HeaderMutation<'static>),
+    ) {
+        let Some(Replacement { status, route }) = exchange.replacement else { return };
+        let marks =
+            self.policy.routes.get(route).and_then(|route| route.fault.as_ref()).is_some_and(|fault| fault.marks);
+        let is_final = number(header(":status")).is_some_and(|status| status >= 200);
+        let details = host.property(&["response", "code_details"]);
+        if !is_final || details.is_some_and(|details| details != b"via_upstream") {
+            exchange.replacement = None;
+            return;
+        }
+        if let Some(faults) = self.meters.routes.get(route).and_then(|meters| meters.faults.as_ref()) {
+            faults.count_response(host);
+        }
+        if marks {
+            change(HeaderMutation::Set(MARK, Cow::Borrowed(b"response")));
+        }
+        if !exchange.is_grpc {
+            exchange.replacement = None;
+            change(HeaderMutation::Set(":status", Cow::Owned(status.http().to_string().into_bytes())));
+        } else if header("grpc-status").is_some() {
+            exchange.replacement = None;
+            replace_grpc_status(status, change);
+        }
     }
 
     fn learn(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
@@ -302,10 +394,27 @@ impl Filter {
         self.observe(host, exchange, status, grpc_status);
     }
 
-    /// Learns from the trailers of a response.
-    pub fn on_response_trailers(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
+    /// Learns from the trailers of a response, and changes them.
+    pub fn on_response_trailers(
+        &mut self,
+        host: &impl Host,
+        exchange: &mut Exchange,
+        header: Header<'_>,
+        change: &mut dyn FnMut(HeaderMutation<'static>),
+    ) {
         if exchange.is_awaited() {
             self.observe(host, exchange, 200, number(header("grpc-status")));
+        }
+        if let Some(Replacement { status, .. }) = exchange.replacement.take() {
+            replace_grpc_status(status, change);
+        }
+    }
+
+    /// Gives back the slot of a fault that is over.
+    pub fn free(&self, slot: Slot, host: &impl Host) {
+        let fault = self.policy.routes.get(slot.0).and_then(|route| route.fault.as_ref());
+        if let Some(slots) = fault.and_then(|fault| fault.slots.as_ref()) {
+            slots.give_back(host);
         }
     }
 
@@ -387,6 +496,12 @@ fn is_suspended(
             false
         }
     }
+}
+
+/// Replaces the status of a gRPC call where it stands.
+fn replace_grpc_status(status: Status, change: &mut dyn FnMut(HeaderMutation<'static>)) {
+    change(HeaderMutation::Set("grpc-status", Cow::Owned(status.grpc().to_string().into_bytes())));
+    change(HeaderMutation::Set("grpc-message", Cow::Borrowed(MESSAGE.as_bytes())));
 }
 
 /// The value of a header that is a number.

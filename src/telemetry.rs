@@ -6,7 +6,7 @@
 //! metric is atomic and far cheaper than a shared word.
 
 use crate::canary::{Arm, Canary, Counts, Finding, Question, Share, Split, Term, Verdict, decibans};
-use crate::fault::{Injection, Withheld};
+use crate::fault::{Abort, Injection, Withheld};
 use crate::host::{MetricId, Metrics};
 use crate::outlier::Totals;
 use crate::policy::{Policy, Route, label};
@@ -147,6 +147,10 @@ pub struct TargetMeters {
 pub struct FaultMeters {
     delays: MetricId,
     aborts: MetricId,
+    resets: MetricId,
+    responses: MetricId,
+    not_drawn: MetricId,
+    max_active: MetricId,
     suspended: MetricId,
     shadow: MetricId,
     overflow: MetricId,
@@ -308,6 +312,10 @@ impl RouteMeters {
             faults: route.fault.as_ref().map(|_| FaultMeters {
                 delays: counter("fault.delays"),
                 aborts: counter("fault.aborts"),
+                resets: counter("fault.resets"),
+                responses: counter("fault.responses"),
+                not_drawn: counter("fault.not_drawn"),
+                max_active: counter("fault.max_active"),
                 suspended: counter("fault.suspended"),
                 shadow: counter("fault.shadow"),
                 overflow: counter("fault.overflow"),
@@ -523,21 +531,33 @@ impl JudgeMeters {
 }
 
 impl FaultMeters {
-    /// Counts what was injected, or why it was withheld.
+    /// Counts what was injected, or why nothing was. An answer is counted when it has been replaced.
     pub fn count(&self, drawn: &Injection, withheld: Option<Withheld>, metrics: &impl Metrics) {
-        match withheld {
-            Some(Withheld::Suspended) => metrics.add(self.suspended, 1),
-            Some(Withheld::Shadow) => metrics.add(self.shadow, 1),
-            Some(Withheld::Overflow) => metrics.add(self.overflow, 1),
+        let reason = match withheld {
+            Some(Withheld::NotAimed) => return,
+            Some(Withheld::NotDrawn) => self.not_drawn,
+            Some(Withheld::Suspended) => self.suspended,
+            Some(Withheld::Shadow) => self.shadow,
+            Some(Withheld::Overflow) => self.overflow,
+            Some(Withheld::MaxActive) => self.max_active,
             None => {
                 if drawn.delay.is_some() {
                     metrics.add(self.delays, 1);
                 }
-                if drawn.abort.is_some() {
-                    metrics.add(self.aborts, 1);
+                match drawn.abort {
+                    Some(Abort::Reset) => metrics.add(self.resets, 1),
+                    Some(_) => metrics.add(self.aborts, 1),
+                    None => {}
                 }
+                return;
             }
-        }
+        };
+        metrics.add(reason, 1);
+    }
+
+    /// Counts an answer that was replaced.
+    pub fn count_response(&self, metrics: &impl Metrics) {
+        metrics.add(self.responses, 1);
     }
 }
 

@@ -5,12 +5,19 @@
 //! suspended.
 
 mod config;
+mod control;
 mod decision;
 mod guard;
 mod held;
 mod policy;
+mod slots;
+mod target;
 
-pub use decision::{Draw, Injection, Withheld};
+pub use config::Surroundings;
+pub use control::{Asked, HeaderControl};
+pub use decision::{Draw, Injection, MARK, MESSAGE, Withheld};
 pub use guard::{Guard, State, Watch};
 pub use held::{HeldStreams, MAX_HELD};
-pub use policy::{Abort, Delay, Distribution, DrawnFrom, Fault};
+pub use policy::{Abort, Delay, Distribution, DrawnFrom, Fault, Status};
+pub use slots::{Slot, Slots};
+pub use target::{Target, attempt};

@@ -1,6 +1,9 @@
 //! The faults of a route.
 
+use super::control::HeaderControl;
 use super::guard::Guard;
+use super::slots::Slots;
+use super::target::Target;
 use crate::units::Fraction;
 
 /// A route's `fault` block.
@@ -9,7 +12,15 @@ pub struct Fault {
     /// How many requests are delayed, and by how much.
     pub delay: Option<(Fraction, Delay)>,
     pub abort: Option<(Fraction, Abort)>,
+    /// How many answers of the upstream are replaced, and by what.
+    pub response: Option<(Fraction, Status)>,
+    /// Where requests may ask for a fault, `delay` and `abort` are the most that they get.
+    pub header_control: Option<HeaderControl>,
     pub drawn_from: DrawnFrom,
+    pub target: Target,
+    pub slots: Option<Slots>,
+    /// Whether an injected answer says so in a header.
+    pub marks: bool,
     /// Faults are drawn and counted, and none is injected.
     pub shadow: bool,
     pub guard: Guard,
@@ -37,13 +48,24 @@ pub struct Distribution {
     pub quantiles: Box<[(Fraction, u64)]>,
 }
 
-/// The answer of an abort.
+/// What an injected answer says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Abort {
+pub enum Status {
     /// An HTTP status; a gRPC call gets the gRPC status that it maps to.
     Http(u16),
     /// A gRPC status code; a plain request gets the HTTP status that it maps to.
     Grpc(u8),
+}
+
+/// How a request is aborted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Abort {
+    /// It is answered.
+    Answer(Status),
+    /// It is never answered, as behind a partition: the stream is reset, with HTTP/1.1 the connection closed.
+    Reset,
+    /// It is answered as it asks for.
+    Asked,
 }
 
 /// What decides whether a request is faulted.
@@ -113,7 +135,10 @@ mod tests {
             [(0, 0), (250_000, 50), (500_000, 100), (725_000, 250), (950_000, 400), (970_000, 700), (990_000, 1000)]
         {
             let found = distribution.delay(at(ppm));
-            assert!(found.abs_diff(milliseconds * MILLISECOND) <= 1_000, "{ppm} ppm: {found} ns, not {milliseconds} ms");
+            assert!(
+                found.abs_diff(milliseconds * MILLISECOND) <= 1_000,
+                "{ppm} ppm: {found} ns, not {milliseconds} ms"
+            );
         }
         assert_eq!(distribution.delay(u64::MAX), 1000 * MILLISECOND);
         assert_eq!(Delay::Distribution(distribution).longest(), 1000 * MILLISECOND);
@@ -124,8 +149,7 @@ mod tests {
         let distribution = typical();
         let count = 100_000_u32;
         let mut state = 5;
-        let delays: Vec<u64> =
-            (0..count).map(|_| distribution.delay(crate::random::split_mix(&mut state))).collect();
+        let delays: Vec<u64> = (0..count).map(|_| distribution.delay(crate::random::split_mix(&mut state))).collect();
         for (share, milliseconds) in [(0.25, 50), (0.5, 100), (0.95, 400), (0.99, 1000)] {
             let below = delays.iter().filter(|delay| **delay < milliseconds * MILLISECOND).count() as f64;
             let expected = f64::from(count) * share;

@@ -2,6 +2,7 @@
 //! simulated host and in the module that ships.
 
 mod canary;
+mod fault;
 mod native;
 mod proxy;
 mod wasm;
@@ -11,6 +12,13 @@ use canary::{
     a_reported_failure_keeps_its_weight_and_enters_no_stage, a_stage_may_wait_for_evidence, garbage_is_no_verdict,
     grpc_failures_are_evidence, in_shadow_nothing_changes, slowness_is_evidence, stages_follow_the_wall_clock,
     the_worker_that_saw_the_last_failure_sends_no_other, what_is_no_fault_of_the_canary_is_no_evidence,
+};
+use fault::{
+    a_delay_is_drawn_from_its_distribution, a_replaced_answer_has_a_slot_until_its_end,
+    a_request_is_given_no_more_than_is_written, a_request_may_ask_for_a_fault,
+    active_faults_are_capped_over_the_workers, an_abort_may_be_a_reset, an_answer_is_replaced,
+    answers_need_not_be_marked, every_request_is_counted_once, only_the_named_are_faulted,
+    what_envoy_says_itself_is_not_replaced,
 };
 use proxy::{Headers, Outcome, Proxy, exchange, get, value};
 use std::time::Duration;
@@ -50,6 +58,17 @@ cases![
     injection_stops_in_all_workers_while_the_upstream_fails,
     grpc_failures_are_seen_in_trailers,
     own_faults_are_no_failures_of_the_upstream,
+    a_delay_is_drawn_from_its_distribution,
+    a_request_may_ask_for_a_fault,
+    a_request_is_given_no_more_than_is_written,
+    active_faults_are_capped_over_the_workers,
+    a_replaced_answer_has_a_slot_until_its_end,
+    an_answer_is_replaced,
+    what_envoy_says_itself_is_not_replaced,
+    answers_need_not_be_marked,
+    an_abort_may_be_a_reset,
+    only_the_named_are_faulted,
+    every_request_is_counted_once,
     a_bad_policy_is_refused_and_the_old_one_serves_on,
     stages_follow_the_wall_clock,
     a_cap_on_exposure_is_exact,

@@ -17,7 +17,7 @@ use std::time::SystemTime;
 use trimtab::canary::{Choice, Split, Term, Why};
 use trimtab::decimal::Decimal;
 use trimtab::document::quoted;
-use trimtab::fault::{Abort, Delay, Draw, DrawnFrom, Fault, Withheld};
+use trimtab::fault::{Abort, Delay, Draw, DrawnFrom, Fault, Status, Withheld};
 use trimtab::filter::{Decision, Filter, Reasons, Verdict};
 use trimtab::host::Properties;
 use trimtab::host::sim::Sim;
@@ -220,15 +220,22 @@ impl Story<'_> {
             place: place(Draw::Delay),
         });
         let abort = fault.abort.map(|(share, abort)| Dice {
-            fault: match abort {
-                Abort::Http(status) => format!("abort {status}"),
-                Abort::Grpc(code) => format!("abort grpc {code}"),
+            fault: match self.reasons.drawn.abort.unwrap_or(abort) {
+                Abort::Answer(status) => format!("abort {}", status_in_words(status)),
+                Abort::Reset => "abort by reset".to_owned(),
+                Abort::Asked => "abort as asked".to_owned(),
             },
             share,
             drawn: self.reasons.drawn.abort.is_some(),
             place: place(Draw::Abort),
         });
-        delay.into_iter().chain(abort).collect()
+        let response = fault.response.map(|(share, status)| Dice {
+            fault: format!("response {}", status_in_words(status)),
+            share,
+            drawn: self.reasons.drawn.response.is_some(),
+            place: place(Draw::Response),
+        });
+        delay.into_iter().chain(abort).chain(response).collect()
     }
 
     /// Whether another seed could tell another story.
@@ -248,9 +255,9 @@ impl Story<'_> {
 
     /// The answer that is given in the upstream's place.
     fn reply(&self) -> Option<&LocalReply> {
-        match &self.verdict {
-            Verdict::Answer(reply) | Verdict::Delay(_, Some(reply)) => Some(reply),
-            Verdict::Continue | Verdict::Delay(_, None) => None,
+        match self.verdict.last() {
+            Verdict::Answer(reply) => Some(reply),
+            _ => None,
         }
     }
 }
@@ -390,13 +397,18 @@ impl Story<'_> {
             table.row("none", "a limit refused the request before");
             return;
         }
+        if self.reasons.withheld == Some(Withheld::NotAimed) {
+            table.row("none", "it is aimed at other sources, destinations, hosts or attempts");
+            return;
+        }
         for Dice { fault, share, drawn, place } in self.dice(fault) {
             let outcome = match (drawn, self.reasons.withheld) {
-                (false, _) => "no",
+                (false, _) | (true, Some(Withheld::NotAimed | Withheld::NotDrawn)) => "no",
                 (true, None) => "yes",
                 (true, Some(Withheld::Shadow)) => "only counted, mode is shadow",
                 (true, Some(Withheld::Suspended)) => "withheld, the guard has suspended it",
                 (true, Some(Withheld::Overflow)) => "withheld, too many requests are held",
+                (true, Some(Withheld::MaxActive)) => "withheld, maxActive requests are faulted already",
             };
             let why = match place {
                 Some(place) => format!("the trace id stands at {place}; below {share} it happens"),
@@ -435,15 +447,16 @@ impl Story<'_> {
             let grpc = reply.grpc_status.map(|code| format!(", grpc-status {code}")).unwrap_or_default();
             format!("{}{grpc} ({})", reply.status, reply.details)
         };
-        match &self.verdict {
-            Verdict::Continue => table.row("continues", format!("to {}", self.destination())),
-            Verdict::Delay(time, None) => {
-                table.row("continues", format!("to {}, {} later", self.destination(), duration(*time)));
+        let later = match &self.verdict {
+            Verdict::Delay(hold) => format!(", {} later", duration(hold.delay)),
+            _ => String::new(),
+        };
+        match self.verdict.last() {
+            Verdict::Answer(reply) => table.row("answered", format!("{}{later}", answered(reply))),
+            Verdict::Reset => table.row("reset", format!("without an answer{later}")),
+            Verdict::Continue | Verdict::Delay(_) => {
+                table.row("continues", format!("to {}{later}", self.destination()));
             }
-            Verdict::Delay(time, Some(reply)) => {
-                table.row("answered", format!("{}, {} later", answered(reply), duration(*time)));
-            }
-            Verdict::Answer(reply) => table.row("answered", answered(reply)),
         }
     }
 }
@@ -535,17 +548,23 @@ impl Story<'_> {
             Withheld::Suspended => "suspended",
             Withheld::Shadow => "shadow",
             Withheld::Overflow => "overflow",
+            Withheld::NotAimed => "not_aimed",
+            Withheld::NotDrawn => "not_drawn",
+            Withheld::MaxActive => "max_active",
         });
         let dice: Vec<Value> = self.dice(fault).into_iter().map(dice).collect();
         Some(json!({"draws": dice, "withheld": withheld, "guard": "armed"}))
     }
 
     fn json_verdict(&self) -> Value {
-        let (action, delay) = match &self.verdict {
-            Verdict::Continue => ("continue", None),
-            Verdict::Delay(time, None) => ("continue", Some(*time)),
-            Verdict::Delay(time, Some(_)) => ("answer", Some(*time)),
-            Verdict::Answer(_) => ("answer", None),
+        let delay = match &self.verdict {
+            Verdict::Delay(hold) => Some(hold.delay),
+            _ => None,
+        };
+        let action = match self.verdict.last() {
+            Verdict::Continue | Verdict::Delay(_) => "continue",
+            Verdict::Answer(_) => "answer",
+            Verdict::Reset => "reset",
         };
         let reply = self.reply().map(|reply| {
             json!({
@@ -557,6 +576,13 @@ impl Story<'_> {
             })
         });
         json!({"action": action, "delayNanoseconds": delay, "reply": reply})
+    }
+}
+
+fn status_in_words(status: Status) -> String {
+    match status {
+        Status::Http(status) => status.to_string(),
+        Status::Grpc(code) => format!("grpc {code}"),
     }
 }
 

@@ -1,0 +1,219 @@
+//! Faults beyond delays and aborts: asked for, capped, replaced, reset, aimed.
+
+use crate::proxy::{Outcome, Proxy, StreamId, exchange, get, value};
+use crate::{ABORT, DELAY, Start, faulty, policy};
+use std::time::Duration;
+
+fn metric(proxy: &mut dyn Proxy, name: &str) -> u64 {
+    proxy.metric(&format!("trimtab.policy.p.route.r.fault.{name}"))
+}
+
+pub fn a_delay_is_drawn_from_its_distribution(start: Start) {
+    let delay = r#""delay": {"percentage": {"value": 100}, "distribution": {"p50": "100ms", "p100": "1s"}}"#;
+    let mut proxy = start(&faulty(delay));
+    let streams: Vec<StreamId> = (0..400).map(|n| get(&mut *proxy, n % 2, "/", &[]).0).collect();
+    let held = |proxy: &mut dyn Proxy| streams.iter().filter(|stream| proxy.outcome(**stream) == Outcome::Held).count();
+    proxy.advance(Duration::from_millis(100));
+    // Four standard deviations of 400 draws.
+    let left = held(&mut *proxy);
+    assert!((160..=240).contains(&left), "{left} of 400 are delayed by more than the median");
+    proxy.advance(Duration::from_millis(450));
+    let left = held(&mut *proxy);
+    assert!((65..=135).contains(&left), "{left} of 400 are delayed by more than half of what lies beyond");
+    proxy.advance(Duration::from_millis(450));
+    assert_eq!(held(&mut *proxy), 0, "none is delayed by more than the last quantile");
+}
+
+const MAY_ASK: &str = r#""headerControl": true,
+    "delay": {"percentage": {"value": 100}, "fixedDelay": "1s"}, "abort": {"percentage": {"value": 100}}"#;
+
+pub fn a_request_may_ask_for_a_fault(start: Start) {
+    let mut proxy = start(&faulty(MAY_ASK));
+    let headers = exchange(&mut *proxy, 0, &[], "200").continued();
+    assert_eq!(headers.len(), 4, "who asks for nothing is left alone: {headers:?}");
+    let asks = [("x-envoy-fault-abort-request", "418"), ("x-envoy-fault-abort-grpc-request", "8")];
+    assert_eq!(exchange(&mut *proxy, 0, &asks, "200").answered().status, 418);
+    let call = [("content-type", "application/grpc"), ("x-envoy-fault-abort-grpc-request", "8")];
+    assert_eq!(exchange(&mut *proxy, 0, &call, "200").answered().grpc_status, Some(8));
+
+    let (stream, outcome) = get(&mut *proxy, 0, "/", &[("x-envoy-fault-delay-request", "86400000")]);
+    assert_eq!(outcome, Outcome::Held);
+    proxy.advance(Duration::from_secs(1));
+    let headers = proxy.outcome(stream).continued();
+    assert_eq!(value(&headers, "x-envoy-fault-delay-request"), Some("86400000"), "as with Envoy it stays");
+
+    for (name, asked) in [
+        ("x-envoy-fault-abort-request", "199"),
+        ("x-envoy-fault-abort-request", "banana"),
+        ("x-envoy-fault-delay-request", "-5"),
+        ("x-envoy-fault-delay-request", ""),
+    ] {
+        exchange(&mut *proxy, 0, &[(name, asked)], "200").continued();
+    }
+    let never = [("x-envoy-fault-abort-request", "503"), ("x-envoy-fault-abort-request-percentage", "0")];
+    exchange(&mut *proxy, 0, &never, "200").continued();
+    proxy.update(&faulty(ABORT)).unwrap();
+    assert_eq!(exchange(&mut *proxy, 0, &asks, "200").answered().status, 503, "nobody listens without headerControl");
+}
+
+pub fn a_request_is_given_no_more_than_is_written(start: Start) {
+    let mut proxy = start(&faulty(
+        r#""headerControl": true, "key": "random", "abort": {"percentage": {"value": 10}}, "delay": {"percentage": {"value": 0}, "fixedDelay": "1s"}"#,
+    ));
+    let asks = [
+        ("x-envoy-fault-abort-request", "503"),
+        ("x-envoy-fault-abort-request-percentage", "100"),
+        ("x-envoy-fault-delay-request", "10"),
+    ];
+    let is_aborted = |_: &usize| matches!(exchange(&mut *proxy, 0, &asks, "200"), Outcome::Answered(_));
+    let aborted = (0..1000).filter(is_aborted).count();
+    assert!((62..=138).contains(&aborted), "{aborted} of 1000 asked for 100 % of 10 %");
+    assert_eq!(metric(&mut *proxy, "delays"), 0);
+}
+
+pub fn active_faults_are_capped_over_the_workers(start: Start) {
+    let mut proxy = start(&faulty(&format!(r#"{DELAY}, "maxActive": 3"#)));
+    let held = |proxy: &mut dyn Proxy, times: usize| {
+        let streams = (0..times).map(|n| get(proxy, n % 2, "/", &[]));
+        streams.filter(|(_, outcome)| *outcome == Outcome::Held).map(|(stream, _)| stream).collect::<Vec<_>>()
+    };
+    let first = held(&mut *proxy, 10);
+    assert_eq!(first.len(), 3);
+    assert_eq!(metric(&mut *proxy, "max_active"), 7);
+    proxy.end(first[0]);
+    proxy.end(first[1]);
+    assert_eq!(held(&mut *proxy, 10).len(), 2, "clients that leave free their slots");
+    proxy.advance(Duration::from_millis(250));
+    assert_eq!(held(&mut *proxy, 10).len(), 3, "a delay that is over frees its slot, the stream goes on");
+    proxy.end(first[2]);
+    assert_eq!(held(&mut *proxy, 10).len(), 0, "no slot is given back twice");
+}
+
+pub fn a_replaced_answer_has_a_slot_until_its_end(start: Start) {
+    let response = r#""response": {"percentage": {"value": 100}, "httpStatus": 503}"#;
+    let mut proxy = start(&faulty(&format!(r#"{DELAY}, {response}, "maxActive": 1"#)));
+    let (stream, _) = get(&mut *proxy, 0, "/", &[]);
+    proxy.advance(Duration::from_millis(250));
+    proxy.outcome(stream).continued();
+    get(&mut *proxy, 1, "/", &[]).1.continued();
+    proxy.response(stream, &[(":status", "200")]);
+    get(&mut *proxy, 1, "/", &[]).1.continued();
+    proxy.end(stream);
+    assert_eq!(get(&mut *proxy, 1, "/", &[]).1, Outcome::Held);
+    assert_eq!(metric(&mut *proxy, "responses"), 1);
+}
+
+pub fn an_answer_is_replaced(start: Start) {
+    let mut proxy = start(&faulty(r#""response": {"percentage": {"value": 100}, "httpStatus": 503}"#));
+    let (stream, outcome) = get(&mut *proxy, 0, "/", &[]);
+    outcome.continued();
+    let headers = proxy.response(stream, &[(":status", "200"), ("content-type", "text/plain")]);
+    assert_eq!(value(&headers, ":status"), Some("503"));
+    assert_eq!(value(&headers, "x-trimtab-fault"), Some("response"));
+    assert_eq!(value(&headers, "content-type"), Some("text/plain"));
+
+    let call = [("content-type", "application/grpc")];
+    let (stream, _) = get(&mut *proxy, 0, "/", &call);
+    let headers = proxy.response(stream, &[(":status", "200")]);
+    assert_eq!(value(&headers, ":status"), Some("200"), "a gRPC call fails in gRPC's own terms");
+    let trailers = proxy.response_trailers(stream, &[("grpc-status", "0"), ("grpc-message", "fine")]);
+    assert_eq!(value(&trailers, "grpc-status"), Some("14"));
+    assert_eq!(value(&trailers, "grpc-message"), Some("fault injected by trimtab"));
+    let (stream, _) = get(&mut *proxy, 0, "/", &call);
+    let headers = proxy.response(stream, &[(":status", "200"), ("grpc-status", "5")]);
+    assert_eq!(value(&headers, "grpc-status"), Some("14"), "trailers only");
+
+    for status in ["101", "banana"] {
+        let (stream, _) = get(&mut *proxy, 0, "/", &[]);
+        let headers = proxy.response(stream, &[(":status", status)]);
+        assert_eq!(value(&headers, ":status"), Some(status), "left alone");
+    }
+    assert_eq!(metric(&mut *proxy, "responses"), 3);
+    let target = |name: &str| format!("trimtab.policy.p.target.route_r.{name}");
+    assert_eq!(proxy.metric(&target("requests")), 4);
+    assert_eq!(proxy.metric(&target("failures")), 0, "what the upstream said is learned, not what we made of it");
+}
+
+pub fn what_envoy_says_itself_is_not_replaced(start: Start) {
+    let mut proxy = start(&faulty(r#""response": {"percentage": {"value": 100}, "httpStatus": 418}"#));
+    proxy.set_property("response.code_details", b"upstream_reset_before_response_started");
+    let (stream, _) = get(&mut *proxy, 0, "/", &[]);
+    assert_eq!(value(&proxy.response(stream, &[(":status", "503")]), ":status"), Some("503"));
+    proxy.set_property("response.code_details", b"via_upstream");
+    let (stream, _) = get(&mut *proxy, 0, "/", &[]);
+    assert_eq!(value(&proxy.response(stream, &[(":status", "503")]), ":status"), Some("418"));
+    assert_eq!(metric(&mut *proxy, "responses"), 1);
+}
+
+pub fn answers_need_not_be_marked(start: Start) {
+    let response = r#""response": {"percentage": {"value": 100}, "httpStatus": 503}"#;
+    let mut proxy = start(&faulty(&format!(r#"{response}, "markAnswers": false"#)));
+    let (stream, _) = get(&mut *proxy, 0, "/", &[]);
+    let headers = proxy.response(stream, &[(":status", "200")]);
+    assert_eq!((value(&headers, ":status"), value(&headers, "x-trimtab-fault")), (Some("503"), None));
+    proxy.update(&faulty(&format!(r#"{ABORT}, "markAnswers": false"#))).unwrap();
+    let reply = exchange(&mut *proxy, 0, &[], "200").answered();
+    assert_eq!((value(&reply.headers, "x-trimtab-fault"), &*reply.details), (None, "trimtab_fault_abort"));
+}
+
+pub fn an_abort_may_be_a_reset(start: Start) {
+    let reset = r#""abort": {"percentage": {"value": 100}, "reset": true}"#;
+    let mut proxy = start(&faulty(reset));
+    assert_eq!(exchange(&mut *proxy, 0, &[], "200"), Outcome::Reset);
+    proxy.update(&faulty(&format!(r#"{DELAY}, {reset}, "maxActive": 1"#))).unwrap();
+    for round in 0..3 {
+        let (stream, outcome) = get(&mut *proxy, 0, "/", &[]);
+        assert_eq!(outcome, Outcome::Held, "round {round}");
+        proxy.advance(Duration::from_millis(250));
+        assert_eq!(proxy.outcome(stream), Outcome::Reset);
+        proxy.end(stream);
+    }
+    assert_eq!((metric(&mut *proxy, "resets"), metric(&mut *proxy, "aborts")), (4, 0));
+}
+
+pub fn only_the_named_are_faulted(start: Start) {
+    let spiffe = "connection.uri_san_peer_certificate";
+    let mut proxy = start(&policy(
+        &format!(
+            r#"{{"name": "r",
+                "match": [{{"headers": {{"x-to": {{"exact": "v2"}}}}}}],
+                "route": [{{"destination": {{"host": "h", "subset": "v1"}}, "weight": 0}},
+                          {{"destination": {{"host": "h", "subset": "v2"}}, "weight": 100}}],
+                "fault": {{{ABORT}, "destinations": ["v2"],
+                    "source": {{"headers": {{"x-team": {{"exact": "chaos"}}}},
+                                "properties": {{"{spiffe}": {{"prefix": "spiffe://shop/"}}}}}}}}}},
+               {{"name": "others", "route": [{{"destination": {{"host": "h", "subset": "v1"}}}}],
+                "fault": {{{ABORT}, "destinations": ["v1"], "source": {{"headers": {{"x-team": {{"exact": "chaos"}}}}}}}}}}"#
+        ),
+        "",
+    ));
+    let is_faulted = |proxy: &mut dyn Proxy, headers: &[(&str, &str)]| {
+        matches!(exchange(proxy, 0, headers, "200"), Outcome::Answered(_))
+    };
+    assert!(!is_faulted(&mut *proxy, &[("x-to", "v2"), ("x-team", "chaos")]), "a caller without a certificate");
+    proxy.set_property(spiffe, b"spiffe://elsewhere/cart");
+    assert!(!is_faulted(&mut *proxy, &[("x-to", "v2"), ("x-team", "chaos")]));
+    proxy.set_property(spiffe, b"spiffe://shop/cart");
+    assert!(is_faulted(&mut *proxy, &[("x-to", "v2"), ("x-team", "chaos")]));
+    assert!(!is_faulted(&mut *proxy, &[("x-to", "v2")]));
+    assert!(is_faulted(&mut *proxy, &[("x-team", "chaos")]), "by its header alone, to v1");
+    assert_eq!(metric(&mut *proxy, "aborts"), 1);
+    assert_eq!(metric(&mut *proxy, "not_drawn"), 0, "whom it is not aimed at is not counted");
+}
+
+pub fn every_request_is_counted_once(start: Start) {
+    let abort = r#""abort": {"percentage": {"value": 30}, "httpStatus": 503}, "key": "random""#;
+    let mut proxy = start(&faulty(abort));
+    for n in 0..300 {
+        exchange(&mut *proxy, n % 2, &[], "200");
+    }
+    let (aborts, not_drawn) = (metric(&mut *proxy, "aborts"), metric(&mut *proxy, "not_drawn"));
+    assert_eq!(aborts + not_drawn, 300);
+    assert!(aborts > 0 && not_drawn > 0);
+    proxy.update(&faulty(&format!(r#"{abort}, "mode": "shadow""#))).unwrap();
+    for n in 0..300 {
+        exchange(&mut *proxy, n % 2, &[], "200").continued();
+    }
+    assert_eq!(metric(&mut *proxy, "aborts"), aborts);
+    assert_eq!(metric(&mut *proxy, "shadow") + metric(&mut *proxy, "not_drawn"), 300 + not_drawn);
+}
