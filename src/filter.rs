@@ -4,6 +4,7 @@
 //! what is to be done; they change nothing themselves but shared words and metrics. The features decide from plain
 //! values: only this file knows in which order, and the comments say why.
 
+mod experiment;
 mod trial;
 
 use crate::canary::{Choice, Share};
@@ -17,9 +18,11 @@ use crate::telemetry::{DestinationMeters, Meters, Stand};
 use crate::trace::w3c::TraceContext;
 use crate::trace::{self, Continuation, Direction, Notes, Response};
 use crate::units::Fraction;
+use experiment::Experiment;
 use std::borrow::Cow;
 use trial::{JUDGE_PERIOD, Trial};
 
+pub use experiment::Attempt;
 pub use trial::Sample;
 
 /// A policy at work in one worker.
@@ -109,6 +112,8 @@ pub struct Exchange {
     pub sample: Option<Sample>,
     /// What is to replace the upstream's answer.
     pub replacement: Option<Replacement>,
+    /// Where an experiment on hosts or attempts wants to know how this attempt is answered.
+    pub attempt: Option<Attempt>,
     /// To be given to [`Filter::free`] when the stream has ended.
     pub slot: Option<Slot>,
     pub is_grpc: bool,
@@ -314,6 +319,11 @@ impl WorkerState {
             }
         }
 
+        if let Some(experiment) = Experiment::new(policy, route, meters) {
+            let is_faulted = !reasons.drawn.is_none() && reasons.withheld.is_none();
+            exchange.attempt = experiment.begin(index, is_faulted, host);
+        }
+
         // Only a request that nothing was done to tells how its target is. An answer that will be replaced is learned
         // from before.
         if *verdict == Verdict::Continue {
@@ -335,8 +345,17 @@ impl Filter {
         change: &mut dyn FnMut(HeaderMutation<'static>),
     ) {
         self.learn(host, exchange, header);
-        if exchange.replacement.is_some() {
-            self.replace(host, exchange, header, change);
+        let replaced = exchange.replacement.and_then(|_| self.replace(host, exchange, header, change));
+        if let Some(attempt) = exchange.attempt.take()
+            && let Some(route) = self.policy.routes.get(attempt.route)
+            && let Some(meters) = self.meters.routes.get(attempt.route)
+            && let Some(experiment) = Experiment::new(&self.policy, route, meters)
+        {
+            let failed = match replaced {
+                Some(status) => is_failure(status.http(), None),
+                None => is_failure(number(header(":status")).unwrap_or(0), number(header("grpc-status"))),
+            };
+            experiment.answer(attempt, failed, host);
         }
         if let Some(trace) = &self.policy.trace
             && let Some(context) = exchange.trace.take()
@@ -347,22 +366,23 @@ impl Filter {
     }
 
     /// Replaces the status of an answer that the upstream gave, of a gRPC call where its status stands. What Envoy
-    /// itself says in the upstream's place, and what switches protocols, is left alone.
+    /// itself says in the upstream's place, and what switches protocols, is left alone. Returns what the answer says
+    /// now, where it was replaced.
     fn replace(
         &self,
         host: &impl Host,
         exchange: &mut Exchange,
         header: Header<'_>,
         change: &mut dyn FnMut(HeaderMutation<'static>),
-    ) {
-        let Some(Replacement { status, route }) = exchange.replacement else { return };
+    ) -> Option<Status> {
+        let Replacement { status, route } = exchange.replacement?;
         let marks =
             self.policy.routes.get(route).and_then(|route| route.fault.as_ref()).is_some_and(|fault| fault.marks);
         let is_final = number(header(":status")).is_some_and(|status| status >= 200);
         let details = host.property(&["response", "code_details"]);
         if !is_final || details.is_some_and(|details| details != b"via_upstream") {
             exchange.replacement = None;
-            return;
+            return None;
         }
         if let Some(faults) = self.meters.routes.get(route).and_then(|meters| meters.faults.as_ref()) {
             faults.count_response(host);
@@ -377,6 +397,7 @@ impl Filter {
             exchange.replacement = None;
             replace_grpc_status(status, change);
         }
+        Some(status)
     }
 
     fn learn(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {

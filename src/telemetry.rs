@@ -72,6 +72,8 @@ pub struct RouteMeters {
     pub rollout: Option<RolloutMeters>,
     /// Where the route injects faults.
     pub faults: Option<FaultMeters>,
+    /// Where they are aimed at hosts or attempts.
+    pub experiment: Option<ExperimentMeters>,
     /// In the order of the route's limits: the requests refused, or in shadow those that would have been.
     refused: Vec<MetricId>,
     state: StateMeters,
@@ -154,6 +156,41 @@ pub struct FaultMeters {
     suspended: MetricId,
     shadow: MetricId,
     overflow: MetricId,
+}
+
+/// What an experiment on hosts or attempts has shown so far.
+#[derive(Debug)]
+pub struct ExperimentMeters {
+    /// First attempts.
+    pub requests: MetricId,
+    /// Later ones.
+    pub retries: MetricId,
+    /// Attempts whose answer was no failure.
+    pub succeeded: MetricId,
+    /// Those of them that were retries.
+    pub masked: MetricId,
+    /// Requests that came by where hosts and attempts are not known.
+    pub misplaced: MetricId,
+    /// In the order of the fault's hosts.
+    pub hosts: Vec<HostMeters>,
+}
+
+/// What became of one host. All workers share it.
+#[derive(Clone, Copy, Debug)]
+pub struct HostMeters {
+    /// Attempts that reached it, and those of them that were faulted.
+    pub attempts: MetricId,
+    pub faults: MetricId,
+    /// How often it has been ejected, whether it is now, after how many faults it was, and for how long the last time.
+    pub ejections: MetricId,
+    pub ejected: MetricId,
+    pub errors_until_ejection: MetricId,
+    pub ejected_ms: MetricId,
+    /// When an attempt last reached it, and how many had gone elsewhere by then.
+    pub seen_ms: MetricId,
+    pub elsewhere_before: MetricId,
+    /// How many faults there were when it last came back.
+    pub faults_before: MetricId,
 }
 
 /// What requests arrived with, and what was done about it.
@@ -319,6 +356,14 @@ impl RouteMeters {
                 suspended: counter("fault.suspended"),
                 shadow: counter("fault.shadow"),
                 overflow: counter("fault.overflow"),
+            }),
+            experiment: route.fault.as_ref().filter(|fault| fault.target.is_upstream()).map(|fault| {
+                let [requests, retries, succeeded, masked, misplaced] =
+                    ["requests", "retries", "succeeded", "masked", "misplaced"]
+                        .map(|name| counter(&format!("fault.experiment.{name}")));
+                let host = |address: &Box<str>| HostMeters::define(&format!("{prefix}.fault"), address, metrics);
+                let hosts = fault.target.hosts.iter().map(host).collect();
+                ExperimentMeters { requests, retries, succeeded, masked, misplaced, hosts }
             }),
             refused: route.limits.iter().map(|limit| counter(&format!("limit.{}.refused", limit.name))).collect(),
             state,
@@ -558,6 +603,29 @@ impl FaultMeters {
     /// Counts an answer that was replaced.
     pub fn count_response(&self, metrics: &impl Metrics) {
         metrics.add(self.responses, 1);
+    }
+}
+
+impl HostMeters {
+    fn define(prefix: &str, address: &str, metrics: &impl Metrics) -> HostMeters {
+        let address = label(address);
+        let name = |name: &str| format!("{prefix}.host.{address}.{name}");
+        let [attempts, faults, ejections] =
+            ["attempts", "faults", "ejections"].map(|counter| metrics.counter(&name(counter)));
+        let [ejected, errors_until_ejection, ejected_ms, seen_ms, elsewhere_before, faults_before] =
+            ["ejected", "errors_until_ejection", "ejected_ms", "seen_ms", "elsewhere_before", "faults_before"]
+                .map(|gauge| metrics.gauge(&name(gauge)));
+        HostMeters {
+            attempts,
+            faults,
+            ejections,
+            ejected,
+            errors_until_ejection,
+            ejected_ms,
+            seen_ms,
+            elsewhere_before,
+            faults_before,
+        }
     }
 }
 

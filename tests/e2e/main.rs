@@ -8,4 +8,5 @@ mod ratelimit;
 mod trace;
 mod trial;
 mod update;
+mod upstream;
 mod world;
