@@ -4,7 +4,8 @@
 use crate::world::policy;
 use serde_json::{Value, json};
 use trimtab_testbed::{
-    Bootstrap, Client, Envoy, Listener, Request, Upstream, cluster, eventually, needs_envoy, wasm, wasm_filter,
+    Bootstrap, Client, Envoy, Listener, Request, Upstream, cluster, eventually, needs_envoy, repository, wasm,
+    wasm_filter,
 };
 
 /// One cluster of two hosts, x and y, with the policy before its codec.
@@ -206,4 +207,28 @@ async fn before_the_router_nothing_is_known_of_hosts() {
     let client = Client::http1(envoy.address("inbound"));
     assert_eq!(client.send(Request::get("/")).await.status, 200);
     envoy.wait_for_log("hosts and attempts are known to an upstream filter only").await;
+}
+
+/// `envoy/upstream-fault.yaml` as it is written, but for addresses and the module's place.
+#[tokio::test]
+async fn the_example_does_what_it_says() {
+    needs_envoy!();
+    let (x, y) = (Upstream::start("x").await, Upstream::start("y").await);
+    let example =
+        std::fs::read_to_string(repository().join("envoy/upstream-fault.yaml")).expect("the example is there");
+    let example = example
+        .replace("/etc/trimtab/trimtab.wasm", wasm().to_str().expect("the path is text"))
+        .replace("0.0.0.0, port_value: 10000", "127.0.0.1, port_value: 0")
+        .replace("port_value: 10001", &format!("port_value: {}", x.address().port()))
+        .replace("port_value: 10002", &format!("port_value: {}", y.address().port()))
+        .replace("127.0.0.1:10001", &x.address().to_string());
+    let envoy = Envoy::options().try_start_text(&example).await.unwrap_or_else(|failure| panic!("{failure}"));
+    let client = Client::http1(envoy.address("inbound")).without_reuse();
+    for n in 0..12 {
+        let response = client.send(Request::get("/")).await;
+        assert_eq!((response.status.as_u16(), response.version()), (200, "y"), "client {n}: {response:?}");
+    }
+    assert_eq!(x.count(), 5, "ejected after five failures");
+    let report = "wasmcustom.trimtab.policy.user-service-upstream.route.experiment.fault.experiment.masked";
+    assert_eq!(envoy.stat(report).await, Some(5));
 }

@@ -217,3 +217,44 @@ pub fn every_request_is_counted_once(start: Start) {
     assert_eq!(metric(&mut *proxy, "aborts"), aborts);
     assert_eq!(metric(&mut *proxy, "shadow") + metric(&mut *proxy, "not_drawn"), 300 + not_drawn);
 }
+
+pub fn a_host_that_is_not_reached_any_more_is_reported(start: Start) {
+    let fault = r#""hosts": ["10.0.0.7:80"], "response": {"percentage": {"value": 100}, "httpStatus": 503}"#;
+    let mut proxy = start(&faulty(fault));
+    exchange(&mut *proxy, 0, &[], "200");
+    assert_eq!(metric(&mut *proxy, "experiment.misplaced"), 1, "no upstream filter: no host is known");
+    let attempt = |proxy: &mut dyn Proxy, worker: usize, address: &str, attempt: u64| {
+        proxy.set_property("upstream.address", address.as_bytes());
+        proxy.set_property("upstream.request_attempt_count", &attempt.to_le_bytes());
+        proxy.set_property("upstream.num_endpoints", &3_u64.to_le_bytes());
+        let (stream, outcome) = get(proxy, worker, "/", &[]);
+        outcome.continued();
+        let status = value(&proxy.response(stream, &[(":status", "200")]), ":status").unwrap().to_owned();
+        proxy.end(stream);
+        status
+    };
+    for n in 0..3 {
+        assert_eq!(attempt(&mut *proxy, n % 2, "10.0.0.7:80", 1), "503");
+        assert_eq!(attempt(&mut *proxy, n % 2, "10.0.0.8:80", 2), "200");
+    }
+    for n in 0..28 {
+        assert_eq!(attempt(&mut *proxy, n % 2, "10.0.0.9:80", 1), "200");
+    }
+    let host = |proxy: &mut dyn Proxy, name: &str| metric(proxy, &format!("host.10_0_0_7_80.{name}"));
+    assert_eq!(host(&mut *proxy, "ejected"), 0, "29 attempts have passed it by, of three hosts");
+    attempt(&mut *proxy, 1, "10.0.0.8:80", 1);
+    assert_eq!((host(&mut *proxy, "ejected"), host(&mut *proxy, "errors_until_ejection")), (1, 3));
+    proxy.advance(Duration::from_secs(30));
+    for n in 0..2 {
+        attempt(&mut *proxy, n, "10.0.0.7:80", 1);
+    }
+    assert_eq!((host(&mut *proxy, "ejected"), host(&mut *proxy, "ejected_ms")), (0, 30_000));
+    assert_eq!(host(&mut *proxy, "ejections"), 1);
+    for (name, expected) in [("requests", 34), ("retries", 3), ("succeeded", 32), ("masked", 3), ("misplaced", 1)] {
+        assert_eq!(metric(&mut *proxy, &format!("experiment.{name}")), expected, "{name}");
+    }
+    for n in 0..40 {
+        attempt(&mut *proxy, n % 2, "10.0.0.9:80", 1);
+    }
+    assert_eq!((host(&mut *proxy, "ejected"), host(&mut *proxy, "errors_until_ejection")), (1, 2), "since its return");
+}

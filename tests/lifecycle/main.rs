@@ -14,10 +14,10 @@ use canary::{
     the_worker_that_saw_the_last_failure_sends_no_other, what_is_no_fault_of_the_canary_is_no_evidence,
 };
 use fault::{
-    a_delay_is_drawn_from_its_distribution, a_replaced_answer_has_a_slot_until_its_end,
-    a_request_is_given_no_more_than_is_written, a_request_may_ask_for_a_fault,
-    active_faults_are_capped_over_the_workers, an_abort_may_be_a_reset, an_answer_is_replaced,
-    answers_need_not_be_marked, every_request_is_counted_once, only_the_named_are_faulted,
+    a_delay_is_drawn_from_its_distribution, a_host_that_is_not_reached_any_more_is_reported,
+    a_replaced_answer_has_a_slot_until_its_end, a_request_is_given_no_more_than_is_written,
+    a_request_may_ask_for_a_fault, active_faults_are_capped_over_the_workers, an_abort_may_be_a_reset,
+    an_answer_is_replaced, answers_need_not_be_marked, every_request_is_counted_once, only_the_named_are_faulted,
     what_envoy_says_itself_is_not_replaced,
 };
 use proxy::{Headers, Outcome, Proxy, exchange, get, value};
@@ -69,6 +69,7 @@ cases![
     an_abort_may_be_a_reset,
     only_the_named_are_faulted,
     every_request_is_counted_once,
+    a_host_that_is_not_reached_any_more_is_reported,
     a_bad_policy_is_refused_and_the_old_one_serves_on,
     stages_follow_the_wall_clock,
     a_cap_on_exposure_is_exact,

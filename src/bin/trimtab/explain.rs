@@ -229,7 +229,8 @@ impl Story<'_> {
             drawn: self.reasons.drawn.abort.is_some(),
             place: place(Draw::Abort),
         });
-        let response = fault.response.map(|(share, status)| Dice {
+        // Who is aborted has no answer to replace.
+        let response = fault.response.filter(|_| self.reasons.drawn.abort.is_none()).map(|(share, status)| Dice {
             fault: format!("response {}", status_in_words(status)),
             share,
             drawn: self.reasons.drawn.response.is_some(),
@@ -241,9 +242,10 @@ impl Story<'_> {
     /// Whether another seed could tell another story.
     fn is_random(&self) -> bool {
         let by_trace_id = |fault: &Fault| self.dice(fault).iter().all(|dice| dice.place.is_some());
+        let is_drawn = self.reasons.withheld != Some(Withheld::NotAimed);
         self.reasons.trace.is_some()
             || matches!(self.reasons.choice, Some(Choice { why: Why::Drawn { .. }, .. }))
-            || self.route().and_then(|route| route.fault.as_ref()).is_some_and(|fault| !by_trace_id(fault))
+            || self.route().and_then(|route| route.fault.as_ref()).is_some_and(|fault| is_drawn && !by_trace_id(fault))
     }
 
     /// The destination, as people call it; the route's own where it names none.
