@@ -125,6 +125,8 @@ pub struct Exchange {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Replacement {
     pub status: Status,
+    /// Whether a header says so.
+    pub marks: bool,
     /// An index into the policy's routes.
     pub route: usize,
 }
@@ -303,7 +305,9 @@ impl WorkerState {
                     Some(Abort::Reset) => Verdict::Reset,
                     Some(Abort::Asked) | None => Verdict::Continue,
                 };
-                exchange.replacement = reasons.drawn.response.map(|status| Replacement { status, route: index });
+                let marks = fault.marks;
+                let replacement = |status| Replacement { status, marks, route: index };
+                exchange.replacement = reasons.drawn.response.map(replacement);
                 exchange.slot = fault.slots.as_ref().map(|_| Slot(index));
                 if let Some(delay) = reasons.drawn.delay {
                     let then = std::mem::take(verdict);
@@ -375,29 +379,39 @@ impl Filter {
         header: Header<'_>,
         change: &mut dyn FnMut(HeaderMutation<'static>),
     ) -> Option<Status> {
-        let Replacement { status, route } = exchange.replacement?;
-        let marks =
-            self.policy.routes.get(route).and_then(|route| route.fault.as_ref()).is_some_and(|fault| fault.marks);
-        let is_final = number(header(":status")).is_some_and(|status| status >= 200);
+        let found = number(header(":status")).unwrap_or(0);
         let details = host.property(&["response", "code_details"]);
-        if !is_final || details.is_some_and(|details| details != b"via_upstream") {
+        if found < 200 || details.is_some_and(|details| details != b"via_upstream") {
             exchange.replacement = None;
             return None;
         }
+        let Replacement { status, .. } = exchange.replacement?;
+        let has_grpc_status = exchange.is_grpc && header("grpc-status").is_some();
+        if has_grpc_status || !exchange.is_grpc || found != 200 {
+            self.put(host, exchange.replacement.take()?, has_grpc_status, change);
+        }
+        Some(status)
+    }
+
+    /// Puts a fault where the status of an answer stands.
+    fn put(
+        &self,
+        host: &impl Host,
+        Replacement { status, marks, route }: Replacement,
+        as_grpc: bool,
+        change: &mut dyn FnMut(HeaderMutation<'static>),
+    ) {
         if let Some(faults) = self.meters.routes.get(route).and_then(|meters| meters.faults.as_ref()) {
             faults.count_response(host);
+        }
+        let (name, code) = if as_grpc { ("grpc-status", status.grpc().into()) } else { (":status", status.http()) };
+        change(HeaderMutation::Set(name, Cow::Owned(code.to_string().into_bytes())));
+        if as_grpc {
+            change(HeaderMutation::Set("grpc-message", Cow::Borrowed(MESSAGE.as_bytes())));
         }
         if marks {
             change(HeaderMutation::Set(MARK, Cow::Borrowed(b"response")));
         }
-        if !exchange.is_grpc {
-            exchange.replacement = None;
-            change(HeaderMutation::Set(":status", Cow::Owned(status.http().to_string().into_bytes())));
-        } else if header("grpc-status").is_some() {
-            exchange.replacement = None;
-            replace_grpc_status(status, change);
-        }
-        Some(status)
     }
 
     fn learn(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
@@ -412,7 +426,7 @@ impl Filter {
         if exchange.is_grpc && status == 200 && grpc_status.is_none() {
             return; // the trailers will tell
         }
-        self.observe(host, exchange, status, grpc_status);
+        self.observe(host, exchange, header, status, grpc_status);
     }
 
     /// Learns from the trailers of a response, and changes them.
@@ -424,10 +438,10 @@ impl Filter {
         change: &mut dyn FnMut(HeaderMutation<'static>),
     ) {
         if exchange.is_awaited() {
-            self.observe(host, exchange, 200, number(header("grpc-status")));
+            self.observe(host, exchange, header, 200, number(header("grpc-status")));
         }
-        if let Some(Replacement { status, .. }) = exchange.replacement.take() {
-            replace_grpc_status(status, change);
+        if let Some(replacement) = exchange.replacement.take() {
+            self.put(host, replacement, true, change);
         }
     }
 
@@ -439,8 +453,20 @@ impl Filter {
         }
     }
 
-    fn observe(&mut self, host: &impl Host, exchange: &mut Exchange, status: u16, grpc_status: Option<u16>) {
+    fn observe(
+        &mut self,
+        host: &impl Host,
+        exchange: &mut Exchange,
+        header: Header<'_>,
+        status: u16,
+        grpc_status: Option<u16>,
+    ) {
         let failed = is_failure(status, grpc_status);
+        // A fault of another Trimtab on the way, such as an upstream filter of this Envoy, is nobody's failure.
+        if failed && header(MARK).is_some() {
+            (exchange.observed, exchange.sample) = (None, None);
+            return;
+        }
         if let Some(meters) = exchange.observed.take().and_then(|target| self.meters.targets.get(target.0)) {
             host.add(meters.requests, 1);
             if failed {
@@ -517,12 +543,6 @@ fn is_suspended(
             false
         }
     }
-}
-
-/// Replaces the status of a gRPC call where it stands.
-fn replace_grpc_status(status: Status, change: &mut dyn FnMut(HeaderMutation<'static>)) {
-    change(HeaderMutation::Set("grpc-status", Cow::Owned(status.grpc().to_string().into_bytes())));
-    change(HeaderMutation::Set("grpc-message", Cow::Borrowed(MESSAGE.as_bytes())));
 }
 
 /// The value of a header that is a number.

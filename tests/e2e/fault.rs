@@ -278,3 +278,27 @@ async fn five_hundred_are_held_at_once() {
     assert_eq!(world.metric("route.slow.fault.delays").await, HELD as u64);
     world.assert_no_trap().await;
 }
+
+#[tokio::test]
+async fn only_the_callers_that_are_named_are_faulted() {
+    needs_envoy!();
+    let aborted = |properties: &str| {
+        route(&format!(
+            r#""abort": {{"percentage": {{"value": 100}}, "httpStatus": 503}},
+               "source": {{"headers": {{"x-team": {{"prefix": "chaos"}}}}, "properties": {{{properties}}}}}"#
+        ))
+    };
+    for (properties, status) in [
+        (r#""source.address": {"prefix": "127.0.0.1:"}"#, 503),
+        (r#""source.address": {"prefix": "127.0.0.1:"}, "xds.route_name": {"exact": "v1"}"#, 503),
+        (r#""source.address": {"prefix": "10."}"#, 200),
+        (r#""connection.uri_san_peer_certificate": {}"#, 200),
+        (r#""no.such.attribute": {}"#, 200),
+    ] {
+        let world = World::start(&aborted(properties)).await;
+        let client = world.client();
+        assert_eq!(client.send(Request::get("/").header("x-team", "chaos-1")).await.status, status, "{properties}");
+        assert_eq!(client.send(Request::get("/").header("x-team", "shop")).await.status, 200, "{properties}");
+        world.assert_no_trap().await;
+    }
+}

@@ -119,6 +119,10 @@ pub fn an_answer_is_replaced(start: Start) {
     let trailers = proxy.response_trailers(stream, &[("grpc-status", "0"), ("grpc-message", "fine")]);
     assert_eq!(value(&trailers, "grpc-status"), Some("14"));
     assert_eq!(value(&trailers, "grpc-message"), Some("fault injected by trimtab"));
+    assert_eq!(value(&trailers, "x-trimtab-fault"), Some("response"));
+    let (stream, _) = get(&mut *proxy, 0, "/", &call);
+    let headers = proxy.response(stream, &[(":status", "404")]);
+    assert_eq!(value(&headers, ":status"), Some("503"), "an answer that is no gRPC");
     let (stream, _) = get(&mut *proxy, 0, "/", &call);
     let headers = proxy.response(stream, &[(":status", "200"), ("grpc-status", "5")]);
     assert_eq!(value(&headers, "grpc-status"), Some("14"), "trailers only");
@@ -128,10 +132,24 @@ pub fn an_answer_is_replaced(start: Start) {
         let headers = proxy.response(stream, &[(":status", status)]);
         assert_eq!(value(&headers, ":status"), Some(status), "left alone");
     }
-    assert_eq!(metric(&mut *proxy, "responses"), 3);
+    assert_eq!(metric(&mut *proxy, "responses"), 4);
     let target = |name: &str| format!("trimtab.policy.p.target.route_r.{name}");
-    assert_eq!(proxy.metric(&target("requests")), 4);
+    assert_eq!(proxy.metric(&target("requests")), 5);
     assert_eq!(proxy.metric(&target("failures")), 0, "what the upstream said is learned, not what we made of it");
+}
+
+pub fn a_fault_of_another_hop_is_no_failure(start: Start) {
+    let mut proxy = start(&faulty(r#""abort": {"percentage": {"value": 0}, "httpStatus": 503}"#));
+    let marked = ("x-trimtab-fault", "abort");
+    let (stream, _) = get(&mut *proxy, 0, "/", &[]);
+    proxy.response(stream, &[(":status", "503"), marked]);
+    let (stream, _) = get(&mut *proxy, 0, "/", &[("content-type", "application/grpc")]);
+    proxy.response(stream, &[(":status", "200")]);
+    proxy.response_trailers(stream, &[("grpc-status", "14"), marked]);
+    let target = |name: &str| format!("trimtab.policy.p.target.route_r.{name}");
+    assert_eq!(proxy.metric(&target("requests")), 0);
+    exchange(&mut *proxy, 0, &[], "503");
+    assert_eq!((proxy.metric(&target("requests")), proxy.metric(&target("failures"))), (1, 1));
 }
 
 pub fn what_envoy_says_itself_is_not_replaced(start: Start) {

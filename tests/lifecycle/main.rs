@@ -14,10 +14,11 @@ use canary::{
     the_worker_that_saw_the_last_failure_sends_no_other, what_is_no_fault_of_the_canary_is_no_evidence,
 };
 use fault::{
-    a_delay_is_drawn_from_its_distribution, a_host_that_is_not_reached_any_more_is_reported,
-    a_replaced_answer_has_a_slot_until_its_end, a_request_is_given_no_more_than_is_written,
-    a_request_may_ask_for_a_fault, active_faults_are_capped_over_the_workers, an_abort_may_be_a_reset,
-    an_answer_is_replaced, answers_need_not_be_marked, every_request_is_counted_once, only_the_named_are_faulted,
+    a_delay_is_drawn_from_its_distribution, a_fault_of_another_hop_is_no_failure,
+    a_host_that_is_not_reached_any_more_is_reported, a_replaced_answer_has_a_slot_until_its_end,
+    a_request_is_given_no_more_than_is_written, a_request_may_ask_for_a_fault,
+    active_faults_are_capped_over_the_workers, an_abort_may_be_a_reset, an_answer_is_replaced,
+    answers_need_not_be_marked, every_request_is_counted_once, only_the_named_are_faulted,
     what_envoy_says_itself_is_not_replaced,
 };
 use proxy::{Headers, Outcome, Proxy, exchange, get, value};
@@ -64,6 +65,7 @@ cases![
     active_faults_are_capped_over_the_workers,
     a_replaced_answer_has_a_slot_until_its_end,
     an_answer_is_replaced,
+    a_fault_of_another_hop_is_no_failure,
     what_envoy_says_itself_is_not_replaced,
     answers_need_not_be_marked,
     an_abort_may_be_a_reset,
