@@ -323,7 +323,7 @@ impl WorkerState {
             }
         }
 
-        if let Some(experiment) = Experiment::new(policy, route, meters) {
+        if let Some(experiment) = Experiment::new(route, meters) {
             let is_faulted = !reasons.drawn.is_none() && reasons.withheld.is_none();
             exchange.attempt = experiment.begin(index, is_faulted, host);
         }
@@ -353,7 +353,7 @@ impl Filter {
         if let Some(attempt) = exchange.attempt.take()
             && let Some(route) = self.policy.routes.get(attempt.route)
             && let Some(meters) = self.meters.routes.get(attempt.route)
-            && let Some(experiment) = Experiment::new(&self.policy, route, meters)
+            && let Some(experiment) = Experiment::new(route, meters)
         {
             let failed = match replaced {
                 Some(status) => is_failure(status.http(), None),

@@ -361,8 +361,8 @@ impl RouteMeters {
                 let [requests, retries, succeeded, masked, misplaced] =
                     ["requests", "retries", "succeeded", "masked", "misplaced"]
                         .map(|name| counter(&format!("fault.experiment.{name}")));
-                let host = |address: &Box<str>| HostMeters::define(&format!("{prefix}.fault"), address, metrics);
-                let hosts = fault.target.hosts.iter().map(host).collect();
+                let hosts = fault.target.hosts.iter();
+                let hosts = hosts.map(|host| HostMeters::define(&prefix, &host.address, metrics)).collect();
                 ExperimentMeters { requests, retries, succeeded, masked, misplaced, hosts }
             }),
             refused: route.limits.iter().map(|limit| counter(&format!("limit.{}.refused", limit.name))).collect(),
@@ -607,9 +607,9 @@ impl FaultMeters {
 }
 
 impl HostMeters {
-    fn define(prefix: &str, address: &str, metrics: &impl Metrics) -> HostMeters {
+    fn define(route: &str, address: &str, metrics: &impl Metrics) -> HostMeters {
         let address = label(address);
-        let name = |name: &str| format!("{prefix}.host.{address}.{name}");
+        let name = |name: &str| format!("{route}.fault.host.{address}.{name}");
         let [attempts, faults, ejections] =
             ["attempts", "faults", "ejections"].map(|counter| metrics.counter(&name(counter)));
         let [ejected, errors_until_ejection, ejected_ms, seen_ms, elsewhere_before, faults_before] =

@@ -4,7 +4,7 @@ use super::control::HeaderControl;
 use super::guard::Guard;
 use super::policy::{Abort, Delay, Distribution, DrawnFrom, Fault, Status};
 use super::slots::Slots;
-use super::target::Target;
+use super::target::{Host, Target};
 use crate::decimal::parse_decimal;
 use crate::document::{Fields, Value, quoted};
 use crate::http::{HeaderNames, MAX_HEADER_NAMES};
@@ -61,7 +61,7 @@ impl Fault {
             let help = if listens { "write what may be asked for" } else { "write delay, abort, response or several" };
             value.error("a fault without delay or abort", help);
         }
-        let target = read_target(&mut fields, &destinations, header_names);
+        let target = read_target(&mut fields, &destinations, &state_prefix, header_names);
         if let Some(abort) = abort.as_ref().filter(|_| target.is_upstream()) {
             abort.error(
                 "an abort of one host or attempt is neither retried nor counted by Envoy",
@@ -110,7 +110,12 @@ const RATE_LIMIT: &str = "a WebAssembly filter cannot let a body drip; put envoy
 /// The most hosts, attempts or properties that a fault may name.
 const MAX_NAMED: usize = 16;
 
-fn read_target(fields: &mut Fields<'_>, destinations: &[&str], header_names: &mut HeaderNames) -> Target {
+fn read_target(
+    fields: &mut Fields<'_>,
+    destinations: &[&str],
+    state_prefix: &str,
+    header_names: &mut HeaderNames,
+) -> Target {
     let mut target = Target::default();
     if let Some(mut source) = fields.optional("source").and_then(|value| value.object()) {
         for (name, test) in read_named(&mut source, "headers") {
@@ -149,7 +154,7 @@ fn read_target(fields: &mut Fields<'_>, destinations: &[&str], header_names: &mu
             value
                 .unfit("expected a host's address and port as Envoy knows it, such as 10.0.0.7:8080 or [fd00::7]:8080");
         }
-        target.hosts.push(host.into());
+        target.hosts.push(Host { address: host.into(), word: format!("{state_prefix}host/{host}").into() });
     }
     for value in read_named_list(fields, "attempts") {
         target.attempts.extend(value.integer(1..=100));

@@ -19,5 +19,5 @@ pub use decision::{Draw, Injection, MARK, MESSAGE, Withheld};
 pub use guard::{Guard, State, Watch};
 pub use held::{HeldStreams, MAX_HELD};
 pub use policy::{Abort, Delay, Distribution, DrawnFrom, Fault, Status};
-pub use slots::{Slot, Slots};
-pub use target::{Target, attempt};
+pub use slots::{Slot, Slots, change};
+pub use target::{Host, Target, attempt};

@@ -5,7 +5,7 @@
 //! faulted until nothing more of the fault is to come: its delay is over and what follows is done, or its stream has
 //! ended because the client left.
 
-use crate::host::{Change, StateStore, update};
+use crate::host::{Change, Conflict, StateStore, update};
 
 /// The slots of one route.
 #[derive(Debug)]
@@ -21,25 +21,31 @@ pub struct Slot(pub usize);
 
 impl Slots {
     /// Takes a slot, if one is free. A compare-and-swap that is given up takes none.
-    pub fn take(&self, store: &(impl StateStore + ?Sized)) -> bool {
-        let taken = update(store, &self.word, |found| match count(found) {
-            taken if taken < self.most => Change::Write((taken + 1).to_le_bytes().to_vec(), true),
-            _ => Change::Keep(false),
-        });
-        taken == Ok(true)
+    pub fn take(&self, store: &impl StateStore) -> bool {
+        change(store, &self.word, &|taken| (taken < self.most).then_some(taken + 1)) == Ok(true)
     }
 
     /// Gives a slot back.
-    pub fn give_back(&self, store: &(impl StateStore + ?Sized)) {
-        let given =
-            update(store, &self.word, |found| Change::Write(count(found).saturating_sub(1).to_le_bytes().to_vec(), ()));
-        if given.is_err() {
+    pub fn give_back(&self, store: &impl StateStore) {
+        if change(store, &self.word, &|taken| taken.checked_sub(1)).is_err() {
             log::warn!("{}: a slot is lost, shared data was too contended", self.word);
         }
     }
 }
 
-/// How many slots are taken. What is no count of ours is none.
+/// Changes a shared number to what `next` makes of it; whether it did.
+///
+/// # Errors
+/// [`Conflict`] if others were faster a thousand times in a row.
+#[inline(never)]
+pub fn change(store: &impl StateStore, word: &str, next: &dyn Fn(u64) -> Option<u64>) -> Result<bool, Conflict> {
+    update(store, word, |found| match next(count(found)) {
+        Some(number) => Change::Write(number.to_le_bytes().to_vec(), true),
+        None => Change::Keep(false),
+    })
+}
+
+/// The number in a shared word. What is no number of ours is 0.
 fn count(word: Option<&[u8]>) -> u64 {
     word.and_then(|word| word.try_into().ok()).map_or(0, u64::from_le_bytes)
 }

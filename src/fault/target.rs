@@ -15,8 +15,17 @@ pub struct Target {
     pub destinations: Vec<usize>,
     /// In an upstream filter: which of a request's attempts, counted from 1.
     pub attempts: Vec<u64>,
-    /// In an upstream filter: the addresses of the hosts, as Envoy writes them.
-    pub hosts: Vec<Box<str>>,
+    /// In an upstream filter: which hosts.
+    pub hosts: Vec<Host>,
+}
+
+/// A host of a cluster.
+#[derive(Debug)]
+pub struct Host {
+    /// Its address and port, as Envoy writes them.
+    pub address: Box<str>,
+    /// The key of the shared word that says whether it is taken for ejected.
+    pub word: Box<str>,
 }
 
 impl Target {
@@ -44,7 +53,7 @@ impl Target {
     /// Which of the named hosts the request goes to; in the place of an upstream filter only.
     pub fn host(&self, properties: &dyn Properties) -> Option<usize> {
         let address = properties.property(&["upstream", "address"])?;
-        self.hosts.iter().position(|host| host.as_bytes() == address)
+        self.hosts.iter().position(|host| host.address.as_bytes() == address)
     }
 }
 
@@ -84,7 +93,10 @@ mod tests {
     #[test]
     fn hosts_and_attempts_are_known_to_an_upstream_filter_only() {
         let host = Sim::new(1);
-        let hosts = Target { hosts: vec!["127.0.0.1:80".into()], ..Target::default() };
+        let hosts = Target {
+            hosts: vec![super::Host { address: "127.0.0.1:80".into(), word: "w".into() }],
+            ..Target::default()
+        };
         let attempts = Target { attempts: vec![1], ..Target::default() };
         assert!(hosts.is_upstream() && attempts.is_upstream());
         assert!(!includes(&hosts, &host, 0) && !includes(&attempts, &host, 0));

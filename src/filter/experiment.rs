@@ -6,9 +6,9 @@
 //! reached the host and the first that reaches it again. What clients saw is known as far as attempts tell: a request
 //! with a successful attempt succeeded, and where that was a retry, the retry masked a failure.
 
-use crate::fault::{Target, attempt};
-use crate::host::{Change, Host, update};
-use crate::policy::{Policy, Route, label};
+use crate::fault::{Target, attempt, change};
+use crate::host::Host;
+use crate::policy::Route;
 use crate::telemetry::{ExperimentMeters, HostMeters, RouteMeters};
 
 const MILLISECOND: u64 = 1_000_000;
@@ -27,7 +27,6 @@ pub struct Attempt {
 /// A route's experiment.
 #[derive(Clone, Copy)]
 pub(super) struct Experiment<'p> {
-    policy: &'p Policy,
     route: &'p Route,
     target: &'p Target,
     meters: &'p ExperimentMeters,
@@ -35,9 +34,9 @@ pub(super) struct Experiment<'p> {
 
 impl<'p> Experiment<'p> {
     /// The experiment of `route`, where it has one.
-    pub fn new(policy: &'p Policy, route: &'p Route, meters: &'p RouteMeters) -> Option<Experiment<'p>> {
+    pub fn new(route: &'p Route, meters: &'p RouteMeters) -> Option<Experiment<'p>> {
         let (fault, meters) = route.fault.as_ref().zip(meters.experiment.as_ref())?;
-        Some(Experiment { policy, route, target: &fault.target, meters })
+        Some(Experiment { route, target: &fault.target, meters })
     }
 
     /// Notes an attempt, and whether it is faulted. `None` where this is no upstream filter.
@@ -117,16 +116,9 @@ impl<'p> Experiment<'p> {
     }
 
     /// Whether this worker is the one to tell that a host is ejected (1) or back (0).
-    fn turns(&self, index: usize, to: u8, host: &impl Host) -> bool {
-        let mut key = String::from(&*self.policy.state_prefix);
-        for part in ["fault/", &label(&self.route.name), "/host/", &index.to_string()] {
-            key.push_str(part);
-        }
-        let turned = update(host, &key, |found| match found {
-            Some([known]) if *known == to => Change::Keep(false),
-            _ => Change::Write(vec![to], true),
-        });
-        turned == Ok(true)
+    fn turns(&self, index: usize, to: u64, store: &impl Host) -> bool {
+        let word = self.target.hosts.get(index).map_or("", |known| &known.word);
+        change(store, word, &|known| (known != to).then_some(to)) == Ok(true)
     }
 
     #[cold]
@@ -134,7 +126,7 @@ impl<'p> Experiment<'p> {
         let ExperimentMeters { requests, retries, succeeded, masked, .. } = self.meters;
         let [requests, retries, succeeded, masked] =
             [requests, retries, succeeded, masked].map(|counter| host.value(*counter));
-        let address = self.target.hosts.get(index).map_or("", |address| address);
+        let address = self.target.hosts.get(index).map_or("", |known| &known.address);
         log::warn!(
             "fault experiment: route={:?} host={address} event={what} {name}={value} requests={requests} \
              retries={retries} masked={masked} not_succeeded={}",
