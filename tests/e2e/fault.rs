@@ -191,7 +191,9 @@ async fn a_request_may_ask_as_it_asks_envoy() {
         .listener(Listener::new("envoys").filter(envoys))
         .cluster(cluster("v1", upstream.address()));
     let envoy = Envoy::start(&bootstrap).await;
-    let cases: [(&[(&str, &str)], u16, u64); 11] = [
+    /// Headers after `x-envoy-fault-`.
+    type Headers = &'static [(&'static str, &'static str)];
+    let cases: [(Headers, u16, u64); 11] = [
         (&[], 200, 0),
         (&[("abort-request", "418")], 418, 0),
         (&[("abort-request", "418"), ("abort-grpc-request", "14")], 418, 0),
