@@ -1,8 +1,9 @@
 //! Fault injection that stops when its target is unwell.
 //!
-//! Istio's `fault` block, drawn exactly: a delay and an abort have a draw each. Before anything is drawn the [`Guard`]
-//! looks at how the target answers the requests that were *not* faulted; where too many of them fail, injection is
-//! suspended.
+//! Istio's `fault` block and what chaos experiments need beyond it, drawn exactly: a delay, an abort and a replaced answer
+//! have a draw each, from the trace id or anew. A [`Target`] says whom an experiment is aimed at, [`HeaderControl`] lets
+//! requests ask for faults, [`Slots`] cap how many there are at once. Before anything is injected the [`Guard`] looks at
+//! how the target answers the requests that were *not* faulted; where too many of them fail, injection is suspended.
 
 mod config;
 mod control;

@@ -164,11 +164,11 @@ async fn an_ejected_host_comes_back_and_is_faulted_again() {
 #[tokio::test]
 async fn a_slow_host_runs_into_the_timeout_of_each_try() {
     needs_envoy!();
-    let fault = r#""hosts": ["{x}"], "delay": {"percentage": {"value": 100}, "fixedDelay": "1h"}"#;
+    let fault = r#""hosts": ["{x}"], "delay": {"percentage": {"value": 100}, "fixedDelay": "1h"}, "maxActive": 1"#;
     let retry = retries("5xx,reset", json!({"per_try_timeout": "1s"}));
     let world = World::start(fault, retry, ejecting(3, "300s")).await;
     world.all_get_200(12).await;
-    assert_eq!(world.metric("delays").await, 3);
+    assert_eq!(world.metric("delays").await, 3, "a try that timed out frees its place for the next");
     assert_eq!((world.x.count(), world.y.count()), (0, 12), "what timed out never reached x");
     assert!(world.is_ejected().await);
     world.assert_no_trap();
@@ -177,11 +177,10 @@ async fn a_slow_host_runs_into_the_timeout_of_each_try() {
 #[tokio::test]
 async fn an_attempt_is_faulted_and_not_the_next() {
     needs_envoy!();
-    let fault =
-        r#""attempts": [1], "response": {"percentage": {"value": 100}, "httpStatus": 503}, "markAnswers": false"#;
+    let fault = r#""attempts": [1], "response": {"percentage": {"value": 100}, "httpStatus": 503}, "maxActive": 5"#;
     let world = World::start(fault, retries("5xx", json!({})), ejecting(100, "300s")).await;
     world.all_get_200(12).await;
-    assert_eq!(world.metric("responses").await, 12);
+    assert_eq!(world.metric("responses").await, 12, "each attempt that has ended frees its place for the next");
     assert_eq!(world.x.count() + world.y.count(), 24);
     assert_eq!(world.metric("experiment.masked").await, 12, "each was masked by its retry");
 

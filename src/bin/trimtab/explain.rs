@@ -156,6 +156,8 @@ struct Story<'s> {
 /// One kind of fault of a route, and what was drawn.
 struct Dice {
     fault: String,
+    /// Whether the request asks for it, where it has to.
+    is_asked: bool,
     share: Fraction,
     drawn: bool,
     /// Where the trace id stands, if it decides.
@@ -209,13 +211,16 @@ impl Story<'_> {
         let context = context.or_else(|| trace::extract(&self.request).ok().flatten());
         let trace_id = context.map(|context| context.trace_id).filter(|_| fault.drawn_from == DrawnFrom::TraceId);
         let place = |what| fault.number(what, trace_id).map(|draw| Fraction::from_ppm(point(draw)));
+        let asked = fault.asked(&self.request);
+        let most = |asked: Option<Fraction>| asked.unwrap_or(Fraction::WHOLE);
         let delay = fault.delay.as_ref().map(|(share, delay)| Dice {
             fault: match (delay, self.reasons.drawn.delay) {
                 (_, Some(drawn)) => format!("delay {}", duration(drawn)),
                 (Delay::Fixed(time), None) => format!("delay {}", duration(*time)),
                 (Delay::Distribution(_), None) => format!("delay up to {}", duration(delay.longest())),
             },
-            share: *share,
+            share: most(asked.map(|asked| asked.delay_share)).min(*share),
+            is_asked: asked.is_none_or(|asked| asked.delay.is_some()),
             drawn: self.reasons.drawn.delay.is_some(),
             place: place(Draw::Delay),
         });
@@ -223,9 +228,10 @@ impl Story<'_> {
             fault: match self.reasons.drawn.abort.unwrap_or(abort) {
                 Abort::Answer(status) => format!("abort {}", status_in_words(status)),
                 Abort::Reset => "abort by reset".to_owned(),
-                Abort::Asked => "abort as asked".to_owned(),
+                Abort::Asked => "abort".to_owned(),
             },
-            share,
+            share: most(asked.map(|asked| asked.abort_share)).min(share),
+            is_asked: asked.is_none_or(|asked| asked.abort.is_some()),
             drawn: self.reasons.drawn.abort.is_some(),
             place: place(Draw::Abort),
         });
@@ -233,6 +239,7 @@ impl Story<'_> {
         let response = fault.response.filter(|_| self.reasons.drawn.abort.is_none()).map(|(share, status)| Dice {
             fault: format!("response {}", status_in_words(status)),
             share,
+            is_asked: true,
             drawn: self.reasons.drawn.response.is_some(),
             place: place(Draw::Response),
         });
@@ -403,7 +410,7 @@ impl Story<'_> {
             table.row("none", "it is aimed at other sources, destinations, hosts or attempts");
             return;
         }
-        for Dice { fault, share, drawn, place } in self.dice(fault) {
+        for Dice { fault, is_asked, share, drawn, place } in self.dice(fault) {
             let outcome = match (drawn, self.reasons.withheld) {
                 (false, _) | (true, Some(Withheld::NotAimed | Withheld::NotDrawn)) => "no",
                 (true, None) => "yes",
@@ -413,6 +420,7 @@ impl Story<'_> {
                 (true, Some(Withheld::MaxActive)) => "withheld, maxActive requests are faulted already",
             };
             let why = match place {
+                _ if !is_asked => "the request does not ask for it".to_owned(),
                 Some(place) => format!("the trace id stands at {place}; below {share} it happens"),
                 None => format!("drawn at random, {share} of requests"),
             };
