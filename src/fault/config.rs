@@ -118,45 +118,43 @@ fn read_target(
 ) -> Target {
     let mut target = Target::default();
     if let Some(mut source) = fields.optional("source").and_then(|value| value.object()) {
-        for (name, test) in read_named(&mut source, "headers") {
-            let id = read_header_name(&test, name, header_names);
-            target.headers.extend(id.zip(StringMatch::read(&test, true)));
+        for (name, test) in &read_named(&mut source, "headers") {
+            let id = read_header_name(test, name, header_names);
+            target.headers.extend(id.zip(StringMatch::read(test, true)));
         }
-        for (path, test) in read_named(&mut source, "properties") {
-            let segments: Vec<Box<str>> = path.split('.').map(Box::from).collect();
-            if segments.iter().any(|segment| segment.is_empty()) || target.properties.len() >= MAX_NAMED {
+        for (path, test) in &read_named(&mut source, "properties") {
+            if path.split('.').any(str::is_empty) || target.properties.len() >= MAX_NAMED {
                 let help = format!("expected up to {MAX_NAMED} such as connection.uri_san_peer_certificate");
                 test.error(format!("{} as an attribute's path", quoted(path)), help);
             }
-            target.properties.extend(StringMatch::read(&test, true).map(|test| (segments.into(), test)));
+            target.properties.extend(StringMatch::read(test, true).map(|test| (Box::from(*path), test)));
         }
         if target.headers.is_empty() && target.properties.is_empty() {
             source.value().error("a source without a condition", "write headers, properties, or both");
         }
         source.end();
     }
-    for value in read_named_list(fields, "destinations") {
+    for value in &read_named_list(fields, "destinations") {
         let Some(name) = value.string() else { continue };
         match destinations.iter().position(|known| *known == name) {
             Some(index) => target.destinations.push(index),
             None => value.unfit("expected the subset, or the host without one, of a destination of this route"),
         }
     }
-    for value in read_named_list(fields, "hosts") {
+    for value in &read_named_list(fields, "hosts") {
         let Some(host) = value.text() else { continue };
+        let is_address = |byte: u8| byte.is_ascii_hexdigit() || b".:[]".contains(&byte);
         let has_port = host.rsplit_once(':').is_some_and(|(address, port)| {
-            let bare = address.strip_prefix('[').and_then(|address| address.strip_suffix(']')).unwrap_or(address);
-            let is_numeric = |byte: u8| byte.is_ascii_hexdigit() || matches!(byte, b'.' | b':');
-            let fits = if bare.len() == address.len() { !bare.contains(':') } else { bare.contains(':') };
-            fits && !bare.is_empty() && bare.bytes().all(is_numeric) && port.parse::<u16>().is_ok()
+            let is_bracketed = address.starts_with('[') && address.ends_with(']');
+            !address.is_empty() && is_bracketed == address.contains(':') && port.parse::<u16>().is_ok()
         });
-        if !has_port {
+        if !has_port || !host.bytes().all(is_address) {
             value
                 .unfit("expected a host's address and port as Envoy knows it, such as 10.0.0.7:8080 or [fd00::7]:8080");
         }
         target.hosts.push(Host { address: host.into(), word: format!("{state_prefix}host/{host}").into() });
     }
-    for value in read_named_list(fields, "attempts") {
+    for value in &read_named_list(fields, "attempts") {
         target.attempts.extend(value.integer(1..=100));
     }
     target
@@ -216,7 +214,7 @@ fn read_distribution(value: &Value<'_>) -> Option<Distribution> {
         return None;
     }
     let mut quantiles = Vec::new();
-    for (name, delay) in entries {
+    for (name, delay) in &entries {
         let quantile = name.strip_prefix('p').and_then(|percent| parse_decimal(percent, 10_000));
         let Some(quantile @ 1..=1_000_000) = quantile else {
             let help = "expected a percentile from p0.0001 to p100, such as p95 or p99.9";
@@ -225,7 +223,7 @@ fn read_distribution(value: &Value<'_>) -> Option<Distribution> {
         };
         let quantile = Fraction::from_ppm(quantile as u32);
         let place = quantiles.iter().take_while(|(lower, _)| *lower < quantile).count();
-        quantiles.insert(place, (quantile, nanoseconds(read_duration(&delay, LEAST_DELAY)?)));
+        quantiles.insert(place, (quantile, nanoseconds(read_duration(delay, LEAST_DELAY)?)));
     }
     let rises = |pair: &[(Fraction, u64)]| matches!(pair, [(a, shorter), (b, longer)] if a < b && shorter < longer);
     if !quantiles.windows(2).all(rises) {

@@ -9,8 +9,8 @@ use crate::matcher::StringMatch;
 pub struct Target {
     /// The callers, by headers that they send ...
     pub headers: Vec<(HeaderId, StringMatch)>,
-    /// ... and by what Envoy knows of them, such as the identity in their certificate.
-    pub properties: Vec<(Box<[Box<str>]>, StringMatch)>,
+    /// ... and by what Envoy knows of them, such as the identity in their certificate: attributes, with dots.
+    pub properties: Vec<(Box<str>, StringMatch)>,
     /// The route's destinations, by their indices.
     pub destinations: Vec<usize>,
     /// In an upstream filter: which of a request's attempts, counted from 1.
@@ -43,7 +43,7 @@ impl Target {
                 .iter()
                 .all(|(id, test)| request.joined(*id).is_some_and(|value| test.matches(&value, false)))
             && self.properties.iter().all(|(path, test)| {
-                let path: Vec<&str> = path.iter().map(|segment| &**segment).collect();
+                let path: Vec<&str> = path.split('.').collect();
                 properties.property(&path).is_some_and(|value| test.matches(&value, false))
             })
             && (self.attempts.is_empty() || attempt(properties).is_some_and(|attempt| self.attempts.contains(&attempt)))
@@ -80,9 +80,10 @@ mod tests {
         assert!(includes(&Target::default(), &host, 7), "nothing is named");
         let mut target = Target { destinations: vec![1, 2], ..Target::default() };
         assert!(includes(&target, &host, 2) && !includes(&target, &host, 0));
-        let segments = ["connection", "uri_san_peer_certificate"];
-        target.properties =
-            vec![(segments.map(Box::from).into(), StringMatch::Prefix(b"spiffe://shop/".as_slice().into()))];
+        target.properties = vec![(
+            "connection.uri_san_peer_certificate".into(),
+            StringMatch::Prefix(b"spiffe://shop/".as_slice().into()),
+        )];
         assert!(!includes(&target, &host, 1), "a caller without a certificate");
         host.set_property("connection.uri_san_peer_certificate", b"spiffe://shop/cart");
         assert!(includes(&target, &host, 1));

@@ -24,6 +24,37 @@ pub fn a_delay_is_drawn_from_its_distribution(start: Start) {
     assert_eq!(held(&mut *proxy), 0, "none is delayed by more than the last quantile");
 }
 
+pub fn a_trace_is_faulted_alike_everywhere(start: Start) {
+    let fault = faulty(
+        r#""abort": {"percentage": {"value": 50}, "httpStatus": 503},
+           "delay": {"percentage": {"value": 50}, "distribution": {"p50": "100ms", "p99": "1s"}}"#,
+    );
+    let mut proxy = start(&fault);
+    // What becomes of a request of this trace, and after how many steps of 50 ms.
+    let mut fate = |id: u32, worker: usize| {
+        let traceparent = format!("00-{:032x}-00f067aa0ba902b7-01", u128::from(id) + 1);
+        let (stream, mut outcome) = get(&mut *proxy, worker, "/", &[("traceparent", &traceparent)]);
+        let mut steps = 0;
+        while outcome == Outcome::Held {
+            proxy.advance(Duration::from_millis(50));
+            outcome = proxy.outcome(stream);
+            steps += 1;
+        }
+        proxy.end(stream);
+        (matches!(outcome, Outcome::Answered(_)), steps)
+    };
+    let first: Vec<(bool, u32)> = (0..40).map(|id| fate(id, 0)).collect();
+    let again: Vec<(bool, u32)> = (0..40).map(|id| fate(id, 1)).collect();
+    assert_eq!(first, again, "a retry in another worker");
+    let aborted = first.iter().filter(|(is_aborted, _)| *is_aborted).count();
+    let delayed = first.iter().filter(|(_, steps)| *steps > 0).count();
+    assert!((5..=35).contains(&aborted) && (5..=35).contains(&delayed), "{aborted} aborted, {delayed} delayed of 40");
+    let mut lengths: Vec<u32> = first.iter().map(|(_, steps)| *steps).collect();
+    lengths.sort_unstable();
+    lengths.dedup();
+    assert!(lengths.len() > 3, "the delays differ from trace to trace: {lengths:?}");
+}
+
 const MAY_ASK: &str = r#""headerControl": true,
     "delay": {"percentage": {"value": 100}, "fixedDelay": "1s"}, "abort": {"percentage": {"value": 100}}"#;
 
