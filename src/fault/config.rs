@@ -444,4 +444,72 @@ mod tests {
             assert!(told.iter().any(|told| told.starts_with("error") && told.contains(expected)), "{text}: {told:?}");
         }
     }
+
+    #[test]
+    fn no_block_is_too_odd() {
+        let values = [
+            "null",
+            "true",
+            "-1",
+            "0.5",
+            "1e308",
+            r#""""#,
+            r#""-1s""#,
+            r#""1s""#,
+            r#""100%""#,
+            r#""\u0000:99999""#,
+            "[]",
+            "[null]",
+            r#"["", "::", ":1", "[]:1", "1:1", "v1"]"#,
+            "{}",
+            r#"{"": ""}"#,
+            r#"{"p": "1s"}"#,
+            r#"{"p50": null}"#,
+            r#"{"value": 1e9}"#,
+            r#"{"exact": "\u0000"}"#,
+            r#"{"a": {"regex": "("}}"#,
+            r#"{".": {}}"#,
+        ];
+        let fields = [
+            "headerControl",
+            "maxActive",
+            "markAnswers",
+            "mode",
+            "key",
+            "guard",
+            "destinations",
+            "hosts",
+            "attempts",
+            "responseRateLimit",
+            "delay",
+            "abort",
+            "response",
+            "source",
+            "delay/percentage",
+            "delay/percent",
+            "delay/fixedDelay",
+            "delay/distribution",
+            "abort/percentage",
+            "abort/httpStatus",
+            "abort/grpcStatus",
+            "abort/reset",
+            "response/percentage",
+            "response/httpStatus",
+            "response/grpcStatus",
+            "source/headers",
+            "source/properties",
+        ];
+        let good = r#""percentage": {"value": 1}"#;
+        for field in fields {
+            for value in values {
+                let text = match field.split_once('/') {
+                    None => format!(r#"{{"abort": {{{good}, "httpStatus": 500}}, "{field}": {value}}}"#),
+                    Some((block, field)) => format!(r#"{{"{block}": {{{good}, "{field}": {value}}}}}"#),
+                };
+                let (fault, told) = read(&text);
+                let is_refused = told.iter().any(|told| told.starts_with("error"));
+                assert!(is_refused || fault.is_some(), "{text}: refused without a reason");
+            }
+        }
+    }
 }
