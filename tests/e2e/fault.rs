@@ -128,14 +128,19 @@ async fn who_is_reset_gets_no_answer() {
     needs_envoy!();
     let reset = r#""abort": {"percentage": {"value": 100}, "reset": true}"#;
     let delay = r#""delay": {"percentage": {"value": 100}, "fixedDelay": "100ms"}"#;
-    for (fault, resets) in [(reset.to_owned(), 2), (format!("{delay}, {reset}"), 2)] {
-        let world = World::with(&route(&fault), Setup { http2: true, ..Setup::default() }).await;
+    for fault in [reset.to_owned(), format!("{delay}, {reset}")] {
+        let fault = route(&format!(r#"{fault}, "maxActive": 2"#));
+        let world = World::with(&fault, Setup { http2: true, ..Setup::default() }).await;
         for client in [world.client(), world.http2_client()] {
-            let answer = client.try_send(Request::get("/")).await;
-            let failure = answer.expect_err("the stream is reset");
-            assert!(!failure.contains("no answer within"), "it is reset, not left hanging: {failure}");
+            for request in
+                [Request::get("/"), Request::post("/", vec![b'a'; 200_000]), Request::grpc("/users.Users/Get")]
+            {
+                let answer = client.try_send(request).await;
+                let failure = answer.expect_err("the stream is reset");
+                assert!(!failure.contains("no answer within"), "it is reset, not left hanging: {failure}");
+            }
         }
-        assert_eq!(world.metric("route.r.fault.resets").await, resets);
+        assert_eq!(world.metric("route.r.fault.resets").await, 6, "each frees its place for the next");
         assert_eq!(world.v1.count(), 0);
         world.assert_no_trap().await;
     }
