@@ -3,7 +3,7 @@
 use crate::canary::{Canary, CohortHeader, Destination, Split, Steering, can_be_carried};
 use crate::diagnostic::{Diagnostic, Report, Severity};
 use crate::document::{Environment, Fields, Node, Value, quoted};
-use crate::fault::Fault;
+use crate::fault::{Fault, Surroundings};
 use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
 use crate::matcher::{Condition, RequestMatch};
 use crate::ratelimit::{self, Limit};
@@ -281,7 +281,16 @@ impl Reading {
         let matches: Vec<RequestMatch> =
             matches.iter().filter_map(|entry| RequestMatch::read(entry, &mut self.header_names)).collect();
         let split = Split::read(fields, &self.state_prefix, &self.steering, &mut self.header_names);
-        let fault = fields.optional("fault").and_then(|value| Fault::read(&value, name));
+        let fault = fields.optional("fault").and_then(|value| {
+            let destinations = split.iter().flat_map(|split| &split.destinations);
+            let around = Surroundings {
+                route: name,
+                destinations: destinations.map(|(destination, _)| destination.label()).collect(),
+                state_prefix: format!("{}fault/{}/", self.state_prefix, label(name)),
+                header_names: &mut self.header_names,
+            };
+            Fault::read(&value, around)
+        });
         let limits = fields
             .optional("rateLimits")
             .map(|value| {

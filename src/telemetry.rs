@@ -6,7 +6,7 @@
 //! metric is atomic and far cheaper than a shared word.
 
 use crate::canary::{Arm, Canary, Carried, Counts, Finding, Question, Share, Split, Term, Verdict, decibans};
-use crate::fault::{Injection, Withheld};
+use crate::fault::{Abort, Injection, Withheld};
 use crate::host::{MetricId, Metrics};
 use crate::outlier::Totals;
 use crate::policy::{Policy, Route, label};
@@ -74,6 +74,8 @@ pub struct RouteMeters {
     pub rollout: Option<RolloutMeters>,
     /// Where the route injects faults.
     pub faults: Option<FaultMeters>,
+    /// Where they are aimed at hosts or attempts.
+    pub experiment: Option<ExperimentMeters>,
     /// In the order of the route's limits: the requests refused, or in shadow those that would have been.
     refused: Vec<MetricId>,
     state: StateMeters,
@@ -149,9 +151,48 @@ pub struct TargetMeters {
 pub struct FaultMeters {
     delays: MetricId,
     aborts: MetricId,
+    resets: MetricId,
+    responses: MetricId,
+    not_drawn: MetricId,
+    max_active: MetricId,
     suspended: MetricId,
     shadow: MetricId,
     overflow: MetricId,
+}
+
+/// What an experiment on hosts or attempts has shown so far.
+#[derive(Debug)]
+pub struct ExperimentMeters {
+    /// First attempts.
+    pub requests: MetricId,
+    /// Later ones.
+    pub retries: MetricId,
+    /// Attempts whose answer was no failure.
+    pub succeeded: MetricId,
+    /// Those of them that were retries.
+    pub masked: MetricId,
+    /// Requests that came by where hosts and attempts are not known.
+    pub misplaced: MetricId,
+    /// In the order of the fault's hosts.
+    pub hosts: Vec<HostMeters>,
+}
+
+/// What became of one host. All workers share it.
+#[derive(Clone, Copy, Debug)]
+pub struct HostMeters {
+    /// Attempts that reached it, and those of them that were faulted.
+    pub attempts: MetricId,
+    pub faults: MetricId,
+    /// How often it has been ejected, whether it is now, after how many faults it was, and for how long the last time.
+    pub ejections: MetricId,
+    pub ejected: MetricId,
+    pub errors_until_ejection: MetricId,
+    pub ejected_ms: MetricId,
+    /// When an attempt last reached it, and how many had gone elsewhere by then.
+    pub seen_ms: MetricId,
+    pub elsewhere_before: MetricId,
+    /// How many faults there were when it last came back.
+    pub faults_before: MetricId,
 }
 
 /// What requests arrived with, and what was done about it.
@@ -347,9 +388,21 @@ impl RouteMeters {
             faults: route.fault.as_ref().map(|_| FaultMeters {
                 delays: counter("fault.delays"),
                 aborts: counter("fault.aborts"),
+                resets: counter("fault.resets"),
+                responses: counter("fault.responses"),
+                not_drawn: counter("fault.not_drawn"),
+                max_active: counter("fault.max_active"),
                 suspended: counter("fault.suspended"),
                 shadow: counter("fault.shadow"),
                 overflow: counter("fault.overflow"),
+            }),
+            experiment: route.fault.as_ref().filter(|fault| fault.target.is_upstream()).map(|fault| {
+                let [requests, retries, succeeded, masked, misplaced] =
+                    ["requests", "retries", "succeeded", "masked", "misplaced"]
+                        .map(|name| counter(&format!("fault.experiment.{name}")));
+                let hosts = fault.target.hosts.iter();
+                let hosts = hosts.map(|host| HostMeters::define(&prefix, &host.address, metrics)).collect();
+                ExperimentMeters { requests, retries, succeeded, masked, misplaced, hosts }
             }),
             refused: route.limits.iter().map(|limit| counter(&format!("limit.{}.refused", limit.name))).collect(),
             state,
@@ -562,20 +615,55 @@ impl JudgeMeters {
 }
 
 impl FaultMeters {
-    /// Counts what was injected, or why it was withheld.
+    /// Counts what was injected, or why nothing was. An answer is counted when it has been replaced.
     pub fn count(&self, drawn: &Injection, withheld: Option<Withheld>, metrics: &impl Metrics) {
-        match withheld {
-            Some(Withheld::Suspended) => metrics.add(self.suspended, 1),
-            Some(Withheld::Shadow) => metrics.add(self.shadow, 1),
-            Some(Withheld::Overflow) => metrics.add(self.overflow, 1),
+        let reason = match withheld {
+            Some(Withheld::NotAimed) => return,
+            Some(Withheld::NotDrawn) => self.not_drawn,
+            Some(Withheld::Suspended) => self.suspended,
+            Some(Withheld::Shadow) => self.shadow,
+            Some(Withheld::Overflow) => self.overflow,
+            Some(Withheld::MaxActive) => self.max_active,
             None => {
                 if drawn.delay.is_some() {
                     metrics.add(self.delays, 1);
                 }
-                if drawn.abort.is_some() {
-                    metrics.add(self.aborts, 1);
+                match drawn.abort {
+                    Some(Abort::Reset) => metrics.add(self.resets, 1),
+                    Some(_) => metrics.add(self.aborts, 1),
+                    None => {}
                 }
+                return;
             }
+        };
+        metrics.add(reason, 1);
+    }
+
+    /// Counts an answer that was replaced.
+    pub fn count_response(&self, metrics: &impl Metrics) {
+        metrics.add(self.responses, 1);
+    }
+}
+
+impl HostMeters {
+    fn define(route: &str, address: &str, metrics: &impl Metrics) -> HostMeters {
+        let address = label(address);
+        let name = |name: &str| format!("{route}.fault.host.{address}.{name}");
+        let [attempts, faults, ejections] =
+            ["attempts", "faults", "ejections"].map(|counter| metrics.counter(&name(counter)));
+        let [ejected, errors_until_ejection, ejected_ms, seen_ms, elsewhere_before, faults_before] =
+            ["ejected", "errors_until_ejection", "ejected_ms", "seen_ms", "elsewhere_before", "faults_before"]
+                .map(|gauge| metrics.gauge(&name(gauge)));
+        HostMeters {
+            attempts,
+            faults,
+            ejections,
+            ejected,
+            errors_until_ejection,
+            ejected_ms,
+            seen_ms,
+            elsewhere_before,
+            faults_before,
         }
     }
 }

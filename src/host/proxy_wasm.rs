@@ -7,8 +7,8 @@
 #![allow(unsafe_code)]
 
 use super::{Conflict, Host, MetricId, Metrics, Properties, StateStore, Version};
-use crate::fault::HeldStreams;
-use crate::filter::{Exchange, Filter, Verdict};
+use crate::fault::{HeldStreams, Slot};
+use crate::filter::{Exchange, Filter, Hold, Verdict};
 use crate::http::{HeaderMutation, LocalReply, encode_headers};
 use crate::policy::Policy;
 use crate::random::split_mix;
@@ -73,6 +73,7 @@ unsafe extern "C" {
     ) -> Status;
     fn proxy_set_effective_context(context: u32) -> Status;
     fn proxy_continue_stream(stream: StreamType) -> Status;
+    fn proxy_close_stream(stream: StreamType) -> Status;
     fn proxy_get_property(path: *const u8, path_size: usize, data: *mut *mut u8, size: *mut usize) -> Status;
     fn proxy_set_property(path: *const u8, path_size: usize, value: *const u8, value_size: usize) -> Status;
     fn proxy_get_shared_data(
@@ -253,7 +254,7 @@ impl Host for Envoy {
 struct Worker {
     envoy: Envoy,
     filter: RefCell<Option<Filter>>,
-    held: RefCell<HeldStreams<Option<LocalReply>>>,
+    held: RefCell<HeldStreams<Box<Hold>>>,
 }
 
 impl Worker {
@@ -275,16 +276,24 @@ impl Worker {
     fn release(&self) {
         let now = self.envoy.now();
         loop {
-            let Some((stream, then)) = self.held.borrow_mut().take_due(now) else { return };
-            if unsafe { proxy_set_effective_context(stream) } != OK {
-                continue;
-            }
-            match then {
-                Some(reply) => answer(&reply),
-                None => {
-                    unsafe { proxy_continue_stream(StreamType::HttpRequest) };
+            let Some((stream, hold)) = self.held.borrow_mut().take_due(now) else { return };
+            if unsafe { proxy_set_effective_context(stream) } == OK {
+                match hold.then {
+                    Verdict::Answer(reply) => answer(&reply),
+                    Verdict::Reset => reset(),
+                    Verdict::Continue | Verdict::Delay(_) => {
+                        unsafe { proxy_continue_stream(StreamType::HttpRequest) };
+                    }
                 }
             }
+            self.free(hold.slot);
+        }
+    }
+
+    /// Gives back the slot of a fault that is over.
+    fn free(&self, slot: Option<Slot>) {
+        if let (Some(slot), Some(filter)) = (slot, self.filter.borrow().as_ref()) {
+            filter.free(slot, &self.envoy);
         }
     }
 }
@@ -386,9 +395,13 @@ impl HttpContext for Stream {
                 answer(&reply);
                 Action::Pause
             }
-            Verdict::Delay(delay, then) => {
-                let until = worker.envoy.now().saturating_add(delay);
-                worker.held.borrow_mut().hold(self.id, until, then);
+            Verdict::Reset => {
+                reset();
+                Action::Pause
+            }
+            Verdict::Delay(hold) => {
+                let until = worker.envoy.now().saturating_add(hold.delay);
+                worker.held.borrow_mut().hold(self.id, until, hold);
                 self.is_held = true;
                 worker.schedule();
                 Action::Pause
@@ -399,9 +412,8 @@ impl HttpContext for Stream {
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
         if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
             let header = |name: &str| header(MapType::HttpResponseHeaders, name);
-            if let Some(mutation) = filter.on_response(&self.worker.envoy, &mut self.exchange, &header) {
-                mutate(MapType::HttpResponseHeaders, &mutation);
-            }
+            let mut change = |mutation| mutate(MapType::HttpResponseHeaders, &mutation);
+            filter.on_response(&self.worker.envoy, &mut self.exchange, &header, &mut change);
         }
         Action::Continue
     }
@@ -409,7 +421,8 @@ impl HttpContext for Stream {
     fn on_http_response_trailers(&mut self, _: usize) -> Action {
         if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
             let header = |name: &str| header(MapType::HttpResponseTrailers, name);
-            filter.on_response_trailers(&self.worker.envoy, &mut self.exchange, &header);
+            let mut change = |mutation| mutate(MapType::HttpResponseTrailers, &mutation);
+            filter.on_response_trailers(&self.worker.envoy, &mut self.exchange, &header, &mut change);
         }
         Action::Continue
     }
@@ -418,8 +431,10 @@ impl HttpContext for Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         if self.is_held {
-            self.worker.held.borrow_mut().forget(self.id);
+            let hold = self.worker.held.borrow_mut().forget(self.id);
+            self.worker.free(hold.and_then(|hold| hold.slot));
         }
+        self.worker.free(self.exchange.slot);
     }
 }
 
@@ -433,6 +448,10 @@ fn mutate(map: MapType, mutation: &HeaderMutation<'_>) {
         },
         HeaderMutation::Remove(name) => unsafe { proxy_remove_header_map_value(map, name.as_ptr(), name.len()) },
     };
+}
+
+fn reset() {
+    unsafe { proxy_close_stream(StreamType::HttpRequest) };
 }
 
 fn answer(reply: &LocalReply) {

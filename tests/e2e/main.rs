@@ -10,4 +10,5 @@ mod steering;
 mod trace;
 mod trial;
 mod update;
+mod upstream;
 mod world;

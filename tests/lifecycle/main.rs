@@ -2,6 +2,7 @@
 //! simulated host and in the module that ships.
 
 mod canary;
+mod fault;
 mod native;
 mod proxy;
 mod trace;
@@ -14,6 +15,14 @@ use canary::{
     a_stage_may_wait_for_evidence, an_application_that_loses_the_decision_gets_it_back, garbage_is_no_verdict,
     grpc_failures_are_evidence, in_shadow_nothing_changes, slowness_is_evidence, stages_follow_the_wall_clock,
     the_worker_that_saw_the_last_failure_sends_no_other, what_is_no_fault_of_the_canary_is_no_evidence,
+};
+use fault::{
+    a_delay_is_drawn_from_its_distribution, a_fault_of_another_hop_is_no_failure,
+    a_host_that_is_not_reached_any_more_is_reported, a_replaced_answer_has_a_slot_until_its_end,
+    a_request_is_given_no_more_than_is_written, a_request_may_ask_for_a_fault, a_trace_is_faulted_alike_everywhere,
+    active_faults_are_capped_over_the_workers, an_abort_may_be_a_reset, an_answer_is_replaced,
+    answers_need_not_be_marked, every_request_is_counted_once, only_the_named_are_faulted,
+    what_envoy_says_itself_is_not_replaced,
 };
 use proxy::{Headers, Outcome, Proxy, exchange, get, value};
 use std::time::Duration;
@@ -62,6 +71,20 @@ cases![
     injection_stops_in_all_workers_while_the_upstream_fails,
     grpc_failures_are_seen_in_trailers,
     own_faults_are_no_failures_of_the_upstream,
+    a_trace_is_faulted_alike_everywhere,
+    a_delay_is_drawn_from_its_distribution,
+    a_request_may_ask_for_a_fault,
+    a_request_is_given_no_more_than_is_written,
+    active_faults_are_capped_over_the_workers,
+    a_replaced_answer_has_a_slot_until_its_end,
+    an_answer_is_replaced,
+    a_fault_of_another_hop_is_no_failure,
+    what_envoy_says_itself_is_not_replaced,
+    answers_need_not_be_marked,
+    an_abort_may_be_a_reset,
+    only_the_named_are_faulted,
+    every_request_is_counted_once,
+    a_host_that_is_not_reached_any_more_is_reported,
     a_bad_policy_is_refused_and_the_old_one_serves_on,
     stages_follow_the_wall_clock,
     a_cap_on_exposure_is_exact,
@@ -482,7 +505,8 @@ fn hostile_requests_are_routed_like_any_other(start: Start) {
         "canary": {"destination": "v2", "rollout": "r",
                    "key": [{"cookie": "c"}, {"queryParam": "q"}, {"pathSegment": 3}, {"sourceAddress": {}}, {"header": "x-a"}]},
         "rateLimits": [{"name": "l", "limit": {"requestsPerUnit": 1000, "unit": "second"}, "key": [{"header": "x-a"}, {"cookie": "c"}]}],
-        "fault": {"abort": {"percentage": {"value": 0}, "httpStatus": 500}}}"#;
+        "fault": {"headerControl": true, "source": {"properties": {"no.such.attribute": {"regex": ".*"}}},
+                  "delay": {"percentage": {"value": 100}, "fixedDelay": "1s"}, "abort": {"percentage": {"value": 100}}}}"#;
     let mut proxy = start(&policy(everything, r#", "trace": {}"#));
     let large = vec![b'x'; 60_000];
     let names: Vec<String> = (0..100).map(|n| format!("x-header-{n}")).collect();
@@ -496,9 +520,17 @@ fn hostile_requests_are_routed_like_any_other(start: Start) {
         vec![(":path", b"http://example.com/absolute?q=")],
         vec![(":path", b"/x\xff\xfe?q=\xff&=&&;#"), ("x-a", b"\xff\x00\xfe")],
         vec![(":path", b"?"), ("x-a", b""), ("x-a", b""), ("cookie", b"c"), ("cookie", b"=;;c=\xff")],
+        vec![
+            (":path", b"/"),
+            ("x-envoy-fault-delay-request", b"\xff\x00"),
+            ("x-envoy-fault-delay-request-percentage", &large),
+            ("x-envoy-fault-abort-request", b"-1"),
+            ("x-envoy-fault-abort-grpc-request", b"99999999999999999999999"),
+        ],
         vec![(":path", b"/"), ("x-a", &large), ("cookie", &large), ("traceparent", &large), ("tracestate", &large)],
         many,
     ];
+    proxy.set_property("no.such.attribute", b"there is");
     for request in requests {
         let (stream, outcome) = proxy.request(0, &request);
         let headers = outcome.continued();

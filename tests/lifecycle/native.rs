@@ -4,16 +4,16 @@ use crate::proxy::{ENVIRONMENT, Headers, Outcome, Proxy, Reply, StreamId};
 use std::collections::HashMap;
 use std::time::Duration;
 use trimtab::fault::HeldStreams;
-use trimtab::filter::{Exchange, Filter, Verdict};
+use trimtab::filter::{Exchange, Filter, Hold, Verdict};
 use trimtab::host::sim::Sim;
 use trimtab::host::{Host, Properties, StateStore, Version};
-use trimtab::http::{LocalReply, encode_headers};
+use trimtab::http::{HeaderMutation, LocalReply, encode_headers};
 use trimtab::policy::Policy;
 
 #[derive(Default)]
 struct Worker {
     filter: Option<Filter>,
-    held: HeldStreams<Option<LocalReply>>,
+    held: HeldStreams<Box<Hold>>,
     next_stream: u32,
     streams: HashMap<u32, Stream>,
 }
@@ -64,8 +64,9 @@ impl Proxy for Native {
         let outcome = match decision.verdict {
             Verdict::Continue => Outcome::Continued(headers.clone()),
             Verdict::Answer(reply) => Outcome::Answered(answer(reply)),
-            Verdict::Delay(delay, then) => {
-                worker.held.hold(id, self.host.now() + delay, then);
+            Verdict::Reset => Outcome::Reset,
+            Verdict::Delay(hold) => {
+                worker.held.hold(id, self.host.now() + hold.delay, hold);
                 Outcome::Held
             }
         };
@@ -74,22 +75,29 @@ impl Proxy for Native {
         (StreamId { worker: at, id }, outcome)
     }
 
-    fn response(&mut self, stream: StreamId, headers: &[(&str, &str)]) {
+    fn response(&mut self, stream: StreamId, headers: &[(&str, &str)]) -> Headers {
         let worker = &mut self.workers[stream.worker];
         let exchange = &mut worker.streams.get_mut(&stream.id).expect("the stream is open").exchange;
-        worker.filter.as_mut().unwrap().on_response(&self.host, exchange, &|name| find(headers, name));
+        let filter = worker.filter.as_mut().unwrap();
+        changed(headers, |change| filter.on_response(&self.host, exchange, &|name| find(headers, name), change))
     }
 
-    fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]) {
+    fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]) -> Headers {
         let worker = &mut self.workers[stream.worker];
         let exchange = &mut worker.streams.get_mut(&stream.id).expect("the stream is open").exchange;
-        worker.filter.as_mut().unwrap().on_response_trailers(&self.host, exchange, &|name| find(trailers, name));
+        let filter = worker.filter.as_mut().unwrap();
+        changed(trailers, |change| {
+            filter.on_response_trailers(&self.host, exchange, &|name| find(trailers, name), change);
+        })
     }
 
     fn end(&mut self, stream: StreamId) {
         let worker = &mut self.workers[stream.worker];
-        worker.streams.remove(&stream.id);
-        worker.held.forget(stream.id);
+        let ended = worker.streams.remove(&stream.id);
+        let held = worker.held.forget(stream.id);
+        let filter = worker.filter.as_ref().unwrap();
+        let slots = [ended.and_then(|stream| stream.exchange.slot), held.and_then(|hold| hold.slot)];
+        slots.into_iter().flatten().for_each(|slot| filter.free(slot, &self.host));
     }
 
     fn advance(&mut self, time: Duration) {
@@ -103,12 +111,17 @@ impl Proxy for Native {
                 if let Some(filter) = &mut worker.filter {
                     filter.on_tick(&self.host);
                 }
-                while let Some((id, then)) = worker.held.take_due(self.host.now()) {
+                while let Some((id, hold)) = worker.held.take_due(self.host.now()) {
                     if let Some(stream) = worker.streams.get_mut(&id) {
-                        stream.outcome = match then {
-                            Some(reply) => Outcome::Answered(answer(reply)),
-                            None => Outcome::Continued(stream.headers.clone()),
+                        stream.outcome = match hold.then {
+                            Verdict::Answer(reply) => Outcome::Answered(answer(reply)),
+                            Verdict::Reset => Outcome::Reset,
+                            Verdict::Continue => Outcome::Continued(stream.headers.clone()),
+                            Verdict::Delay(_) => panic!("a delay follows a delay"),
                         };
+                    }
+                    if let (Some(slot), Some(filter)) = (hold.slot, &worker.filter) {
+                        filter.free(slot, &self.host);
                     }
                 }
             }
@@ -141,6 +154,14 @@ impl Proxy for Native {
 fn environment(name: &str) -> Option<Vec<u8>> {
     let (known, value) = ENVIRONMENT;
     (name == known).then(|| value.as_bytes().to_vec())
+}
+
+/// `headers` as they are after the mutations that `act` asks for.
+fn changed(headers: &[(&str, &str)], act: impl FnOnce(&mut dyn FnMut(HeaderMutation<'static>))) -> Headers {
+    let mut all: Vec<(Vec<u8>, Vec<u8>)> =
+        headers.iter().map(|(name, value)| (name.as_bytes().to_vec(), value.as_bytes().to_vec())).collect();
+    act(&mut |mutation| mutation.apply(&mut all));
+    all.into_iter().map(|(name, value)| (String::from_utf8(name).unwrap(), value)).collect()
 }
 
 fn find(headers: &[(&str, &str)], name: &str) -> Option<Vec<u8>> {

@@ -17,6 +17,8 @@ pub enum Outcome {
     Held,
     /// It was answered.
     Answered(Reply),
+    /// It was reset.
+    Reset,
 }
 
 /// An answer that the filter gave.
@@ -47,11 +49,11 @@ pub trait Proxy {
     /// Sends the head of a request to a worker.
     fn request(&mut self, worker: usize, headers: &[(&str, &[u8])]) -> (StreamId, Outcome);
 
-    /// Sends the head of the upstream's response.
-    fn response(&mut self, stream: StreamId, headers: &[(&str, &str)]);
+    /// Sends the head of the upstream's response, and returns what the client gets.
+    fn response(&mut self, stream: StreamId, headers: &[(&str, &str)]) -> Headers;
 
-    /// Sends the trailers of the upstream's response.
-    fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]);
+    /// Sends the trailers of the upstream's response, and returns what the client gets.
+    fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]) -> Headers;
 
     /// Ends a stream: its response is complete, or its client has gone.
     fn end(&mut self, stream: StreamId);

@@ -71,14 +71,16 @@ impl Proxy for Module {
         (stream, outcome)
     }
 
-    fn response(&mut self, stream: StreamId, headers: &[(&str, &str)]) {
+    fn response(&mut self, stream: StreamId, headers: &[(&str, &str)]) -> Headers {
         let (vm, stream) = self.stream(stream);
         vm.response_headers(stream, headers, false).unwrap_or_else(|trap| panic!("{trap}"));
+        pairs(vm.stream(stream).response_headers())
     }
 
-    fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]) {
+    fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]) -> Headers {
         let (vm, stream) = self.stream(stream);
         vm.response_trailers(stream, trailers).unwrap_or_else(|trap| panic!("{trap}"));
+        pairs(vm.stream(stream).response_trailers())
     }
 
     fn end(&mut self, stream: StreamId) {
@@ -95,6 +97,7 @@ impl Proxy for Module {
         let (vm, stream) = self.stream(stream);
         let stream = vm.stream(stream);
         match (stream.reply(), stream.request_action()) {
+            _ if stream.is_reset() => Outcome::Reset,
             (Some(reply), _) => Outcome::Answered(Reply {
                 status: reply.status,
                 details: reply.details.clone(),

@@ -17,7 +17,7 @@ use std::time::SystemTime;
 use trimtab::canary::{Choice, Split, Term, Why};
 use trimtab::decimal::Decimal;
 use trimtab::document::quoted;
-use trimtab::fault::{Abort, DrawnFrom, Fault, Withheld};
+use trimtab::fault::{Abort, Delay, Draw, DrawnFrom, Fault, Status, Withheld};
 use trimtab::filter::{Decision, Filter, Reasons, Verdict};
 use trimtab::host::Properties;
 use trimtab::host::sim::Sim;
@@ -165,6 +165,8 @@ struct Story<'s> {
 /// One kind of fault of a route, and what was drawn.
 struct Dice {
     fault: String,
+    /// Whether the request asks for it, where it has to.
+    is_asked: bool,
     share: Fraction,
     drawn: bool,
     /// Where the trace id stands, if it decides.
@@ -217,32 +219,49 @@ impl Story<'_> {
         let context = self.reasons.trace.as_ref().map(|continuation| continuation.context);
         let context = context.or_else(|| trace::extract(&self.request).ok().flatten());
         let trace_id = context.map(|context| context.trace_id).filter(|_| fault.drawn_from == DrawnFrom::TraceId);
-        let draws = trace_id.map(|id| fault.draws(Some(id), || 0));
-        let place = |draw: u64| Fraction::from_ppm(point(draw));
-        let delay = fault.delay.map(|(share, delay)| Dice {
-            fault: format!("delay {}", duration(delay)),
-            share,
+        let place = |what| fault.number(what, trace_id).map(|draw| Fraction::from_ppm(point(draw)));
+        let asked = fault.asked(&self.request);
+        let most = |asked: Option<Fraction>| asked.unwrap_or(Fraction::WHOLE);
+        let delay = fault.delay.as_ref().map(|(share, delay)| Dice {
+            fault: match (delay, self.reasons.drawn.delay) {
+                (_, Some(drawn)) => format!("delay {}", duration(drawn)),
+                (Delay::Fixed(time), None) => format!("delay {}", duration(*time)),
+                (Delay::Distribution(_), None) => format!("delay up to {}", duration(delay.longest())),
+            },
+            share: most(asked.map(|asked| asked.delay_share)).min(*share),
+            is_asked: asked.is_none_or(|asked| asked.delay.is_some()),
             drawn: self.reasons.drawn.delay.is_some(),
-            place: draws.map(|draws| place(draws.delay)),
+            place: place(Draw::Delay),
         });
         let abort = fault.abort.map(|(share, abort)| Dice {
-            fault: match abort {
-                Abort::Http(status) => format!("abort {status}"),
-                Abort::Grpc(code) => format!("abort grpc {code}"),
+            fault: match self.reasons.drawn.abort.unwrap_or(abort) {
+                Abort::Answer(status) => format!("abort {}", status_in_words(status)),
+                Abort::Reset => "abort by reset".to_owned(),
+                Abort::Asked => "abort".to_owned(),
             },
-            share,
+            share: most(asked.map(|asked| asked.abort_share)).min(share),
+            is_asked: asked.is_none_or(|asked| asked.abort.is_some()),
             drawn: self.reasons.drawn.abort.is_some(),
-            place: draws.map(|draws| place(draws.abort)),
+            place: place(Draw::Abort),
         });
-        delay.into_iter().chain(abort).collect()
+        // Who is aborted has no answer to replace.
+        let response = fault.response.filter(|_| self.reasons.drawn.abort.is_none()).map(|(share, status)| Dice {
+            fault: format!("response {}", status_in_words(status)),
+            share,
+            is_asked: true,
+            drawn: self.reasons.drawn.response.is_some(),
+            place: place(Draw::Response),
+        });
+        delay.into_iter().chain(abort).chain(response).collect()
     }
 
     /// Whether another seed could tell another story.
     fn is_random(&self) -> bool {
         let by_trace_id = |fault: &Fault| self.dice(fault).iter().all(|dice| dice.place.is_some());
+        let is_drawn = self.reasons.withheld != Some(Withheld::NotAimed);
         self.reasons.trace.is_some()
             || matches!(self.reasons.choice, Some(Choice { why: Why::Drawn { .. }, .. }))
-            || self.route().and_then(|route| route.fault.as_ref()).is_some_and(|fault| !by_trace_id(fault))
+            || self.route().and_then(|route| route.fault.as_ref()).is_some_and(|fault| is_drawn && !by_trace_id(fault))
     }
 
     /// The destination, as people call it; the route's own where it names none.
@@ -254,9 +273,9 @@ impl Story<'_> {
 
     /// The answer that is given in the upstream's place.
     fn reply(&self) -> Option<&LocalReply> {
-        match &self.verdict {
-            Verdict::Answer(reply) | Verdict::Delay(_, Some(reply)) => Some(reply),
-            Verdict::Continue | Verdict::Delay(_, None) => None,
+        match self.verdict.last() {
+            Verdict::Answer(reply) => Some(reply),
+            _ => None,
         }
     }
 }
@@ -419,15 +438,21 @@ impl Story<'_> {
             table.row("none", "a limit refused the request before");
             return;
         }
-        for Dice { fault, share, drawn, place } in self.dice(fault) {
+        if self.reasons.withheld == Some(Withheld::NotAimed) {
+            table.row("none", "it is aimed at other sources, destinations, hosts or attempts");
+            return;
+        }
+        for Dice { fault, is_asked, share, drawn, place } in self.dice(fault) {
             let outcome = match (drawn, self.reasons.withheld) {
-                (false, _) => "no",
+                (false, _) | (true, Some(Withheld::NotAimed | Withheld::NotDrawn)) => "no",
                 (true, None) => "yes",
                 (true, Some(Withheld::Shadow)) => "only counted, mode is shadow",
                 (true, Some(Withheld::Suspended)) => "withheld, the guard has suspended it",
                 (true, Some(Withheld::Overflow)) => "withheld, too many requests are held",
+                (true, Some(Withheld::MaxActive)) => "withheld, maxActive requests are faulted already",
             };
             let why = match place {
+                _ if !is_asked => "the request does not ask for it".to_owned(),
                 Some(place) => format!("the trace id stands at {place}; below {share} it happens"),
                 None => format!("drawn at random, {share} of requests"),
             };
@@ -464,15 +489,16 @@ impl Story<'_> {
             let grpc = reply.grpc_status.map(|code| format!(", grpc-status {code}")).unwrap_or_default();
             format!("{}{grpc} ({})", reply.status, reply.details)
         };
-        match &self.verdict {
-            Verdict::Continue => table.row("continues", format!("to {}", self.destination())),
-            Verdict::Delay(time, None) => {
-                table.row("continues", format!("to {}, {} later", self.destination(), duration(*time)));
+        let later = match &self.verdict {
+            Verdict::Delay(hold) => format!(", {} later", duration(hold.delay)),
+            _ => String::new(),
+        };
+        match self.verdict.last() {
+            Verdict::Answer(reply) => table.row("answered", format!("{}{later}", answered(reply))),
+            Verdict::Reset => table.row("reset", format!("without an answer{later}")),
+            Verdict::Continue | Verdict::Delay(_) => {
+                table.row("continues", format!("to {}{later}", self.destination()));
             }
-            Verdict::Delay(time, Some(reply)) => {
-                table.row("answered", format!("{}, {} later", answered(reply), duration(*time)));
-            }
-            Verdict::Answer(reply) => table.row("answered", answered(reply)),
         }
     }
 }
@@ -565,17 +591,23 @@ impl Story<'_> {
             Withheld::Suspended => "suspended",
             Withheld::Shadow => "shadow",
             Withheld::Overflow => "overflow",
+            Withheld::NotAimed => "not_aimed",
+            Withheld::NotDrawn => "not_drawn",
+            Withheld::MaxActive => "max_active",
         });
         let dice: Vec<Value> = self.dice(fault).into_iter().map(dice).collect();
         Some(json!({"draws": dice, "withheld": withheld, "guard": "armed"}))
     }
 
     fn json_verdict(&self) -> Value {
-        let (action, delay) = match &self.verdict {
-            Verdict::Continue => ("continue", None),
-            Verdict::Delay(time, None) => ("continue", Some(*time)),
-            Verdict::Delay(time, Some(_)) => ("answer", Some(*time)),
-            Verdict::Answer(_) => ("answer", None),
+        let delay = match &self.verdict {
+            Verdict::Delay(hold) => Some(hold.delay),
+            _ => None,
+        };
+        let action = match self.verdict.last() {
+            Verdict::Continue | Verdict::Delay(_) => "continue",
+            Verdict::Answer(_) => "answer",
+            Verdict::Reset => "reset",
         };
         let reply = self.reply().map(|reply| {
             json!({
@@ -587,6 +619,13 @@ impl Story<'_> {
             })
         });
         json!({"action": action, "delayNanoseconds": delay, "reply": reply})
+    }
+}
+
+fn status_in_words(status: Status) -> String {
+    match status {
+        Status::Http(status) => status.to_string(),
+        Status::Grpc(code) => format!("grpc {code}"),
     }
 }
 
