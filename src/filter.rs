@@ -4,7 +4,7 @@
 //! what is to be done; they change nothing themselves but shared words and metrics. The features decide from plain
 //! values: only this file knows in which order, and the comments say why.
 
-mod experiment;
+mod report;
 mod trial;
 
 use crate::canary::{Carried, Choice, Decided, Share, Term, Why};
@@ -18,11 +18,11 @@ use crate::telemetry::{DestinationMeters, Meters, Stand};
 use crate::trace::w3c::TraceContext;
 use crate::trace::{self, Continuation, Direction, Edge, Force, Notes, Response};
 use crate::units::Fraction;
-use experiment::Experiment;
+use report::Report;
 use std::borrow::Cow;
 use trial::{JUDGE_PERIOD, Trial};
 
-pub use experiment::Attempt;
+pub use report::Attempt;
 pub use trial::Sample;
 
 /// A policy at work in one worker.
@@ -352,9 +352,9 @@ impl WorkerState {
             }
         }
 
-        if let Some(experiment) = Experiment::new(route, meters) {
+        if let Some(report) = Report::new(route, meters) {
             let is_faulted = !reasons.drawn.is_none() && reasons.withheld.is_none();
-            exchange.attempt = experiment.begin(index, is_faulted, host);
+            exchange.attempt = report.begin(index, is_faulted, host);
         }
 
         // Only a request that nothing was done to tells how its target is. An answer that will be replaced is learned
@@ -382,13 +382,13 @@ impl Filter {
         if let Some(attempt) = exchange.attempt.take()
             && let Some(route) = self.policy.routes.get(attempt.route)
             && let Some(meters) = self.meters.routes.get(attempt.route)
-            && let Some(experiment) = Experiment::new(route, meters)
+            && let Some(report) = Report::new(route, meters)
         {
             let failed = match replaced {
                 Some(status) => is_failure(status.http(), None),
                 None => is_failure(number(header(":status")).unwrap_or(0), number(header("grpc-status"))),
             };
-            experiment.answer(attempt, failed, host);
+            report.answer(attempt, failed, host);
         }
         if let Some(trace) = &self.policy.trace
             && let Some(context) = exchange.trace.take()

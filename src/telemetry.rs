@@ -75,7 +75,7 @@ pub struct RouteMeters {
     /// Where the route injects faults.
     pub faults: Option<FaultMeters>,
     /// Where they are aimed at hosts or attempts.
-    pub experiment: Option<ExperimentMeters>,
+    pub report: Option<ReportMeters>,
     /// In the order of the route's limits: the requests refused, or in shadow those that would have been.
     refused: Vec<MetricId>,
     state: StateMeters,
@@ -162,7 +162,7 @@ pub struct FaultMeters {
 
 /// What an experiment on hosts or attempts has shown so far.
 #[derive(Debug)]
-pub struct ExperimentMeters {
+pub struct ReportMeters {
     /// First attempts.
     pub requests: MetricId,
     /// Later ones.
@@ -396,13 +396,13 @@ impl RouteMeters {
                 shadow: counter("fault.shadow"),
                 overflow: counter("fault.overflow"),
             }),
-            experiment: route.fault.as_ref().filter(|fault| fault.target.is_upstream()).map(|fault| {
+            report: route.fault.as_ref().filter(|fault| fault.target.is_upstream()).map(|fault| {
                 let [requests, retries, succeeded, masked, misplaced] =
                     ["requests", "retries", "succeeded", "masked", "misplaced"]
                         .map(|name| counter(&format!("fault.experiment.{name}")));
                 let hosts = fault.target.hosts.iter();
                 let hosts = hosts.map(|host| HostMeters::define(&prefix, &host.address, metrics)).collect();
-                ExperimentMeters { requests, retries, succeeded, masked, misplaced, hosts }
+                ReportMeters { requests, retries, succeeded, masked, misplaced, hosts }
             }),
             refused: route.limits.iter().map(|limit| counter(&format!("limit.{}.refused", limit.name))).collect(),
             state,

@@ -9,7 +9,7 @@
 use crate::fault::{Target, attempt, change};
 use crate::host::Host;
 use crate::policy::Route;
-use crate::telemetry::{ExperimentMeters, HostMeters, RouteMeters};
+use crate::telemetry::{HostMeters, ReportMeters, RouteMeters};
 
 const MILLISECOND: u64 = 1_000_000;
 
@@ -24,24 +24,24 @@ pub struct Attempt {
     is_retry: bool,
 }
 
-/// A route's experiment.
+/// What is known of a route's experiment.
 #[derive(Clone, Copy)]
-pub(super) struct Experiment<'p> {
+pub(super) struct Report<'p> {
     route: &'p Route,
     target: &'p Target,
-    meters: &'p ExperimentMeters,
+    meters: &'p ReportMeters,
 }
 
-impl<'p> Experiment<'p> {
-    /// The experiment of `route`, where it has one.
-    pub fn new(route: &'p Route, meters: &'p RouteMeters) -> Option<Experiment<'p>> {
-        let (fault, meters) = route.fault.as_ref().zip(meters.experiment.as_ref())?;
-        Some(Experiment { route, target: &fault.target, meters })
+impl<'p> Report<'p> {
+    /// The report of `route`, where it has such an experiment.
+    pub fn new(route: &'p Route, meters: &'p RouteMeters) -> Option<Report<'p>> {
+        let (fault, meters) = route.fault.as_ref().zip(meters.report.as_ref())?;
+        Some(Report { route, target: &fault.target, meters })
     }
 
     /// Notes an attempt, and whether it is faulted. `None` where this is no upstream filter.
     pub fn begin(&self, route: usize, is_faulted: bool, host: &impl Host) -> Option<Attempt> {
-        let Experiment { target, meters, .. } = self;
+        let Report { target, meters, .. } = self;
         let Some(number) = attempt(host) else {
             if host.value(meters.misplaced) == 0 {
                 log::warn!(
@@ -123,7 +123,7 @@ impl<'p> Experiment<'p> {
 
     #[cold]
     fn log(&self, index: usize, what: &str, name: &str, value: u64, host: &impl Host) {
-        let ExperimentMeters { requests, retries, succeeded, masked, .. } = self.meters;
+        let ReportMeters { requests, retries, succeeded, masked, .. } = self.meters;
         let [requests, retries, succeeded, masked] =
             [requests, retries, succeeded, masked].map(|counter| host.value(*counter));
         let address = self.target.hosts.get(index).map_or("", |known| &known.address);
