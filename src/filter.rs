@@ -547,12 +547,14 @@ fn is_forced(force: Force, policy: &Policy, reasons: &Reasons, host: &impl Host)
     let is_faulted = || !reasons.drawn.is_none() && reasons.withheld.is_none();
     let is_limited = |admission: &Admission| admission.refused.is_some() || !admission.would_refuse.is_empty();
     let is_moved = || {
-        let canary = policy.routes.get(reasons.route?)?.canary()?;
         let split = policy.routes.get(reasons.route?)?.split.as_ref()?;
+        let canary = split.canary.as_ref().filter(|canary| !canary.shadow)?;
         let (Why::Cohort { place } | Why::Drawn { place }) = reasons.choice?.why else { return None };
-        let due = canary.share(split.weight(canary.destination), || host.wall_now()).weight;
-        let is_rolled_back = reasons.share?.term == Term::RolledBack && !canary.shadow;
-        Some(is_rolled_back && place < due.ppm())
+        if reasons.share?.term != Term::RolledBack {
+            return None;
+        }
+        let due = canary.share(split.weight(canary.destination), || host.wall_now());
+        Some(place < due.weight.ppm())
     };
     (force.fault && is_faulted())
         || (force.rate_limit && reasons.admission.as_ref().is_some_and(is_limited))

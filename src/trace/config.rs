@@ -90,10 +90,10 @@ impl Trace {
         let bridge = fields.optional("bridge").and_then(|value| Bridge::read(&value, prefix, names));
         fields.end();
 
-        // An edge that starts traces anew lets no header of any format through.
+        // An edge that starts traces anew lets no header of any format through, nor does one that overrules a tracer.
         let restarts = matches!(edge, Edge::Restart | Edge::RestartExternal);
         let mut formats: Vec<Recognised> = Vec::new();
-        let others = Format::ALL.iter().filter(|_| restarts).map(|(_, format)| format);
+        let others = Format::ALL.iter().filter(|_| restarts || edge == Edge::Restore).map(|(_, format)| format);
         for format in extract.iter().chain(&inject).chain(others) {
             if !formats.iter().any(|known| known.format == *format) {
                 let (extracted, injected) = (extract.contains(format), inject.contains(format));

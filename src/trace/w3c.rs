@@ -174,7 +174,7 @@ fn bytes(text: [u8; 8]) -> Result<[u8; 4], Invalid> {
 
 /// Eight lower-case digits for four bytes: the inverse of [`bytes`].
 #[inline]
-fn digits(bytes: [u8; 4]) -> [u8; 8] {
+pub(super) fn digits(bytes: [u8; 4]) -> [u8; 8] {
     let whole = u64::from(u32::from_le_bytes(bytes));
     let halves = (whole | whole << 16) & 0x0000_ffff_0000_ffff;
     let pairs = (halves | halves << 8) & 0x00ff_00ff_00ff_00ff;
