@@ -4,9 +4,12 @@
 mod canary;
 mod fault;
 mod global;
+mod hops;
 mod hostile;
 mod ratelimit;
+mod steering;
 mod trace;
 mod trial;
 mod update;
+mod upstream;
 mod world;

@@ -1,20 +1,20 @@
 //! The filter on the simulated host: what `host/proxy_wasm.rs` does for Envoy, done here for a clock that stands still.
 
-use crate::proxy::{Call, Headers, Outcome, Proxy, Reply, StreamId};
+use crate::proxy::{Call, ENVIRONMENT, Headers, Outcome, Proxy, Reply, StreamId};
 use std::collections::HashMap;
 use std::time::Duration;
 use trimtab::fault::HeldStreams;
-use trimtab::filter::{Decision, Exchange, Filter, Verdict, Waiting};
+use trimtab::filter::{Decision, Exchange, Filter, Hold, Verdict, Waiting};
 use trimtab::host::sim::Sim;
-use trimtab::host::{CallId, Host, StateStore, Version};
-use trimtab::http::{LocalReply, encode_headers};
+use trimtab::host::{CallId, Host, Properties, StateStore, Version};
+use trimtab::http::{HeaderMutation, LocalReply, encode_headers};
 use trimtab::policy::Policy;
 use trimtab::ratelimit::service::Waiters;
 
 #[derive(Default)]
 struct Worker {
     filter: Option<Filter>,
-    held: HeldStreams<Option<LocalReply>>,
+    held: HeldStreams<Box<Hold>>,
     waiters: Waiters<Box<Waiting>>,
     calls: Vec<Call>,
     next_stream: u32,
@@ -43,7 +43,7 @@ impl Native {
 impl Proxy for Native {
     fn update(&mut self, policy: &str) -> Result<(), String> {
         for worker in &mut self.workers {
-            let (policy, _) = Policy::from_json(policy.as_bytes())
+            let (policy, _) = Policy::from_json(policy.as_bytes(), &environment)
                 .map_err(|told| told.iter().map(|told| format!("policy refused: {told}\n")).collect::<String>())?;
             worker.filter = Some(Filter::new(policy, &self.host));
         }
@@ -56,7 +56,8 @@ impl Proxy for Native {
         let id = worker.next_stream;
         worker.next_stream += 1;
         let filter = worker.filter.as_mut().expect("a policy is loaded");
-        let decision = filter.on_request(&self.host, &encode_headers(headers), worker.held.has_room());
+        let block = encode_headers(headers);
+        let decision = filter.on_request(&self.host, &block, worker.held.has_room());
         let headers = headers.iter().map(|(name, value)| ((*name).to_owned(), value.to_vec())).collect();
         let stream = Stream { exchange: Exchange::default(), headers, outcome: Outcome::Held };
         let stream = carry_out(id, stream, decision, &mut worker.held, &mut worker.waiters, &self.host);
@@ -66,25 +67,32 @@ impl Proxy for Native {
         (StreamId { worker: at, id }, outcome)
     }
 
-    fn response(&mut self, stream: StreamId, headers: &[(&str, &str)]) {
+    fn response(&mut self, stream: StreamId, headers: &[(&str, &str)]) -> Headers {
         let worker = &mut self.workers[stream.worker];
         let exchange = &mut worker.streams.get_mut(&stream.id).expect("the stream is open").exchange;
-        worker.filter.as_mut().unwrap().on_response(&self.host, exchange, &|name| find(headers, name));
+        let filter = worker.filter.as_mut().unwrap();
+        changed(headers, |change| filter.on_response(&self.host, exchange, &|name| find(headers, name), change))
     }
 
-    fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]) {
+    fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]) -> Headers {
         let worker = &mut self.workers[stream.worker];
         let exchange = &mut worker.streams.get_mut(&stream.id).expect("the stream is open").exchange;
-        worker.filter.as_mut().unwrap().on_response_trailers(&self.host, exchange, &|name| find(trailers, name));
+        let filter = worker.filter.as_mut().unwrap();
+        changed(trailers, |change| {
+            filter.on_response_trailers(&self.host, exchange, &|name| find(trailers, name), change);
+        })
     }
 
     fn end(&mut self, stream: StreamId) {
         let worker = &mut self.workers[stream.worker];
-        worker.streams.remove(&stream.id);
-        worker.held.forget(stream.id);
+        let ended = worker.streams.remove(&stream.id);
+        let held = worker.held.forget(stream.id);
         if let Some(waiting) = worker.waiters.forget(stream.id) {
             worker.filter.as_mut().unwrap().on_gone(&self.host, waiting);
         }
+        let filter = worker.filter.as_ref().unwrap();
+        let slots = [ended.and_then(|stream| stream.exchange.slot), held.and_then(|hold| hold.slot)];
+        slots.into_iter().flatten().for_each(|slot| filter.free(slot, &self.host));
     }
 
     fn advance(&mut self, time: Duration) {
@@ -98,12 +106,17 @@ impl Proxy for Native {
                 if let Some(filter) = &mut worker.filter {
                     filter.on_tick(&self.host);
                 }
-                while let Some((id, then)) = worker.held.take_due(self.host.now()) {
+                while let Some((id, hold)) = worker.held.take_due(self.host.now()) {
                     if let Some(stream) = worker.streams.get_mut(&id) {
-                        stream.outcome = match then {
-                            Some(reply) => Outcome::Answered(answer(reply)),
-                            None => Outcome::Continued(stream.headers.clone()),
+                        stream.outcome = match hold.then {
+                            Verdict::Answer(reply) => Outcome::Answered(answer(reply)),
+                            Verdict::Reset => Outcome::Reset,
+                            Verdict::Continue => Outcome::Continued(stream.headers.clone()),
+                            Verdict::Delay(_) | Verdict::Wait(_) => panic!("a delay follows a delay"),
                         };
+                    }
+                    if let (Some(slot), Some(filter)) = (hold.slot, &worker.filter) {
+                        filter.free(slot, &self.host);
                     }
                 }
             }
@@ -140,6 +153,10 @@ impl Proxy for Native {
         self.host.set_property(path, value);
     }
 
+    fn left(&mut self, _: StreamId, name: &str) -> Option<Vec<u8>> {
+        self.host.property(&[name])
+    }
+
     fn write_shared(&mut self, key: &str, value: &[u8]) {
         let version = self.host.get(key).map_or(Version::ABSENT, |(_, version)| version);
         self.host.set(key, value, version).expect("nobody else writes");
@@ -167,7 +184,7 @@ fn carry_out(
     id: u32,
     mut stream: Stream,
     decision: Decision<'_>,
-    held: &mut HeldStreams<Option<LocalReply>>,
+    held: &mut HeldStreams<Box<Hold>>,
     waiters: &mut Waiters<Box<Waiting>>,
     host: &Sim,
 ) -> Stream {
@@ -179,8 +196,9 @@ fn carry_out(
     stream.outcome = match decision.verdict {
         Verdict::Continue => Outcome::Continued(stream.headers.clone()),
         Verdict::Answer(reply) => Outcome::Answered(answer(reply)),
-        Verdict::Delay(delay, then) => {
-            held.hold(id, host.now() + delay, then);
+        Verdict::Reset => Outcome::Reset,
+        Verdict::Delay(hold) => {
+            held.hold(id, host.now() + hold.delay, hold);
             Outcome::Held
         }
         Verdict::Wait(waiting) => {
@@ -189,6 +207,20 @@ fn carry_out(
         }
     };
     stream
+}
+
+/// The same variable as the module's virtual machine has.
+fn environment(name: &str) -> Option<Vec<u8>> {
+    let (known, value) = ENVIRONMENT;
+    (name == known).then(|| value.as_bytes().to_vec())
+}
+
+/// `headers` as they are after the mutations that `act` asks for.
+fn changed(headers: &[(&str, &str)], act: impl FnOnce(&mut dyn FnMut(HeaderMutation<'static>))) -> Headers {
+    let mut all: Vec<(Vec<u8>, Vec<u8>)> =
+        headers.iter().map(|(name, value)| (name.as_bytes().to_vec(), value.as_bytes().to_vec())).collect();
+    act(&mut |mutation| mutation.apply(&mut all));
+    all.into_iter().map(|(name, value)| (String::from_utf8(name).unwrap(), value)).collect()
 }
 
 fn find(headers: &[(&str, &str)], name: &str) -> Option<Vec<u8>> {
