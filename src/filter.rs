@@ -9,7 +9,7 @@ mod trial;
 
 use crate::canary::{Carried, Choice, Decided, Share, Term, Why};
 use crate::fault::{Abort, Fault, Injection, MARK, MESSAGE, Slot, State, Status, Watch, Withheld};
-use crate::host::{CallId, Change, Host, update};
+use crate::host::{CallId, Change, GrpcAnswer, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request};
 use crate::outlier::{Totals, is_failure};
 use crate::policy::{Policy, Route, TargetId};
@@ -437,20 +437,12 @@ impl WorkerState {
 }
 
 impl Filter {
-    /// Takes the answer to a call for which `waiting` requests wait: its gRPC status, and with it its message, or the text
-    /// that goes with another status than 0. What is found is for the waiting requests, each of which goes on with
-    /// [`Filter::on_settled`]. `None` where this filter sent no such call.
-    pub fn on_answer(
-        &mut self,
-        host: &impl Host,
-        call: CallId,
-        status: u32,
-        message: &[u8],
-        waiting: usize,
-    ) -> Option<Settled> {
+    /// Takes the answer to a call for which `waiting` requests wait. What is found is for these, each of which goes on
+    /// with [`Filter::on_settled`]. `None` where this filter sent no such call.
+    pub fn on_answer(&mut self, host: &impl Host, answer: GrpcAnswer<'_>, waiting: usize) -> Option<Settled> {
         let Filter { policy, meters, worker } = self;
         let limit = |place| policy.global_limit(place);
-        let settled = worker.calls.settle(call, status, message, waiting, limit, host.now(), host)?;
+        let settled = worker.calls.settle(answer, waiting, limit, host.now(), host)?;
         if let Some(meters) = meters.routes.get(settled.place.route) {
             if let Some(failure) = settled.failure {
                 meters.count_event(settled.place.limit, Event::Failed(failure), host);
@@ -463,7 +455,7 @@ impl Filter {
     }
 
     /// Gives back what was charged for a request whose client has gone while it waited.
-    pub fn on_gone(&mut self, host: &impl Host, mut waiting: Box<Waiting>) {
+    pub fn on_gone(&mut self, host: &impl Host, mut waiting: Waiting) {
         let Filter { policy, meters, worker } = self;
         worker.calls.leave();
         let Some(route) = policy.routes.get(waiting.route) else { return };

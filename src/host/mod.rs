@@ -118,6 +118,16 @@ pub struct GrpcCall<'c> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CallId(pub u32);
 
+/// How a call ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GrpcAnswer<'m> {
+    pub call: CallId,
+    /// gRPC's; 0 is success.
+    pub status: u32,
+    /// With another status than 0, the text that goes with it.
+    pub message: &'m [u8],
+}
+
 /// Calls to other services. The answer, or that there is none, comes later, and exactly once.
 pub trait GrpcClient {
     /// Sends a call. `None` where the proxy cannot, because it does not know the cluster.

@@ -6,7 +6,9 @@
 //! in cost between this filter and one that reads single headers.
 #![allow(unsafe_code)]
 
-use super::{CallId, Conflict, GrpcCall, GrpcClient, Host, MetricId, Metrics, Properties, StateStore, Version};
+use super::{
+    CallId, Conflict, GrpcAnswer, GrpcCall, GrpcClient, Host, MetricId, Metrics, Properties, StateStore, Version,
+};
 use crate::fault::{HeldStreams, Slot};
 use crate::filter::{Exchange, Filter, Hold, Verdict, Waiting};
 use crate::http::{HeaderMutation, LocalReply, encode_headers};
@@ -314,10 +316,10 @@ thread_local! {
 }
 
 /// Takes the answer to a call, for whichever filter sent it.
-fn on_grpc_answer(token: u32, status: u32, message: &[u8]) {
+fn on_grpc_answer(answer: GrpcAnswer<'_>) {
     let workers: Vec<Rc<Worker>> = WORKERS.with_borrow(|workers| workers.iter().filter_map(Weak::upgrade).collect());
     for worker in workers {
-        worker.settle(CallId(token), status, message);
+        worker.settle(answer);
     }
 }
 
@@ -327,14 +329,14 @@ fn on_grpc_answer(token: u32, status: u32, message: &[u8]) {
 extern "C" fn trimtab_on_grpc_receive(_root: u32, token: u32, size: usize) {
     let message =
         fetch(|data, length| unsafe { proxy_get_buffer_bytes(BufferType::GrpcReceiveBuffer, 0, size, data, length) });
-    on_grpc_answer(token, 0, &message.unwrap_or_default());
+    on_grpc_answer(GrpcAnswer { call: CallId(token), status: 0, message: &message.unwrap_or_default() });
 }
 
 /// The end of a call that was not answered, with its gRPC status, which is not 0.
 #[unsafe(no_mangle)]
 extern "C" fn trimtab_on_grpc_close(_root: u32, token: u32, status: u32) {
     let text = fetch(|data, size| unsafe { proxy_get_status(&mut 0, data, size) });
-    on_grpc_answer(token, status, &text.unwrap_or_default());
+    on_grpc_answer(GrpcAnswer { call: CallId(token), status, message: &text.unwrap_or_default() });
 }
 
 impl Worker {
@@ -353,13 +355,13 @@ impl Worker {
     }
 
     /// Lets the streams go on that waited for a call.
-    fn settle(&self, call: CallId, status: u32, message: &[u8]) {
+    fn settle(&self, answer: GrpcAnswer<'_>) {
         let found = {
             let mut filter = self.filter.borrow_mut();
             let Some(filter) = filter.as_mut() else { return };
             let mut waiters = self.waiters.borrow_mut();
-            let settled = filter.on_answer(&self.envoy, call, status, message, waiters.count(call));
-            waiters.settle(call, settled)
+            let settled = filter.on_answer(&self.envoy, answer, waiters.count(answer.call));
+            waiters.settle(answer.call, settled)
         };
         for (stream, paused, outcome) in found {
             self.go_on(stream, paused, outcome);
@@ -373,7 +375,7 @@ impl Worker {
             let mut filter = self.filter.borrow_mut();
             let Some(filter) = filter.as_mut() else { return };
             if !is_there {
-                return filter.on_gone(&self.envoy, waiting);
+                return filter.on_gone(&self.envoy, *waiting);
             }
             let may_hold = self.held.borrow().has_room();
             let decision = filter.on_settled(&self.envoy, &headers, may_hold, waiting, outcome);
@@ -575,7 +577,7 @@ impl Drop for Stream {
             self.worker.free(hold.and_then(|hold| hold.slot));
             let paused = self.worker.waiters.borrow_mut().forget(self.id);
             if let (Some(paused), Some(filter)) = (paused, self.worker.filter.borrow_mut().as_mut()) {
-                filter.on_gone(&self.worker.envoy, paused.waiting);
+                filter.on_gone(&self.worker.envoy, *paused.waiting);
             }
         }
         let exchange = self.waited.as_ref().map_or(self.exchange, |waited| waited.get());

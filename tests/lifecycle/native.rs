@@ -6,7 +6,7 @@ use std::time::Duration;
 use trimtab::fault::HeldStreams;
 use trimtab::filter::{Decision, Exchange, Filter, Hold, Verdict, Waiting};
 use trimtab::host::sim::Sim;
-use trimtab::host::{CallId, Host, Properties, StateStore, Version};
+use trimtab::host::{CallId, GrpcAnswer, Host, Properties, StateStore, Version};
 use trimtab::http::{HeaderMutation, LocalReply, encode_headers};
 use trimtab::policy::Policy;
 use trimtab::ratelimit::service::Waiters;
@@ -88,7 +88,7 @@ impl Proxy for Native {
         let ended = worker.streams.remove(&stream.id);
         let held = worker.held.forget(stream.id);
         if let Some(waiting) = worker.waiters.forget(stream.id) {
-            worker.filter.as_mut().unwrap().on_gone(&self.host, waiting);
+            worker.filter.as_mut().unwrap().on_gone(&self.host, *waiting);
         }
         let filter = worker.filter.as_ref().unwrap();
         let slots = [ended.and_then(|stream| stream.exchange.slot), held.and_then(|hold| hold.slot)];
@@ -139,7 +139,8 @@ impl Proxy for Native {
         let Worker { filter, held, waiters, calls, streams, .. } = &mut self.workers[worker];
         let filter = filter.as_mut().unwrap();
         calls.retain(|known| known.id != call);
-        let settled = filter.on_answer(&self.host, CallId(call), status, message, waiters.count(CallId(call)));
+        let answer = GrpcAnswer { call: CallId(call), status, message };
+        let settled = filter.on_answer(&self.host, answer, waiters.count(CallId(call)));
         for (id, waiting, outcome) in waiters.settle(CallId(call), settled) {
             let stream = streams.remove(&id).expect("who has gone was forgotten");
             let headers = encode_headers(&stream.headers);

@@ -14,7 +14,7 @@
 use super::codec::{Answer, Flaw, decode, with_hits};
 use super::policy::{GlobalLimit, Service};
 use super::quota::{Found, Known, Quota, SAME_WINDOW};
-use crate::host::{CallId, Change, Conflict, GrpcCall, GrpcClient, StateStore, update};
+use crate::host::{CallId, Change, Conflict, GrpcAnswer, GrpcCall, GrpcClient, StateStore, update};
 use crate::units::Monotonic;
 
 const SECOND: u64 = 1_000_000_000;
@@ -154,19 +154,18 @@ impl Calls {
         Ok(id)
     }
 
-    /// Takes the answer to a call for which `waiting` requests wait: its gRPC status, and with it its message, or the text
-    /// that goes with another status than 0. `limit` finds the limit at a place. `None` where there is no such call.
+    /// Takes the answer to a call for which `waiting` requests wait. `limit` finds the limit at a place. `None` where
+    /// there is no such call.
     #[inline(never)]
     pub fn settle<'p>(
         &mut self,
-        id: CallId,
-        status: u32,
-        message: &[u8],
+        answer: GrpcAnswer<'_>,
         waiting: usize,
         limit: impl Fn(Place) -> Option<&'p GlobalLimit>,
         now: Monotonic,
         host: &(impl StateStore + GrpcClient),
     ) -> Option<Settled> {
+        let GrpcAnswer { call: id, status, message } = answer;
         let at = self.under_way.iter().position(|call| call.id == id)?;
         let call = self.under_way.swap_remove(at);
         let place = call.subject.place;

@@ -105,7 +105,7 @@ fn descriptor_key(source: &KeySource, names: &HeaderNames) -> Box<str> {
     let name = match source {
         KeySource::Header(id) => names.name(*id),
         KeySource::Cookie(name) | KeySource::QueryParameter(name) => name,
-        KeySource::SourceAddress { .. } => "remote_address",
+        KeySource::SourceAddress => "remote_address",
         KeySource::Route => "route",
         KeySource::PathSegment(index) => return format!("path_segment_{index}").into(),
         KeySource::Property(path) => {

@@ -244,7 +244,7 @@ impl GlobalLimit {
             let part = text(source.find(request, route, properties));
             // An IPv6 address without the brackets that its port needs, as Envoy's own remote_address.
             match (source, part.strip_prefix('[').and_then(|part| part.strip_suffix(']'))) {
-                (KeySource::SourceAddress { .. }, Some(address)) => Cow::Owned(address.to_owned()),
+                (KeySource::SourceAddress, Some(address)) => Cow::Owned(address.to_owned()),
                 _ => part,
             }
         };
@@ -315,8 +315,8 @@ mod tests {
     use super::*;
     use crate::diagnostic::Report;
     use crate::document::{Node, Value};
-    use crate::host::Host;
     use crate::host::sim::{SentCall, Sim};
+    use crate::host::{GrpcAnswer, Host};
     use crate::http::{HeaderNames, encode_headers};
     use crate::ratelimit::service::{Rest, Waiters};
     use proptest::prelude::*;
@@ -430,7 +430,8 @@ mod tests {
                 let waiting = waiters.count(flight.call.id);
                 let answer = service.answer(&flight.call, flight.charge, flight.told, waiting as u32);
                 let limit = |_| limits.first();
-                let settled = calls.settle(flight.call.id, 0, &answer, waiting, limit, host.now(), host).unwrap();
+                let answer = GrpcAnswer { call: flight.call.id, status: 0, message: &answer };
+                let settled = calls.settle(answer, waiting, limit, host.now(), host).unwrap();
                 for (_, (), outcome) in waiters.settle(flight.call.id, Some(settled)) {
                     calls.leave();
                     match outcome {
