@@ -9,14 +9,16 @@ mod trial;
 use crate::canary::{Choice, Share};
 use crate::fault::{Fault, Injection, State, Watch, Withheld};
 use crate::host::{Change, Host, update};
-use crate::http::{HeaderMutation, LocalReply, Request};
+use crate::http::{HeaderMutation, LocalReply, Request, http_from_grpc};
+use crate::key::Scene;
 use crate::outlier::{Totals, is_failure};
 use crate::policy::{Policy, Route, TargetId};
-use crate::ratelimit::{Admission, Leases, Secret, admit, return_leases};
-use crate::telemetry::{DestinationMeters, Meters, Stand};
+use crate::ratelimit::{Admission, Held, Leases, Secret, Told, admit, return_leases, settle};
+use crate::telemetry::{DestinationMeters, Meters, RouteMeters, Stand};
 use crate::trace::w3c::TraceContext;
 use crate::trace::{self, Continuation, Direction, Notes, Response};
 use crate::units::Fraction;
+use std::borrow::Cow;
 use trial::{JUDGE_PERIOD, Trial};
 
 pub use trial::Sample;
@@ -32,12 +34,18 @@ pub struct Filter {
 /// What a worker keeps from one request to the next.
 #[derive(Debug)]
 struct WorkerState {
-    secret: Secret,
-    leases: Leases,
+    limiter: Limiter,
     /// For each route, a watch on each of its targets; none where the route injects no fault.
     watches: Vec<Vec<Watch>>,
     /// For each route, what this worker remembers of its trial.
     trials: Vec<Trial>,
+}
+
+/// What a worker keeps for limits.
+#[derive(Debug)]
+struct Limiter {
+    secret: Secret,
+    leases: Leases,
 }
 
 /// What is to be done with a request, and why.
@@ -78,7 +86,7 @@ pub struct Reasons {
 }
 
 /// What is remembered of a request until its response.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Exchange {
     /// Whose answer is awaited; `None` where nobody wants to know.
     pub observed: Option<TargetId>,
@@ -87,11 +95,17 @@ pub struct Exchange {
     pub is_grpc: bool,
     /// The trace that the client is told of; `None` where it is told nothing.
     pub trace: Option<TraceContext>,
+    /// An index into the policy's routes: whose limits the next two are of.
+    pub route: usize,
+    /// The limit that the client is told of; `None` where it is told nothing.
+    pub told: Option<Told>,
+    /// What is held of limits until the answer tells whether the request counts.
+    pub held: Vec<Held>,
 }
 
 impl Exchange {
     fn is_awaited(&self) -> bool {
-        self.observed.is_some() || self.sample.is_some()
+        self.observed.is_some() || self.sample.is_some() || !self.held.is_empty()
     }
 }
 
@@ -118,7 +132,8 @@ impl Filter {
         let stands = policy.routes.iter().zip(&meters.routes).map(|(route, meters)| Stand::new(route, meters));
         let trials =
             stands.map(|stand| stand.map_or_else(Trial::default, |stand| Trial::take_up(&stand, host))).collect();
-        let worker = WorkerState { secret, leases: Leases::default(), watches, trials };
+        let limiter = Limiter { secret, leases: Leases::default() };
+        let worker = WorkerState { limiter, watches, trials };
         Filter { policy, meters, worker }
     }
 
@@ -176,36 +191,27 @@ impl WorkerState {
         continuation: Option<Continuation>,
         may_hold: bool,
     ) -> Decision<'p> {
-        let WorkerState { secret, leases, watches, trials } = self;
+        let WorkerState { limiter, watches, trials } = self;
         let mut decision = Decision::default();
-        let Decision { verdict, mutations, exchange, reasons } = &mut decision;
-        exchange.is_grpc = request.is_grpc();
-        reasons.trace = continuation;
+        decision.exchange.is_grpc = request.is_grpc();
+        decision.reasons.trace = continuation;
 
         let Some((index, route)) = policy.route(request) else {
             host.add(meters.unmatched, 1);
-            policy.steer(request, None, mutations);
+            policy.steer(request, None, &mut decision.mutations);
             return decision;
         };
-        reasons.route = Some(index);
+        decision.reasons.route = Some(index);
         let Some(meters) = meters.routes.get(index) else { return decision };
 
         // Limits before anything is chosen or injected: a refused request costs its upstream and the experiment
-        // nothing.
-        if !route.limits.is_empty() {
-            let admission = admit(&route.limits, secret, leases, request, &route.name, host.now(), host);
-            meters.count_admission(&admission, host);
-            if let Some((limit, wait)) = admission.refused
-                && let Some(limit) = route.limits.get(limit)
-            {
-                *verdict = Verdict::Answer(limit.refusal(wait, exchange.is_grpc));
-                mutations.clear();
-            }
-            let refused = admission.refused.is_some();
-            reasons.admission = Some(admission);
-            if refused {
-                return decision;
-            }
+        // nothing. Only where a limit counts by subset they have to come after the choice.
+        let mut scene = Scene { request, route: &route.name, subset: None, properties: host };
+        if !route.limits.is_empty()
+            && !route.limits_read_subset
+            && !limiter.admits((index, route), meters, &scene, host, &mut decision)
+        {
+            return decision;
         }
 
         // The destination before the fault, because the fault's guard looks at the one that was chosen.
@@ -214,15 +220,22 @@ impl WorkerState {
             let choice = match trial {
                 Some((stand, trial)) => {
                     let (choice, share) = trial.choose(&stand, request, host);
-                    reasons.share = Some(share);
-                    exchange.sample = trial.sample(&stand, index, choice, host);
+                    decision.reasons.share = Some(share);
+                    decision.exchange.sample = trial.sample(&stand, index, choice, host);
                     choice
                 }
                 None => split.choose(Fraction::NONE, None, || host.random()),
             };
-            reasons.choice = Some(choice);
+            decision.reasons.choice = Some(choice);
             split.destinations.get(choice.destination)
         });
+        if route.limits_read_subset {
+            scene.subset = destination.map(|(destination, _)| &*destination.subset).filter(|name| !name.is_empty());
+            if !limiter.admits((index, route), meters, &scene, host, &mut decision) {
+                return decision;
+            }
+        }
+        let Decision { verdict, mutations, exchange, reasons } = &mut decision;
         policy.steer(request, destination.map(|(destination, _)| destination), mutations);
         let chosen = reasons.choice.map_or(0, |choice| choice.destination);
         let Some(sent_to) = meters.destinations.get(chosen) else { return decision };
@@ -269,7 +282,41 @@ impl WorkerState {
         } else {
             exchange.sample = None;
         }
+        if let Verdict::Answer(_) | Verdict::Delay(_, Some(_)) = verdict
+            && !exchange.held.is_empty()
+        {
+            settle(&route.limits, &std::mem::take(&mut exchange.held), None, host.now(), host);
+        }
         decision
+    }
+}
+
+impl Limiter {
+    /// Whether the limits of a route admit a request; where they do not, the decision is to tell it so.
+    fn admits(
+        &mut self,
+        (index, route): (usize, &Route),
+        meters: &RouteMeters,
+        scene: &Scene<'_, '_>,
+        host: &impl Host,
+        decision: &mut Decision<'_>,
+    ) -> bool {
+        let mut admission = admit(&route.limits, &self.secret, &mut self.leases, scene, host.now(), host);
+        meters.count_admission(&admission, host);
+        let Decision { verdict, mutations, exchange, reasons } = decision;
+        let refusal = admission.refused;
+        if let Some(refusal) = refusal
+            && let Some(limit) = route.limits.get(refusal.told.limit)
+        {
+            *verdict = Verdict::Answer(limit.refusal(&refusal, exchange.is_grpc));
+            mutations.clear();
+            exchange.sample = None;
+        }
+        exchange.route = index;
+        exchange.told = admission.told;
+        exchange.held = std::mem::take(&mut admission.held);
+        reasons.admission = Some(admission);
+        refusal.is_none()
     }
 }
 
@@ -281,10 +328,24 @@ impl Filter {
         host: &impl Host,
         exchange: &mut Exchange,
         header: Header<'_>,
-    ) -> Option<HeaderMutation<'static>> {
+    ) -> Vec<HeaderMutation<'static>> {
         self.learn(host, exchange, header);
-        let response = self.policy.trace.as_ref()?.response;
-        Continuation::response(&exchange.trace.take()?, response)
+        let mut mutations = Vec::new();
+        if let Some(trace) = &self.policy.trace
+            && let Some(context) = exchange.trace.take()
+        {
+            mutations.extend(Continuation::response(&context, trace.response));
+        }
+        if let Some(told) = exchange.told.take()
+            && let Some(limit) = self.policy.routes.get(exchange.route).and_then(|route| route.limits.get(told.limit))
+        {
+            limit.tell(&told, &mut |(name, value, is_list)| {
+                let value = Cow::Owned(value.into_bytes());
+                let add = if is_list { HeaderMutation::Add } else { HeaderMutation::Set };
+                mutations.push(add(name, value));
+            });
+        }
+        mutations
     }
 
     fn learn(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
@@ -317,6 +378,12 @@ impl Filter {
                 host.add(meters.failures, 1);
             }
         }
+        if !exchange.held.is_empty()
+            && let Some(route) = self.policy.routes.get(exchange.route)
+        {
+            let status = grpc_status.map_or(status, |code| http_from_grpc(u8::try_from(code).unwrap_or(u8::MAX)));
+            settle(&route.limits, &std::mem::take(&mut exchange.held), Some(status), host.now(), host);
+        }
         // Somebody's limit says nothing of the version that answered.
         let is_limited = status == 429 || grpc_status == Some(8);
         if let Some(sample) = exchange.sample.take().filter(|_| !is_limited)
@@ -332,7 +399,7 @@ impl Filter {
     /// [`Filter::tick_period`].
     pub fn on_tick(&mut self, host: &impl Host) {
         let now = host.now();
-        return_leases(&mut self.worker.leases, |id| self.policy.limit(id), now, host);
+        return_leases(&mut self.worker.limiter.leases, |id| self.policy.rate(id), now, host);
         for (route, watches) in self.policy.routes.iter().zip(&mut self.worker.watches) {
             for (target, watch) in route.targets.iter().zip(watches) {
                 if let Some(meters) = self.meters.targets.get(target.0) {

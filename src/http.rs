@@ -353,10 +353,28 @@ pub struct LocalReply {
     pub status: u16,
     /// For Envoy's `response.code_details`: who answered and why, in one word.
     pub details: &'static str,
-    pub headers: Vec<(&'static str, String)>,
+    pub headers: Vec<(Cow<'static, str>, String)>,
     pub body: String,
     /// The status of a gRPC call (its message is `body`), sent without a body under HTTP status 200.
     pub grpc_status: Option<u8>,
+}
+
+/// The HTTP status of `google.rpc.Code`.
+pub fn http_from_grpc(code: u8) -> u16 {
+    match code {
+        0 => 200,
+        1 => 499,
+        3 | 9 | 11 => 400,
+        4 => 504,
+        5 => 404,
+        6 | 10 => 409,
+        7 => 403,
+        8 => 429,
+        12 => 501,
+        14 => 503,
+        16 => 401,
+        _ => 500,
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! What is done to one request.
 
 use super::policy::{Abort, DrawnFrom, Fault};
-use crate::http::LocalReply;
+use crate::http::{LocalReply, http_from_grpc};
 use xxhash_rust::xxh64::xxh64;
 
 /// Two independent numbers: one for the delay, one for the abort.
@@ -67,7 +67,7 @@ impl Abort {
         LocalReply {
             status,
             details: "trimtab_fault_abort",
-            headers: vec![("x-trimtab-fault", "abort".to_owned())],
+            headers: vec![("x-trimtab-fault".into(), "abort".to_owned())],
             body: "fault injected by trimtab".to_owned(),
             grpc_status,
         }
@@ -84,24 +84,6 @@ fn grpc_from_http(status: u16) -> u8 {
         404 => 12,
         429 | 502 | 503 | 504 => 14,
         _ => 2,
-    }
-}
-
-/// The HTTP status of `google.rpc.Code`.
-fn http_from_grpc(code: u8) -> u16 {
-    match code {
-        0 => 200,
-        1 => 499,
-        3 | 9 | 11 => 400,
-        4 => 504,
-        5 => 404,
-        6 | 10 => 409,
-        7 => 403,
-        8 => 429,
-        12 => 501,
-        14 => 503,
-        16 => 401,
-        _ => 500,
     }
 }
 

@@ -374,7 +374,7 @@ impl HttpContext for Stream {
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
         if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
             let header = |name: &str| header(MapType::HttpResponseHeaders, name);
-            if let Some(mutation) = filter.on_response(&self.worker.envoy, &mut self.exchange, &header) {
+            for mutation in filter.on_response(&self.worker.envoy, &mut self.exchange, &header) {
                 mutate(MapType::HttpResponseHeaders, &mutation);
             }
         }
@@ -411,7 +411,8 @@ fn mutate(map: MapType, mutation: &HeaderMutation<'_>) {
 }
 
 fn answer(reply: &LocalReply) {
-    let headers = encode_headers(&reply.headers);
+    let headers: Vec<(&str, &str)> = reply.headers.iter().map(|(name, value)| (&**name, &**value)).collect();
+    let headers = encode_headers(&headers);
     unsafe {
         proxy_send_local_response(
             u32::from(reply.status),

@@ -73,10 +73,15 @@ impl Proxy for Native {
         (StreamId { worker: at, id }, outcome)
     }
 
-    fn response(&mut self, stream: StreamId, headers: &[(&str, &str)]) {
+    fn response(&mut self, stream: StreamId, headers: &[(&str, &str)]) -> Headers {
         let worker = &mut self.workers[stream.worker];
         let exchange = &mut worker.streams.get_mut(&stream.id).expect("the stream is open").exchange;
-        worker.filter.as_mut().unwrap().on_response(&self.host, exchange, &|name| find(headers, name));
+        let filter = worker.filter.as_mut().unwrap();
+        let mutations = filter.on_response(&self.host, exchange, &|name| find(headers, name));
+        let mut headers: Vec<(Vec<u8>, Vec<u8>)> =
+            headers.iter().map(|(name, value)| (name.as_bytes().to_vec(), value.as_bytes().to_vec())).collect();
+        mutations.iter().for_each(|mutation| mutation.apply(&mut headers));
+        headers.into_iter().map(|(name, value)| (String::from_utf8(name).unwrap(), value)).collect()
     }
 
     fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]) {
@@ -140,7 +145,7 @@ fn answer(reply: LocalReply) -> Reply {
     Reply {
         status: u32::from(reply.status),
         details: reply.details.to_owned(),
-        headers: reply.headers.into_iter().map(|(name, value)| (name.to_owned(), value.into_bytes())).collect(),
+        headers: reply.headers.into_iter().map(|(name, value)| (name.into_owned(), value.into_bytes())).collect(),
         body: reply.body,
         grpc_status: reply.grpc_status.map(u32::from),
     }

@@ -44,8 +44,8 @@ pub trait Proxy {
     /// Sends the head of a request to a worker.
     fn request(&mut self, worker: usize, headers: &[(&str, &[u8])]) -> (StreamId, Outcome);
 
-    /// Sends the head of the upstream's response.
-    fn response(&mut self, stream: StreamId, headers: &[(&str, &str)]);
+    /// Sends the head of the upstream's response; what the client gets of it.
+    fn response(&mut self, stream: StreamId, headers: &[(&str, &str)]) -> Headers;
 
     /// Sends the trailers of the upstream's response.
     fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]);

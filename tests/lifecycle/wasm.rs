@@ -69,9 +69,10 @@ impl Proxy for Module {
         (stream, outcome)
     }
 
-    fn response(&mut self, stream: StreamId, headers: &[(&str, &str)]) {
+    fn response(&mut self, stream: StreamId, headers: &[(&str, &str)]) -> Headers {
         let (vm, stream) = self.stream(stream);
         vm.response_headers(stream, headers, false).unwrap_or_else(|trap| panic!("{trap}"));
+        pairs(vm.stream(stream).response_headers())
     }
 
     fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]) {
