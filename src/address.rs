@@ -122,15 +122,17 @@ fn push_v6(text: &mut String, address: u128) {
         if index > 0 && !text.ends_with(':') {
             text.push(':');
         }
-        let digits = (0..4).rev().map(|place| u32::from(group(index)) >> (4 * place) & 0xf);
-        let mut is_leading = true;
-        for (place, digit) in digits.enumerate() {
-            is_leading &= digit == 0 && place < 3;
-            if !is_leading {
-                text.extend(char::from_digit(digit, 16));
-            }
-        }
+        push_hex(text, group(index));
         index += 1;
+    }
+}
+
+#[inline(never)]
+fn push_hex(text: &mut String, number: u16) {
+    let mut places = if number == 0 { 1 } else { 4 - number.leading_zeros() / 4 };
+    while places > 0 {
+        places -= 1;
+        text.extend(char::from_digit(u32::from(number) >> (4 * places) & 0xf, 16));
     }
 }
 

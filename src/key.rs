@@ -100,6 +100,7 @@ impl KeySource {
         sources.iter().take(MOST).filter_map(|source| KeySource::read(source, is_for_cohort, names)).collect()
     }
 
+    #[cold]
     fn read(value: &Value<'_>, is_for_cohort: bool, names: &mut HeaderNames) -> Option<KeySource> {
         let mut fields = value.object()?;
         let name = |value: Value<'_>| value.text().map(Box::<str>::from);
@@ -107,9 +108,6 @@ impl KeySource {
             value.object()?.end();
             Some(source)
         };
-        if is_for_cohort {
-            fields.refuse("subset", "the cohort decides on the subset; take the key from what the request brings");
-        }
         let found: Vec<Option<KeySource>> = [
             fields.optional("header").map(|value| {
                 let name = value.text()?;
@@ -124,7 +122,12 @@ impl KeySource {
             fields.optional("method").map(|value| plain(value, KeySource::Header(HeaderNames::METHOD))),
             fields.optional("route").map(|value| plain(value, KeySource::Route)),
             fields.optional("property").map(|value| read_property(&value)),
-            fields.optional("subset").filter(|_| !is_for_cohort).map(|value| plain(value, KeySource::Subset)),
+            fields.optional("subset").map(|value| {
+                if is_for_cohort {
+                    value.error("the cohort decides on the subset", "take the key from what the request brings");
+                }
+                plain(value, KeySource::Subset)
+            }),
         ]
         .into_iter()
         .flatten()
@@ -164,6 +167,7 @@ fn peer(properties: &dyn Properties) -> Option<Vec<u8>> {
     Some(address)
 }
 
+#[cold]
 fn read_source_address(value: &Value<'_>, names: &mut HeaderNames) -> Option<KeySource> {
     let mut fields = value.object()?;
     let mut number = |field, range| fields.optional(field).map(|value| value.integer(range));
@@ -186,6 +190,7 @@ fn read_source_address(value: &Value<'_>, names: &mut HeaderNames) -> Option<Key
 }
 
 /// Reads the path of an attribute: "connection.requested_server_name", or a list where a segment holds a dot.
+#[cold]
 fn read_property(value: &Value<'_>) -> Option<KeySource> {
     let segments: Vec<Box<str>> = match value.as_string() {
         Some(path) => path.split('.').map(Box::from).collect(),
@@ -208,14 +213,19 @@ mod tests {
 
     #[test]
     fn each_source_finds_its_key() {
-        let text = br#"[{"header": "X-User"}, {"cookie": "s"}, {"queryParam": "q"}, {"pathSegment": 1},
-                        {"sourceAddress": {}}, {"route": {}}, {"property": "a.b"}, {"property": ["a", "b"]},
-                        {"method": {}}, {"subset": {}}, {"sourceAddress": {"v6PrefixMaskLen": 32}}]"#;
-        let node = Node::from_json(text).unwrap();
-        let report = Report::default();
         let mut names = HeaderNames::default();
-        let sources = KeySource::read_list(&Value::root(&node, &report), false, &mut names);
-        assert_eq!(report.into_diagnostics(), []);
+        let mut read = |text: &str| {
+            let node = Node::from_json(text.as_bytes()).unwrap();
+            let report = Report::default();
+            let sources = KeySource::read_list(&Value::root(&node, &report), false, &mut names);
+            assert_eq!(report.into_diagnostics(), []);
+            sources
+        };
+        let mut sources = read(
+            r#"[{"header": "X-User"}, {"cookie": "s"}, {"queryParam": "q"}, {"pathSegment": 1},
+                {"sourceAddress": {}}, {"route": {}}, {"property": "a.b"}, {"property": ["a", "b"]}]"#,
+        );
+        sources.extend(read(r#"[{"method": {}}, {"subset": {}}, {"sourceAddress": {"v6PrefixMaskLen": 32}}]"#));
         let host = Sim::new(1);
         host.set_property("source.address", b"[2001:db8::1]:4711");
         host.set_property("a.b", b"claim");

@@ -292,6 +292,9 @@ impl Reading {
         }
         let targets = self.targets(name, split.as_ref(), fault.is_some());
         let limits_read_subset = limits.iter().any(Limit::reads_subset);
+        if limits_read_subset && split.is_none() {
+            fields.value().error("a limit by subset, and no destinations", "write the route's destinations");
+        }
         Some(Route { name: name.into(), matches, split, targets, fault, limits, limits_read_subset })
     }
 

@@ -71,14 +71,8 @@ impl Limit {
         let quota = rate.gcra().burst();
         let window = seconds_rounded_up(rate.gcra().window()).max(1);
         if self.answer.x_ratelimit {
-            let mut limit = quota.to_string();
-            limit.push_str(", ");
-            limit.push_str(&quota.to_string());
-            limit.push_str(";w=");
-            limit.push_str(&window.to_string());
-            limit.push_str(";name=\"");
-            limit.push_str(&self.name);
-            limit.push('"');
+            let quota = quota.to_string();
+            let limit = [&quota, ", ", &quota, ";w=", &window.to_string(), ";name=\"", &self.name, "\""].concat();
             write(("x-ratelimit-limit", limit, false));
             write(("x-ratelimit-remaining", told.remaining.to_string(), false));
             write(("x-ratelimit-reset", reset.to_string(), false));
@@ -91,15 +85,7 @@ impl Limit {
 
     /// An item of a structured field (RFC 9651): the limit's name with two parameters.
     fn item(&self, first: &str, value: u64, second: &str, other: u64) -> String {
-        let mut item = String::with_capacity(self.name.len() + 32);
-        item.push('"');
-        item.push_str(&self.name);
-        item.push('"');
-        item.push_str(first);
-        item.push_str(&value.to_string());
-        item.push_str(second);
-        item.push_str(&other.to_string());
-        item
+        ["\"", &self.name, "\"", first, &value.to_string(), second, &other.to_string()].concat()
     }
 
     /// The answer to a request that this limit refused.
@@ -147,38 +133,27 @@ impl Limit {
     }
 
     fn sentence(&self, rate: &Rate, reason: Reason, wait: Option<u64>) -> String {
-        let mut sentence = String::with_capacity(96);
-        sentence.push_str("rate limit ");
-        sentence.push_str(&self.name);
-        match reason {
-            Reason::Incomplete => sentence.push_str(": the request lacks a part of the key"),
-            Reason::TooDear => {
-                sentence.push_str(" exceeded: ");
-                sentence.push_str(&rate.promise);
-                sentence.push_str("; this one costs more than may come at once");
-            }
-            Reason::TooEarly(_) => {
-                sentence.push_str(" exceeded: ");
-                sentence.push_str(&rate.promise);
-                sentence.push_str("; retry in ");
-                sentence.push_str(&wait.unwrap_or(1).to_string());
-                sentence.push_str(" s");
-            }
-        }
-        sentence
+        let seconds = wait.map_or(String::new(), |wait| wait.to_string());
+        let (what, how_much, then, unit) = match reason {
+            Reason::Incomplete => (": the request lacks a part of the key", "", "", ""),
+            Reason::TooDear => (" exceeded: ", &*rate.promise, "; this one costs more than may come at once", ""),
+            Reason::TooEarly(_) => (" exceeded: ", &*rate.promise, "; retry in ", " s"),
+        };
+        ["rate limit ", &self.name, what, how_much, then, &seconds, unit].concat()
     }
 
     /// None of what is put together here needs escaping: names are plain, and so are sentences.
     fn problem(&self, sentence: &str) -> String {
-        let mut body = String::with_capacity(256);
-        body.push_str("{\"type\":\"https://iana.org/assignments/http-problem-types#quota-exceeded\",");
-        body.push_str("\"title\":\"The quota is exceeded\",\"status\":");
-        body.push_str(&self.answer.status.to_string());
-        body.push_str(",\"detail\":\"");
-        body.push_str(sentence);
-        body.push_str("\",\"violated-policies\":[\"");
-        body.push_str(&self.name);
-        body.push_str("\"]}");
-        body
+        [
+            "{\"type\":\"https://iana.org/assignments/http-problem-types#quota-exceeded\",",
+            "\"title\":\"The quota is exceeded\",\"status\":",
+            &self.answer.status.to_string(),
+            ",\"detail\":\"",
+            sentence,
+            "\",\"violated-policies\":[\"",
+            &self.name,
+            "\"]}",
+        ]
+        .concat()
     }
 }

@@ -26,13 +26,9 @@ const MOST_REQUESTS: u64 = 1_000_000_000;
 /// words start with.
 pub fn read(value: &Value<'_>, first: usize, prefix: &str, route: &str, names: &mut HeaderNames) -> Vec<Limit> {
     const MOST: usize = 16;
-    let items = value.array().unwrap_or_default();
-    if items.len() > MOST {
-        value.error(format!("{} limits", items.len()), format!("a route has at most {MOST}"));
-    }
     let mut limits: Vec<Limit> = Vec::new();
     let mut next_id = first;
-    for item in items.iter().take(MOST) {
+    for item in &read_items(value, MOST) {
         let Some(mut limit) = read_limit(item, prefix, route, names) else { continue };
         for rate in std::iter::once(&mut limit.rate).chain(limit.overrides.iter_mut().map(|other| &mut other.rate)) {
             rate.id = next_id;
@@ -49,6 +45,18 @@ pub fn read(value: &Value<'_>, first: usize, prefix: &str, route: &str, names: &
     limits
 }
 
+/// The items of a list of at most `most`.
+#[cold]
+fn read_items<'a>(value: &Value<'a>, most: usize) -> Vec<Value<'a>> {
+    let items = value.array().unwrap_or_default();
+    if items.len() > most {
+        value.error(format!("{} items", items.len()), format!("write at most {most}"));
+        return Vec::new();
+    }
+    items
+}
+
+#[cold]
 fn read_limit(value: &Value<'_>, prefix: &str, route: &str, names: &mut HeaderNames) -> Option<Limit> {
     let mut fields = value.object()?;
     let name = fields.required("name").and_then(|value| crate::policy::read_name(&value));
@@ -60,7 +68,7 @@ fn read_limit(value: &Value<'_>, prefix: &str, route: &str, names: &mut HeaderNa
         value.one_of(&[("share", OnMissing::Share), ("skip", OnMissing::Skip), ("deny", OnMissing::Deny)])
     });
     let overrides = fields.optional("overrides").map(|value| read_overrides(&value, key.len())).unwrap_or_default();
-    let cost = fields.optional("cost").and_then(|value| read_cost(&value, rate.as_ref(), names));
+    let cost = fields.optional("cost").and_then(|value| read_cost(&value, names));
     let counted = fields.optional("charge").and_then(|value| read_charge(&value));
     let candidates = fields.optional("candidates").map(|value| read_candidates(&value)).unwrap_or_default();
     let answer = fields.optional("response").map(|value| read_answer(&value)).unwrap_or_default();
@@ -96,6 +104,10 @@ fn read_limit(value: &Value<'_>, prefix: &str, route: &str, names: &mut HeaderNa
         shadow: shadow.unwrap_or(false),
         answer,
     };
+    let lowest = limit.rates().map(|rate| rate.gcra().burst()).min();
+    if matches!(limit.cost, Cost::Fixed(cost) if lowest.is_some_and(|burst| u64::from(cost) > burst)) {
+        value.error("a cost above the burst", "write a larger burst: no request would ever be admitted");
+    }
     limit.settle_terms();
     Some(limit)
 }
@@ -123,6 +135,7 @@ impl Limit {
     }
 }
 
+#[cold]
 fn read_rate(value: &Value<'_>) -> Option<Rate> {
     let mut fields = value.object()?;
     let requests = fields.required("requestsPerUnit").and_then(|value| value.integer(1..=MOST_REQUESTS));
@@ -139,17 +152,15 @@ fn read_rate(value: &Value<'_>) -> Option<Rate> {
     Some(Rate::new(gcra?, format!("{requests} request{plural} a {unit}").into()))
 }
 
+#[cold]
 fn read_overrides(value: &Value<'_>, parts: usize) -> Vec<Override> {
-    let items = value.array().unwrap_or_default();
-    if items.len() > MAX_OVERRIDES {
-        value.error(format!("{} overrides", items.len()), format!("a limit has at most {MAX_OVERRIDES}"));
-    }
     if parts == 0 {
         value.error("overrides of a limit without a key", "write the key whose values they are for");
     }
-    items.iter().take(MAX_OVERRIDES).filter_map(|item| read_override(item, parts)).collect()
+    read_items(value, MAX_OVERRIDES).iter().filter_map(|item| read_override(item, parts)).collect()
 }
 
+#[cold]
 fn read_override(value: &Value<'_>, parts: usize) -> Option<Override> {
     let mut fields = value.object()?;
     let wanted = fields.required("match").and_then(|value| {
@@ -167,15 +178,12 @@ fn read_override(value: &Value<'_>, parts: usize) -> Option<Override> {
     Some(Override { parts: wanted?, rate: rate? })
 }
 
-fn read_cost(value: &Value<'_>, rate: Option<&Rate>, names: &mut HeaderNames) -> Option<Cost> {
+#[cold]
+fn read_cost(value: &Value<'_>, names: &mut HeaderNames) -> Option<Cost> {
     let mut fields = value.object()?;
-    let number = fields.optional("number").map(|value| {
-        let number = value.integer(1..=MOST_REQUESTS)?;
-        if rate.is_some_and(|rate| number > rate.gcra().burst()) {
-            value.error("a cost above the burst", "write a larger burst: no request would ever be admitted");
-        }
-        Some(Cost::Fixed(number as u32))
-    });
+    let number = fields
+        .optional("number")
+        .map(|value| value.integer(1..=MOST_REQUESTS).map(|number| Cost::Fixed(number as u32)));
     let otherwise = fields.optional("default");
     let is_by_default = otherwise.is_some();
     let otherwise = otherwise.and_then(|value| value.integer(0..=MOST_REQUESTS)).unwrap_or(1) as u32;
@@ -198,6 +206,7 @@ fn read_cost(value: &Value<'_>, rate: Option<&Rate>, names: &mut HeaderNames) ->
     found.into_iter().next().flatten()
 }
 
+#[cold]
 fn read_charge(value: &Value<'_>) -> Option<Statuses> {
     let mut fields = value.object()?;
     let statuses = fields.required("onResponse").and_then(|value| {
@@ -210,13 +219,14 @@ fn read_charge(value: &Value<'_>) -> Option<Statuses> {
     statuses
 }
 
+#[cold]
 fn read_statuses(value: &Value<'_>) -> Option<Statuses> {
     const CLASSES: [(&str, (u16, u16)); 4] =
         [("2xx", (200, 299)), ("3xx", (300, 399)), ("4xx", (400, 499)), ("5xx", (500, 599))];
     const MOST: usize = 16;
-    let items = value.array()?;
-    if items.is_empty() || items.len() > MOST {
-        value.error(format!("{} statuses", items.len()), format!("write 1 to {MOST}, such as 401 or \"5xx\""));
+    let items = read_items(value, MOST);
+    if items.is_empty() {
+        value.unfit("expected statuses, such as [401, \"5xx\"]");
     }
     let status = |item: &Value<'_>| match item.as_string() {
         Some(_) => item.one_of(&CLASSES),
@@ -225,14 +235,11 @@ fn read_statuses(value: &Value<'_>) -> Option<Statuses> {
     Some(Statuses(items.iter().filter_map(status).collect()))
 }
 
+#[cold]
 fn read_candidates(value: &Value<'_>) -> Vec<(Box<str>, Rate)> {
     const MOST: usize = 8;
-    let items = value.array().unwrap_or_default();
-    if items.len() > MOST {
-        value.error(format!("{} candidates", items.len()), format!("a limit has at most {MOST}"));
-    }
     let mut candidates: Vec<(Box<str>, Rate)> = Vec::new();
-    for item in items.iter().take(MOST) {
+    for item in &read_items(value, MOST) {
         let Some(mut fields) = item.object() else { continue };
         let name = fields.required("name").and_then(|value| crate::policy::read_name(&value));
         let rate = fields.required("limit").and_then(|value| read_rate(&value));
@@ -246,6 +253,7 @@ fn read_candidates(value: &Value<'_>) -> Vec<(Box<str>, Rate)> {
     candidates
 }
 
+#[cold]
 fn read_answer(value: &Value<'_>) -> Answer {
     let Some(mut fields) = value.object() else { return Answer::default() };
     let standard = Answer::default();
@@ -287,6 +295,7 @@ fn read_answer(value: &Value<'_>) -> Answer {
 /// The longest body of a refusal, in bytes: every refused request carries it.
 const MOST_BODY: usize = 4096;
 
+#[cold]
 fn read_headers(value: &Value<'_>) -> Vec<(Box<str>, Box<str>)> {
     const MOST: usize = 16;
     let entries = value.entries().unwrap_or_default();

@@ -2,6 +2,7 @@
 //! simulated host and in the module that ships.
 
 mod canary;
+mod limits;
 mod native;
 mod proxy;
 mod wasm;
@@ -11,6 +12,13 @@ use canary::{
     a_reported_failure_keeps_its_weight_and_enters_no_stage, a_stage_may_wait_for_evidence, garbage_is_no_verdict,
     grpc_failures_are_evidence, in_shadow_nothing_changes, slowness_is_evidence, stages_follow_the_wall_clock,
     the_worker_that_saw_the_last_failure_sends_no_other, what_is_no_fault_of_the_canary_is_no_evidence,
+};
+use limits::{
+    a_candidate_counts_what_it_would_refuse, a_forged_address_buys_nothing, a_key_of_60_kb_is_hashed,
+    a_limit_may_count_each_subset_apart, a_missing_part_is_shared_skipped_or_denied, a_refusal_is_worded_as_configured,
+    a_step_of_the_wall_clock_changes_nothing, costs_are_fixed_or_the_requests_own, grpc_statuses_count_as_http_ones,
+    nothing_is_told_unless_asked, only_failed_attempts_are_charged, some_keys_have_limits_of_their_own,
+    the_most_restrictive_limit_is_told, what_is_held_counts_if_no_answer_comes, what_we_inject_is_no_failed_attempt,
 };
 use proxy::{Headers, Outcome, Proxy, exchange, get, value};
 use std::time::Duration;
@@ -43,6 +51,21 @@ cases![
     limits_are_charged_all_or_none,
     spent_allowance_survives_an_update,
     garbage_in_shared_data_is_counted_and_replaced,
+    nothing_is_told_unless_asked,
+    the_most_restrictive_limit_is_told,
+    a_refusal_is_worded_as_configured,
+    some_keys_have_limits_of_their_own,
+    costs_are_fixed_or_the_requests_own,
+    a_missing_part_is_shared_skipped_or_denied,
+    a_limit_may_count_each_subset_apart,
+    a_forged_address_buys_nothing,
+    a_key_of_60_kb_is_hashed,
+    only_failed_attempts_are_charged,
+    grpc_statuses_count_as_http_ones,
+    what_is_held_counts_if_no_answer_comes,
+    what_we_inject_is_no_failed_attempt,
+    a_candidate_counts_what_it_would_refuse,
+    a_step_of_the_wall_clock_changes_nothing,
     a_delay_ends_on_time,
     a_delay_may_be_followed_by_an_abort,
     a_client_may_leave_while_it_is_held,

@@ -119,6 +119,10 @@ impl Proxy for Native {
         }
     }
 
+    fn step_wall_clock(&mut self, seconds: i64) {
+        self.host.set_wall(self.host.wall_now().checked_add_signed(seconds * 1_000_000_000).expect("after 1970"));
+    }
+
     fn outcome(&mut self, stream: StreamId) -> Outcome {
         self.workers[stream.worker].streams[&stream.id].outcome.clone()
     }

@@ -56,6 +56,9 @@ pub trait Proxy {
     /// Lets time pass, with the ticks that fall due.
     fn advance(&mut self, time: Duration);
 
+    /// Steps the wall clock by so many seconds, as an operator might; the monotonic clock stays where it is.
+    fn step_wall_clock(&mut self, seconds: i64);
+
     /// What became of a request that was held.
     fn outcome(&mut self, stream: StreamId) -> Outcome;
 

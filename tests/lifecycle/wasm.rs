@@ -90,6 +90,11 @@ impl Proxy for Module {
         advance(vms, time).unwrap_or_else(|trap| panic!("{trap}"));
     }
 
+    fn step_wall_clock(&mut self, seconds: i64) {
+        let wall = self.world.wall_clock().as_secs().checked_add_signed(seconds).expect("after 1970");
+        self.world.set_wall_clock(Duration::from_secs(wall));
+    }
+
     fn outcome(&mut self, stream: StreamId) -> Outcome {
         let (vm, stream) = self.stream(stream);
         let stream = vm.stream(stream);
