@@ -141,11 +141,18 @@ impl Filter {
         &self.policy
     }
 
-    /// Decides on a request from its serialised headers. `may_hold` says whether another stream can be delayed.
-    pub fn on_request<'p>(&'p mut self, host: &impl Host, headers: &[u8], may_hold: bool) -> Decision<'p> {
+    /// Decides on a request from its serialised headers. `has_body` says whether a body follows, `may_hold` whether
+    /// another stream can be delayed.
+    pub fn on_request<'p>(
+        &'p mut self,
+        host: &impl Host,
+        headers: &[u8],
+        has_body: bool,
+        may_hold: bool,
+    ) -> Decision<'p> {
         let Filter { policy, meters, worker } = self;
         let policy: &'p Policy = policy;
-        let mut request = Request::parse(headers, &policy.header_names);
+        let mut request = Request::parse(headers, &policy.header_names).with_body(has_body);
         if policy.reads_route_name {
             request = request.with_route_name(host.property(&["xds", "route_name"]));
         }

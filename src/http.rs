@@ -139,6 +139,7 @@ pub struct Request<'a> {
     slots: Vec<Slot>,
     names: &'a HeaderNames,
     path_end: usize,
+    has_body: bool,
     route_name: Option<Vec<u8>>,
 }
 
@@ -159,10 +160,20 @@ impl<'a> Request<'a> {
                 slot.values += 1;
             }
         }
-        let mut request = Request { block, slots, names, path_end: 0, route_name: None };
+        let mut request = Request { block, slots, names, path_end: 0, has_body: false, route_name: None };
         let target = request.first(HeaderNames::PATH).unwrap_or_default();
         request.path_end = target.iter().position(|byte| matches!(byte, b'?' | b'#')).unwrap_or(target.len());
         request
+    }
+
+    /// The request, of which a body follows or not.
+    pub fn with_body(self, has_body: bool) -> Self {
+        Request { has_body, ..self }
+    }
+
+    /// Whether a body follows.
+    pub fn has_body(&self) -> bool {
+        self.has_body
     }
 
     /// The request with the name of the route that Envoy chose for it.

@@ -340,7 +340,7 @@ struct Stream {
 impl Context for Stream {}
 
 impl HttpContext for Stream {
-    fn on_http_request_headers(&mut self, _: usize, _: bool) -> Action {
+    fn on_http_request_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
         let worker = &*self.worker;
         let verdict = {
             let mut filter = worker.filter.borrow_mut();
@@ -348,7 +348,7 @@ impl HttpContext for Stream {
             let headers =
                 fetch(|data, size| unsafe { proxy_get_header_map_pairs(MapType::HttpRequestHeaders, data, size) });
             let may_hold = worker.held.borrow().has_room();
-            let decision = filter.on_request(&worker.envoy, &headers.unwrap_or_default(), may_hold);
+            let decision = filter.on_request(&worker.envoy, &headers.unwrap_or_default(), !end_of_stream, may_hold);
             for mutation in &decision.mutations {
                 mutate(MapType::HttpRequestHeaders, mutation);
             }

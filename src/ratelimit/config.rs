@@ -13,10 +13,10 @@ use crate::key::KeySource;
 use crate::matcher::{is_header_name, read_header_name};
 
 const UNITS: [(&str, (u64, &str)); 4] = [
-    ("second", (1_000_000_000, "second")),
-    ("minute", (60_000_000_000, "minute")),
-    ("hour", (3_600_000_000_000, "hour")),
-    ("day", (86_400_000_000_000, "day")),
+    ("second", (1_000_000_000, "a second")),
+    ("minute", (60_000_000_000, "a minute")),
+    ("hour", (3_600_000_000_000, "an hour")),
+    ("day", (86_400_000_000_000, "a day")),
 ];
 
 /// The most requests of a rate, of a burst, and that one request counts as.
@@ -149,7 +149,7 @@ fn read_rate(value: &Value<'_>) -> Option<Rate> {
         value.error("the burst takes centuries to regain", "write a smaller burst or a higher rate");
     }
     let plural = if requests == 1 { "" } else { "s" };
-    Some(Rate::new(gcra?, format!("{requests} request{plural} a {unit}").into()))
+    Some(Rate::new(gcra?, format!("{requests} request{plural} {unit}").into()))
 }
 
 #[cold]

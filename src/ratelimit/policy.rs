@@ -52,7 +52,8 @@ pub enum Cost {
         id: HeaderId,
         otherwise: u32,
     },
-    /// One for each `unit` bytes of the body begun, at least one; `otherwise` where its length is not known beforehand.
+    /// One for each `unit` bytes of the body begun, at least one; `otherwise` for a body whose length is not known
+    /// beforehand.
     ContentLength {
         id: HeaderId,
         unit: u32,
@@ -69,7 +70,8 @@ impl Cost {
             Cost::Fixed(cost) => cost,
             Cost::Header { id, otherwise } => number(id).unwrap_or(otherwise),
             Cost::ContentLength { id, unit, otherwise } => {
-                number(id).map_or(otherwise, |length| length.div_ceil(unit).max(1))
+                let unknown = if request.has_body() { otherwise } else { 1 };
+                number(id).map_or(unknown, |length| length.div_ceil(unit).max(1))
             }
         }
     }
@@ -148,7 +150,7 @@ impl Statuses {
 }
 
 impl Limit {
-    /// All rates, and what the promises of shared data are kept under.
+    /// All rates of the limit itself.
     pub fn rates(&self) -> impl Iterator<Item = &Rate> {
         std::iter::once(&self.rate).chain(self.overrides.iter().map(|exception| &exception.rate))
     }

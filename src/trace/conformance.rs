@@ -20,7 +20,7 @@ fn filter(host: &Sim, direction: &str) -> Filter {
 }
 
 fn pass(filter: &mut Filter, host: &Sim, headers: &Headers) -> Headers {
-    let decision = filter.on_request(host, &encode_headers(headers), true);
+    let decision = filter.on_request(host, &encode_headers(headers), false, true);
     let bytes = |text: &String| text.as_bytes().to_vec();
     let mut after: Vec<_> = headers.iter().map(|(name, value)| (bytes(name), bytes(value))).collect();
     decision.mutations.iter().for_each(|mutation| mutation.apply(&mut after));

@@ -88,7 +88,7 @@ async fn a_refusal_tells_what_and_how_long() {
     let wait: u64 = refused.header("retry-after").unwrap().parse().unwrap();
     assert!((3_590..=3_600).contains(&wait), "{refused:?}");
     assert_eq!(refused.header("x-envoy-ratelimited"), Some("true"));
-    assert_eq!(refused.text(), format!("rate limit all exceeded: 1 request a hour; retry in {wait} s"));
+    assert_eq!(refused.text(), format!("rate limit all exceeded: 1 request an hour; retry in {wait} s"));
 
     let call = client.send(Request::grpc("/users.Users/Get")).await;
     assert_eq!((call.status.as_u16(), call.grpc_status()), (200, Some("8")), "RESOURCE_EXHAUSTED: {call:?}");

@@ -174,12 +174,15 @@ pub fn costs_are_fixed_or_the_requests_own(start: Start) {
         let found = admitted(r#"{"bytesPerRequest": 1000}"#, &[("content-length", length)]);
         assert_eq!(found, expected, "content-length: {length}");
     }
+    assert_eq!(admitted(r#"{"bytesPerRequest": 1000, "default": 4}"#, &[]), 12, "no body");
+    let chunked = [("transfer-encoding", "chunked")];
+    assert_eq!(admitted(r#"{"bytesPerRequest": 1000, "default": 4}"#, &chunked), 3, "a body of unknown length");
 
     let mut proxy = start(&limited(
         r#"{"name": "a", "limit": {"requestsPerUnit": 2, "unit": "hour"}, "cost": {"header": "x-cost"}}"#,
     ));
     let reply = exchange(&mut *proxy, 0, &[("x-cost", "3")], "200").answered();
-    assert_eq!(reply.body, "rate limit a exceeded: 2 requests a hour; this one costs more than may come at once");
+    assert_eq!(reply.body, "rate limit a exceeded: 2 requests an hour; this one costs more than may come at once");
     assert_eq!(value(&reply.headers, "retry-after"), None, "to wait is of no use");
 }
 

@@ -1,6 +1,6 @@
 //! The filter on the simulated host: what `host/proxy_wasm.rs` does for Envoy, done here for a clock that stands still.
 
-use crate::proxy::{Headers, Outcome, Proxy, Reply, StreamId};
+use crate::proxy::{Headers, Outcome, Proxy, Reply, StreamId, has_body};
 use std::collections::HashMap;
 use std::time::Duration;
 use trimtab::fault::HeldStreams;
@@ -54,7 +54,7 @@ impl Proxy for Native {
         worker.next_stream += 1;
         let may_hold = worker.held.has_room();
         let filter = worker.filter.as_mut().expect("a policy is loaded");
-        let decision = filter.on_request(&self.host, &encode_headers(headers), may_hold);
+        let decision = filter.on_request(&self.host, &encode_headers(headers), has_body(headers), may_hold);
         let mut headers: Vec<(Vec<u8>, Vec<u8>)> =
             headers.iter().map(|(name, value)| (name.as_bytes().to_vec(), value.to_vec())).collect();
         decision.mutations.iter().for_each(|mutation| mutation.apply(&mut headers));

@@ -72,6 +72,11 @@ pub trait Proxy {
     fn metric(&mut self, name: &str) -> u64;
 }
 
+/// Whether a body follows on the head of a request.
+pub fn has_body(headers: &[(&str, &[u8])]) -> bool {
+    headers.iter().any(|(name, _)| *name == "transfer-encoding")
+}
+
 /// Finds a header.
 pub fn value<'h>(headers: &'h Headers, name: &str) -> Option<&'h str> {
     let (_, value) = headers.iter().find(|(found, _)| found == name)?;

@@ -1,6 +1,6 @@
 //! The module that ships, in a virtual machine for each worker.
 
-use crate::proxy::{Headers, Outcome, Proxy, Reply, StreamId};
+use crate::proxy::{Headers, Outcome, Proxy, Reply, StreamId, has_body};
 use std::sync::LazyLock;
 use std::time::Duration;
 use trimtab_vm::{Action, Refused, RootId, Vm, World, advance};
@@ -62,7 +62,8 @@ impl Proxy for Module {
         let worker = &mut self.workers[worker];
         let stream = worker.vm.open_stream(worker.root);
         worker.streams.push(stream);
-        let action = worker.vm.request_headers(stream, headers, true).unwrap_or_else(|trap| panic!("{trap}"));
+        let action =
+            worker.vm.request_headers(stream, headers, !has_body(headers)).unwrap_or_else(|trap| panic!("{trap}"));
         let stream = StreamId { worker: at, id: worker.streams.len() as u32 - 1 };
         let outcome = self.outcome(stream);
         assert_eq!(action == Action::Continue, matches!(outcome, Outcome::Continued(_)), "{outcome:?}");

@@ -110,7 +110,7 @@ impl Explain {
         }
         let block = block(&self.request, &self.scheme, self.authority.as_deref(), &self.headers);
         let mut filter = Filter::new(policy, &host);
-        let Decision { verdict, mutations, reasons, .. } = filter.on_request(&host, &block, true);
+        let Decision { verdict, mutations, reasons, .. } = filter.on_request(&host, &block, false, true);
         let changes = mutations.iter().map(Change::from).collect();
         let policy = filter.policy();
         let mut request = Request::parse(&block, &policy.header_names);
@@ -361,7 +361,8 @@ impl Story<'_> {
                 cost => format!(", of which this one costs {cost}"),
             };
             table.row(&*limit.name, format!("{verdict}: {promise}{cost}; {whom}"));
-            let is_asked = admission.refused.is_none_or(|refusal| refusal.told.limit >= index);
+            let is_skipped = admission.incomplete.contains(&index) && limit.on_missing != OnMissing::Share;
+            let is_asked = !is_skipped && admission.refused.is_none_or(|refusal| refusal.told.limit >= index);
             let is_tried = is_asked && self.exception(limit).is_none();
             for (number, candidate) in limit.candidates.iter().enumerate().filter(|_| is_tried) {
                 let is_refused = admission.candidates.contains(&(index, number));
