@@ -482,6 +482,38 @@ mod tests {
         assert!(ask(&limits, &names, "ann", &host).refused.is_some());
     }
 
+    #[test]
+    fn of_a_million_keys_none_is_admitted_too_often_and_the_memory_is_bounded() {
+        let (limits, names) = limits(
+            r#"[{"name": "a", "limit": {"requestsPerUnit": 1, "unit": "hour"}, "key": [{"header": "x-user"}]}]"#,
+        );
+        let host = Sim::new(1);
+        let mut leases = Leases::default();
+        // How many of a user's requests are admitted, and how many of these share a word's allowance.
+        let mut admitted = |user: u32, requests: u32| {
+            let user = user.to_string();
+            let ask = |_| ask_in(&mut leases, &limits, &names, &user, &host);
+            let all = (0..requests).map(ask).filter(|admission| admission.refused.is_none());
+            all.fold((0, 0), |(count, shared), admission| (count + 1, shared + admission.overflows))
+        };
+        let (mut total, mut overflows) = (0, 0);
+        for user in 0..1_000_000 {
+            let (count, shared) = admitted(user, 1);
+            (total, overflows) = (total + count, overflows + shared);
+        }
+        for user in (0..1_000_000).step_by(3) {
+            assert_eq!(admitted(user, 1), (0, 0), "user {user}, when a million have come between");
+        }
+        // 65,536 keys by default: 16,384 words of at most 240 bytes, and their keys.
+        let words = 65_536 / 4;
+        assert_eq!(host.keys().len(), words);
+        assert!(host.bytes() <= words * (240 + "t/limit/r/a/00000000".len()), "{} bytes", host.bytes());
+        // 8 keys have a place in each word, and the others of it share one allowance.
+        assert_eq!((total, overflows), (words * (8 + 1), words as u64));
+        host.advance(Duration::from_secs(3600));
+        assert_eq!(admitted(999_999, 3), (1, 0), "whoever was crowded out is as good as new, in time");
+    }
+
     /// 2,000 requests a second for ten seconds over four workers: how many were admitted, with how many writes.
     fn under_load(limit: &str) -> (u64, u64) {
         let (limits, names) =
@@ -510,9 +542,67 @@ mod tests {
         assert!((10_890..=11_000).contains(&admitted), "{admitted} of 1000 at once and 10 times 1000");
     }
 
-    mod leases {
+    mod properties {
         use super::*;
         use proptest::prelude::*;
+
+        /// What a hold ends with.
+        #[derive(Clone, Copy, Debug)]
+        enum End {
+            Fails,
+            Succeeds,
+            Lost,
+        }
+
+        fn ends() -> impl Strategy<Value = End> {
+            prop_oneof![3 => Just(End::Fails), 3 => Just(End::Succeeds), 1 => Just(End::Lost)]
+        }
+
+        proptest! {
+            /// However requests and answers interleave, never one failure more than the limit; and what was held comes
+            /// back.
+            #[test]
+            fn holds_never_over_admit(
+                steps in proptest::collection::vec((0..2_000_000_000_u64, 0..20_usize, ends()), 1..300),
+            ) {
+                let (limits, names) = limits(
+                    r#"[{"name": "a", "limit": {"requestsPerUnit": 60, "unit": "minute", "burst": 4}, "key": [{"header": "x-user"}],
+                         "charge": {"onResponse": {"statuses": [401]}}}]"#,
+                );
+                let host = Sim::new(1);
+                let mut waiting: Vec<(u64, Vec<Held>)> = Vec::new();
+                let mut failed: Vec<u64> = Vec::new();
+                for (step, which, end) in steps {
+                    host.advance(Duration::from_nanos(step));
+                    let admission = ask(&limits, &names, "ann", &host);
+                    if admission.refused.is_none() {
+                        assert_eq!(admission.held.len(), 1);
+                        waiting.push((host.now(), admission.held));
+                    }
+                    if which < waiting.len() {
+                        let (since, held) = waiting.swap_remove(which);
+                        match end {
+                            // It has counted when its time was over.
+                            _ if host.now() - since > 60_000_000_000 => {}
+                            End::Fails => {
+                                settle(&limits, &held, Some(401), host.now(), &host);
+                                failed.push(host.now());
+                            }
+                            End::Succeeds => settle(&limits, &held, Some(200), host.now(), &host),
+                            End::Lost => {}
+                        }
+                    }
+                    for (first, since) in failed.iter().enumerate() {
+                        let count = (failed.len() - first) as u64;
+                        prop_assert!(count <= 4 + (host.now() - since) / 1_000_000_000, "{count} failed");
+                    }
+                }
+                host.advance(Duration::from_secs(130));
+                for n in 0..4 {
+                    prop_assert!(ask(&limits, &names, "ann", &host).refused.is_none(), "request {n} after a long while");
+                }
+            }
+        }
 
         proptest! {
             /// Any number of workers, at any pace, some of which vanish with what they hold: never one more.

@@ -358,6 +358,34 @@ mod tests {
             }
         }
 
+        /// The same where keys differ in their rates and requests in their costs.
+        #[test]
+        fn crowding_keys_of_several_rates_never_over_admits(
+            requests in proptest::collection::vec((0..24_u64, 1..4_u32, 0..200_000_000_u64), 1..600),
+        ) {
+            const INTERVAL: u64 = 100_000_000;
+            let rates = [usual(), terms(5, 1_000_000_000, 3), terms(1, 1_000_000_000, 4)];
+            let longest = rates[2];
+            let start = 1_000_000_000_000;
+            let mut now = start;
+            let mut bucket = Bucket::default();
+            let mut admitted: HashMap<u64, Vec<(u64, u64)>> = HashMap::new();
+            for (key, cost, step) in requests {
+                now += step;
+                let rate = (key % 3) as usize;
+                if let (Test::Conforms { .. }, _) = bucket.charge(key, cost, &rates[rate], &longest, now) {
+                    let times = admitted.entry(key).or_default();
+                    times.push((now, cost.into()));
+                    let (interval, burst) = [(INTERVAL, 5), (2 * INTERVAL, 3), (10 * INTERVAL, 4)][rate];
+                    for (index, (since, _)) in times.iter().enumerate() {
+                        let count: u64 = times[index..].iter().map(|(_, cost)| cost).sum();
+                        prop_assert!(count <= burst + (now - since) / interval, "key {key}");
+                    }
+                }
+                bucket = Bucket::decode(&bucket.encode(), &longest, now).unwrap();
+            }
+        }
+
         #[test]
         fn what_is_taken_back_can_be_spent_again(keys in proptest::collection::vec(0..12_u64, 1..60)) {
             let now = 1_000_000_000_000;
