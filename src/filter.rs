@@ -75,7 +75,8 @@ pub struct Reasons {
     pub trace: Option<Continuation>,
     /// An index into the policy's routes.
     pub route: Option<usize>,
-    pub admission: Option<Admission>,
+    /// What the limits said, where they did not just admit.
+    pub admission: Option<Box<Admission>>,
     pub choice: Option<Choice>,
     /// What the canary got, where a destination is on trial.
     pub share: Option<Share>,
@@ -95,17 +96,28 @@ pub struct Exchange {
     pub is_grpc: bool,
     /// The trace that the client is told of; `None` where it is told nothing.
     pub trace: Option<TraceContext>,
-    /// An index into the policy's routes: whose limits the next two are of.
-    pub route: usize,
+    /// What the route's limits want to know or to tell; `None` where that is nothing.
+    pub limited: Option<Box<Limited>>,
+}
+
+/// What is remembered of a route's limits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limited {
+    /// An index into the policy's routes.
+    route: usize,
     /// The limit that the client is told of; `None` where it is told nothing.
-    pub told: Option<Told>,
-    /// What is held of limits until the answer tells whether the request counts.
-    pub held: Vec<Held>,
+    told: Option<Told>,
+    /// What is held until the answer tells whether the request counts.
+    held: Vec<Held>,
 }
 
 impl Exchange {
     fn is_awaited(&self) -> bool {
-        self.observed.is_some() || self.sample.is_some() || !self.held.is_empty()
+        self.observed.is_some() || self.sample.is_some() || self.holds()
+    }
+
+    fn holds(&self) -> bool {
+        self.limited.as_ref().is_some_and(|limited| !limited.held.is_empty())
     }
 }
 
@@ -290,9 +302,9 @@ impl WorkerState {
             exchange.sample = None;
         }
         if let Verdict::Answer(_) | Verdict::Delay(_, Some(_)) = verdict
-            && !exchange.held.is_empty()
+            && let Some(limited) = &mut exchange.limited
         {
-            settle(&route.limits, &std::mem::take(&mut exchange.held), None, host.now(), host);
+            settle(&route.limits, &std::mem::take(&mut limited.held), None, host.now(), host);
         }
         decision
     }
@@ -319,40 +331,43 @@ impl Limiter {
             mutations.clear();
             exchange.sample = None;
         }
-        exchange.route = index;
-        exchange.told = admission.told;
-        exchange.held = std::mem::take(&mut admission.held);
-        reasons.admission = Some(admission);
+        if admission.told.is_some() || !admission.held.is_empty() {
+            let held = std::mem::take(&mut admission.held);
+            exchange.limited = Some(Box::new(Limited { route: index, told: admission.told, held }));
+        }
+        if refusal.is_some() || !admission.remarks.is_empty() {
+            reasons.admission = Some(Box::new(admission));
+        }
         refusal.is_none()
     }
 }
 
 impl Filter {
-    /// Learns from the head of a response, and says how to change it; `header` is asked only where somebody wants to
-    /// know.
+    /// Learns from the head of a response, and hands how to change it to `change`; `header` is asked only where somebody
+    /// wants to know.
     pub fn on_response(
         &mut self,
         host: &impl Host,
         exchange: &mut Exchange,
         header: Header<'_>,
-    ) -> Vec<HeaderMutation<'static>> {
+        change: &mut dyn FnMut(HeaderMutation<'static>),
+    ) {
         self.learn(host, exchange, header);
-        let mut mutations = Vec::new();
         if let Some(trace) = &self.policy.trace
             && let Some(context) = exchange.trace.take()
         {
-            mutations.extend(Continuation::response(&context, trace.response));
+            Continuation::response(&context, trace.response).map(&mut *change);
         }
-        if let Some(told) = exchange.told.take()
-            && let Some(limit) = self.policy.routes.get(exchange.route).and_then(|route| route.limits.get(told.limit))
+        if let Some(limited) = &mut exchange.limited
+            && let Some(told) = limited.told.take()
+            && let Some(limit) = self.policy.routes.get(limited.route).and_then(|route| route.limits.get(told.limit))
         {
             limit.tell(&told, &mut |(name, value, is_list)| {
                 let value = Cow::Owned(value.into_bytes());
                 let add = if is_list { HeaderMutation::Add } else { HeaderMutation::Set };
-                mutations.push(add(name, value));
+                change(add(name, value));
             });
         }
-        mutations
     }
 
     fn learn(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
@@ -385,11 +400,12 @@ impl Filter {
                 host.add(meters.failures, 1);
             }
         }
-        if !exchange.held.is_empty()
-            && let Some(route) = self.policy.routes.get(exchange.route)
+        if exchange.holds()
+            && let Some(limited) = &mut exchange.limited
+            && let Some(route) = self.policy.routes.get(limited.route)
         {
             let status = grpc_status.map_or(status, |code| http_from_grpc(u8::try_from(code).unwrap_or(u8::MAX)));
-            settle(&route.limits, &std::mem::take(&mut exchange.held), Some(status), host.now(), host);
+            settle(&route.limits, &std::mem::take(&mut limited.held), Some(status), host.now(), host);
         }
         // Somebody's limit says nothing of the version that answered.
         let is_limited = status == 429 || grpc_status == Some(8);

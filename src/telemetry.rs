@@ -10,7 +10,7 @@ use crate::fault::{Injection, Withheld};
 use crate::host::{MetricId, Metrics};
 use crate::outlier::Totals;
 use crate::policy::{Policy, Route, label};
-use crate::ratelimit::{Admission, Limit};
+use crate::ratelimit::{Admission, Limit, Remark};
 use crate::trace::w3c::Invalid;
 use crate::trace::{Arrived, Continuation, Direction, Format, Note, Notes};
 use crate::units::Fraction;
@@ -330,16 +330,18 @@ impl RouteMeters {
 
     /// Counts what the limits said of a request.
     pub fn count_admission(&self, admission: &Admission, metrics: &impl Metrics) {
-        let refused = admission.refused.iter().map(|refusal| &refusal.told.limit).chain(&admission.would_refuse);
-        for meters in refused.filter_map(|limit| self.limits.get(*limit)) {
-            metrics.add(meters.refused, 1);
-        }
-        for meters in admission.incomplete.iter().filter_map(|limit| self.limits.get(*limit)) {
-            metrics.add(meters.incomplete, 1);
-        }
-        for (limit, candidate) in &admission.candidates {
-            if let Some(metric) = self.limits.get(*limit).and_then(|meters| meters.candidates.get(*candidate)) {
-                metrics.add(*metric, 1);
+        let refused = admission.refused.map(|refusal| Remark::WouldRefuse(refusal.told.limit));
+        for remark in refused.iter().chain(&admission.remarks) {
+            let limit = |index: usize| self.limits.get(index);
+            let metric = match *remark {
+                Remark::WouldRefuse(index) => limit(index).map(|meters| meters.refused),
+                Remark::Incomplete(index) => limit(index).map(|meters| meters.incomplete),
+                Remark::CandidateWouldRefuse(index, candidate) => {
+                    limit(index).and_then(|meters| meters.candidates.get(candidate)).copied()
+                }
+            };
+            if let Some(metric) = metric {
+                metrics.add(metric, 1);
             }
         }
         for (metric, count) in [

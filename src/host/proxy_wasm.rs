@@ -374,9 +374,9 @@ impl HttpContext for Stream {
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
         if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
             let header = |name: &str| header(MapType::HttpResponseHeaders, name);
-            for mutation in filter.on_response(&self.worker.envoy, &mut self.exchange, &header) {
+            filter.on_response(&self.worker.envoy, &mut self.exchange, &header, &mut |mutation| {
                 mutate(MapType::HttpResponseHeaders, &mutation);
-            }
+            });
         }
         Action::Continue
     }

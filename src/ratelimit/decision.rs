@@ -13,12 +13,7 @@ use std::hash::Hasher;
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Admission {
     pub refused: Option<Refusal>,
-    /// The limits in shadow that would have refused.
-    pub would_refuse: Vec<usize>,
-    /// The candidates that would have refused: a limit, and an index into its candidates.
-    pub candidates: Vec<(usize, usize)>,
-    /// The limits that the request lacks a part of the key of.
-    pub incomplete: Vec<usize>,
+    pub remarks: Vec<Remark>,
     /// The limit that leaves the least, of those that tell.
     pub told: Option<Told>,
     /// What is held until the answer is known.
@@ -29,6 +24,17 @@ pub struct Admission {
     pub garbage: u64,
     /// Whether a compare-and-swap was given up; the request was refused then.
     pub contended: bool,
+}
+
+/// What else is to be counted. Limits are as in [`Admission`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Remark {
+    /// This limit is in shadow and would have refused.
+    WouldRefuse(usize),
+    /// This candidate of a limit, an index into its candidates, would have refused.
+    CandidateWouldRefuse(usize, usize),
+    /// The request lacks a part of this limit's key.
+    Incomplete(usize),
 }
 
 /// Which limit refused, and why.
@@ -119,12 +125,12 @@ pub fn admit(
         let Key { fingerprint, exception, .. } = key;
         let mut told = Told { limit: index, exception, ..Told::default() };
         if key.is_incomplete {
-            admission.incomplete.push(index);
+            admission.remarks.push(Remark::Incomplete(index));
             match limit.on_missing {
                 OnMissing::Share => {}
                 OnMissing::Skip => continue,
                 OnMissing::Deny if limit.shadow => {
-                    admission.would_refuse.push(index);
+                    admission.remarks.push(Remark::WouldRefuse(index));
                     continue;
                 }
                 OnMissing::Deny => {
@@ -157,7 +163,7 @@ pub fn admit(
                     }
                     charges.push((charge, booked));
                 }
-                Err(_) => admission.candidates.push((index, number)),
+                Err(_) => admission.remarks.push(Remark::CandidateWouldRefuse(index, number)),
             }
         }
         match charge.make(leases, now, store, &mut admission) {
@@ -172,7 +178,7 @@ pub fn admit(
                 }
                 charges.push((charge, booked));
             }
-            Err(_) if limit.shadow => admission.would_refuse.push(index),
+            Err(_) if limit.shadow => admission.remarks.push(Remark::WouldRefuse(index)),
             Err((reason, standing)) => {
                 if let Some(Standing { remaining, reset }) = standing {
                     (told.remaining, told.reset) = (remaining, reset);
@@ -442,11 +448,11 @@ mod tests {
         let (limits, names) =
             limits(r#"[{"name": "a", "mode": "shadow", "limit": {"requestsPerUnit": 1, "unit": "second"}}]"#);
         let host = Sim::new(1);
-        assert_eq!(ask(&limits, &names, "", &host).would_refuse, [] as [usize; 0]);
+        assert_eq!(ask(&limits, &names, "", &host).remarks, []);
         let second = ask(&limits, &names, "", &host);
-        assert_eq!((second.refused, second.would_refuse), (None, vec![0]));
+        assert_eq!((second.refused, second.remarks), (None, vec![Remark::WouldRefuse(0)]));
         host.advance(Duration::from_secs(1));
-        assert_eq!(ask(&limits, &names, "", &host).would_refuse, [] as [usize; 0]);
+        assert_eq!(ask(&limits, &names, "", &host).remarks, []);
     }
 
     #[test]

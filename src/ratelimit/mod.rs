@@ -15,7 +15,7 @@ mod table;
 
 pub use answer::Line;
 pub use config::read;
-pub use decision::{Admission, Held, Reason, Refusal, Told, admit, return_leases, settle};
+pub use decision::{Admission, Held, Reason, Refusal, Remark, Told, admit, return_leases, settle};
 pub use gcra::Gcra;
 pub use lease::Leases;
 pub use policy::{Keyspace, Limit, OnMissing, Rate, Secret};

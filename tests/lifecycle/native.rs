@@ -7,7 +7,7 @@ use trimtab::fault::HeldStreams;
 use trimtab::filter::{Exchange, Filter, Verdict};
 use trimtab::host::sim::Sim;
 use trimtab::host::{Host, StateStore, Version};
-use trimtab::http::{LocalReply, encode_headers};
+use trimtab::http::{HeaderMutation, LocalReply, encode_headers};
 use trimtab::policy::Policy;
 
 #[derive(Default)]
@@ -77,11 +77,11 @@ impl Proxy for Native {
         let worker = &mut self.workers[stream.worker];
         let exchange = &mut worker.streams.get_mut(&stream.id).expect("the stream is open").exchange;
         let filter = worker.filter.as_mut().unwrap();
-        let mutations = filter.on_response(&self.host, exchange, &|name| find(headers, name));
-        let mut headers: Vec<(Vec<u8>, Vec<u8>)> =
+        let mut changed: Vec<(Vec<u8>, Vec<u8>)> =
             headers.iter().map(|(name, value)| (name.as_bytes().to_vec(), value.as_bytes().to_vec())).collect();
-        mutations.iter().for_each(|mutation| mutation.apply(&mut headers));
-        headers.into_iter().map(|(name, value)| (String::from_utf8(name).unwrap(), value)).collect()
+        let change = &mut |mutation: HeaderMutation<'static>| mutation.apply(&mut changed);
+        filter.on_response(&self.host, exchange, &|name| find(headers, name), change);
+        changed.into_iter().map(|(name, value)| (String::from_utf8(name).unwrap(), value)).collect()
     }
 
     fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]) {

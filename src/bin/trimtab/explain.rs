@@ -25,7 +25,7 @@ use trimtab::http::{HeaderMutation, LocalReply, Request};
 use trimtab::key::{KeySource, Scene};
 use trimtab::matcher::Condition;
 use trimtab::policy::{Policy, Route};
-use trimtab::ratelimit::{Limit, OnMissing, Reason};
+use trimtab::ratelimit::{Admission, Limit, OnMissing, Reason, Remark};
 use trimtab::trace::w3c::{Flags, Invalid, format_traceparent};
 use trimtab::trace::{self, Arrived, Continuation};
 use trimtab::units::{Fraction, nanoseconds, point};
@@ -330,7 +330,8 @@ impl Story<'_> {
     }
 
     fn tell_limits(&self, table: &mut Table) {
-        let (Some(route), Some(admission)) = (self.route(), &self.reasons.admission) else { return };
+        let Some(route) = self.route().filter(|route| !route.limits.is_empty()) else { return };
+        let admission = self.admission();
         table.section("limit");
         for (index, limit) in route.limits.iter().enumerate() {
             let parts: Vec<String> = limit
@@ -348,8 +349,10 @@ impl Story<'_> {
                 (Some(Reason::TooDear), _) => "refused, as it costs more than the burst".to_owned(),
                 (Some(Reason::Incomplete), _) => "refused, as a part of the key is absent".to_owned(),
                 (None, Some(refusal)) if refusal.told.limit < index => "not asked".to_owned(),
-                _ if admission.would_refuse.contains(&index) => "would be refused, but mode is shadow".to_owned(),
-                _ if admission.incomplete.contains(&index) && limit.on_missing == OnMissing::Skip => {
+                _ if admission.remarks.contains(&Remark::WouldRefuse(index)) => {
+                    "would be refused, but mode is shadow".to_owned()
+                }
+                _ if admission.remarks.contains(&Remark::Incomplete(index)) && limit.on_missing == OnMissing::Skip => {
                     "skipped, as a part of the key is absent".to_owned()
                 }
                 _ if limit.counted.is_some() => "admitted, and counted if the answer is".to_owned(),
@@ -361,15 +364,20 @@ impl Story<'_> {
                 cost => format!(", of which this one costs {cost}"),
             };
             table.row(&*limit.name, format!("{verdict}: {promise}{cost}; {whom}"));
-            let is_skipped = admission.incomplete.contains(&index) && limit.on_missing != OnMissing::Share;
+            let is_skipped =
+                admission.remarks.contains(&Remark::Incomplete(index)) && limit.on_missing != OnMissing::Share;
             let is_asked = !is_skipped && admission.refused.is_none_or(|refusal| refusal.told.limit >= index);
             let is_tried = is_asked && self.exception(limit).is_none();
             for (number, candidate) in limit.candidates.iter().enumerate().filter(|_| is_tried) {
-                let is_refused = admission.candidates.contains(&(index, number));
+                let is_refused = admission.remarks.contains(&Remark::CandidateWouldRefuse(index, number));
                 let verdict = if is_refused { "would be refused" } else { "would be admitted" };
                 table.row(format!("  {}", candidate.name), format!("{verdict}: {}", candidate.rate.promise));
             }
         }
+    }
+
+    fn admission(&self) -> Admission {
+        self.reasons.admission.as_deref().cloned().unwrap_or_default()
     }
 
     /// Which override of `limit` is for the request.
@@ -521,7 +529,8 @@ impl Story<'_> {
     }
 
     fn json_limits(&self) -> Vec<Value> {
-        let (Some(route), Some(admission)) = (self.route(), &self.reasons.admission) else { return Vec::new() };
+        let Some(route) = self.route() else { return Vec::new() };
+        let admission = self.admission();
         let key = |source: &KeySource| {
             let (source, value) = self.key_part(source);
             json!({"source": source, "value": value})
