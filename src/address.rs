@@ -26,11 +26,11 @@ impl Address {
             Address::V4(address) => {
                 let prefix = v4_prefix.min(32);
                 let masked = address & u32::MAX.checked_shl(32 - prefix).unwrap_or(0);
-                for (index, byte) in masked.to_be_bytes().iter().enumerate() {
-                    if index > 0 {
-                        text.push('.');
-                    }
-                    text.push_str(&byte.to_string());
+                let mut shift = 32;
+                while shift > 0 {
+                    shift -= 8;
+                    text.push_str(&(masked >> shift & 0xff).to_string());
+                    text.push_str(if shift > 0 { "." } else { "" });
                 }
                 (prefix, 32)
             }
@@ -105,11 +105,11 @@ fn parse_groups(text: &[u8]) -> Option<(u128, u32)> {
 /// Writes an address as RFC 5952 has it: lower case, no leading zeros, the first of the longest runs of zeros as "::".
 fn push_v6(text: &mut String, address: u128) {
     let group = |index: u32| (address >> (112 - 16 * index)) as u16;
-    let (mut gap, mut longest) = (8, 1);
-    for start in 0..8 {
-        let run = (start..8).take_while(|index| group(*index) == 0).count() as u32;
+    let (mut gap, mut longest, mut run) = (8, 1, 0);
+    for index in 0..8 {
+        run = if group(index) == 0 { run + 1 } else { 0 };
         if run > longest {
-            (gap, longest) = (start, run);
+            (gap, longest) = (index + 1 - run, run);
         }
     }
     let mut index = 0;

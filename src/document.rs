@@ -256,13 +256,19 @@ impl<'a> Value<'a> {
     }
 
     /// One of a fixed set of words.
-    #[inline(never)]
     pub fn one_of<T: Copy>(&self, words: &[(&str, T)]) -> Option<T> {
-        let found = self.as_string().and_then(|text| words.iter().find(|(word, _)| *word == text));
-        match found {
-            Some((_, value)) => Some(*value),
-            None => self.expected(&format!("one of {}", listed(words.iter().map(|(word, _)| *word)))),
+        let word = |index: usize| words.get(index).map(|(word, _)| *word);
+        self.index_of(&word).and_then(|index| words.get(index)).map(|(_, value)| *value)
+    }
+
+    #[inline(never)]
+    fn index_of<'w>(&self, word: &dyn Fn(usize) -> Option<&'w str>) -> Option<usize> {
+        let words = || (0..).map_while(word);
+        let found = self.as_string().and_then(|text| words().position(|word| word == text));
+        if found.is_none() {
+            self.expected::<()>(&format!("one of {}", listed(words())));
         }
+        found
     }
 
     /// The items of a list.
