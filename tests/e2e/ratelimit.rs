@@ -229,26 +229,31 @@ async fn trusted_hops_are_those_of_envoy() {
 }
 
 #[tokio::test]
-async fn keys_come_from_metadata_and_are_hashed() {
+async fn keys_come_from_claims_and_are_hashed() {
     needs_envoy!();
     let limits = r#"{"name": "per-tier", "limit": {"requestsPerUnit": 2, "unit": "hour"}, "onMissing": "skip",
-            "key": [{"property": ["metadata", "filter_metadata", "envoy.lb", "tier"]}],
+            "key": [{"property": ["metadata", "filter_metadata", "envoy.filters.http.jwt_authn", "claims", "tier"]}],
             "overrides": [{"match": "premium", "limit": {"requestsPerUnit": 4, "unit": "hour"}}]},
         {"name": "per-user", "limit": {"requestsPerUnit": 3, "unit": "hour"}, "onMissing": "skip",
          "key": [{"header": "x-user-id"}]}"#;
-    // What jwt_authn does with a claim, this filter does with a header.
-    let metadata = json!({
-        "name": "metadata",
+    let keys = r#"{"keys": [{"kty": "oct", "alg": "HS256", "kid": "k",
+        "k": "YSBzZWNyZXQgb2YgdGhlIHRlc3RzLCAzMiBieXRlcy4"}]}"#;
+    let claims = json!({
+        "name": "claims",
         "typed_config": {
-            "@type": "type.googleapis.com/envoy.extensions.filters.http.header_to_metadata.v3.Config",
-            "request_rules": [{
-                "header": "x-tier",
-                "on_header_present": {"metadata_namespace": "envoy.lb", "key": "tier", "type": "STRING"},
+            "@type": "type.googleapis.com/envoy.extensions.filters.http.jwt_authn.v3.JwtAuthentication",
+            "providers": {"tests": {
+                "issuer": "tests",
+                "local_jwks": {"inline_string": keys},
+                "payload_in_metadata": "claims",
+            }},
+            "rules": [{
+                "match": {"prefix": "/"},
+                "requires": {"requires_any": {"requirements": [{"provider_name": "tests"}, {"allow_missing": {}}]}},
             }],
         },
     });
-    let world =
-        World::behind(Listener::new("inbound").filter(metadata).policy(&limited(limits)), Setup::default()).await;
+    let world = World::behind(Listener::new("inbound").filter(claims).policy(&limited(limits)), Setup::default()).await;
     let client = world.spreading_client();
     let admitted = async |name: &str, value: &str| {
         let mut count = 0;
@@ -258,9 +263,15 @@ async fn keys_come_from_metadata_and_are_hashed() {
         }
         count
     };
-    assert_eq!(admitted("x-tier", "free").await, 2);
-    assert_eq!(admitted("x-tier", "premium").await, 4);
-    assert_eq!(admitted("x-none", "").await, 6, "a request without a tier is not asked");
+    // {"iss": "tests", "tier": "free"} and "premium", signed with the key above.
+    let free = "Bearer eyJhbGciOiJIUzI1NiIsImtpZCI6ImsifQ.eyJpc3MiOiJ0ZXN0cyIsInRpZXIiOiJmcmVlIn0.\
+                HPeyk7zF2qMv9tTVXv3lthb8Wbpjd0ndii07x9Jm0d0";
+    let premium = "Bearer eyJhbGciOiJIUzI1NiIsImtpZCI6ImsifQ.eyJpc3MiOiJ0ZXN0cyIsInRpZXIiOiJwcmVtaXVtIn0.\
+                   2UIYdMZAxgcsW-LgIMKOEZ4e9zNcx93di548TXgxpY8";
+    assert_eq!(admitted("authorization", free).await, 2);
+    assert_eq!(admitted("authorization", premium).await, 4, "of tier premium");
+    assert_eq!(admitted("x-none", "").await, 6, "a request without a token is not asked");
+    assert_eq!(world.metric("route.api.limit.per-tier.incomplete").await, 6);
     let long = "u".repeat(58 * 1024);
     assert_eq!(admitted("x-user-id", &long).await, 3, "a key of 58 KB");
     assert_eq!(admitted("x-user-id", &long[1..]).await, 3, "another");
