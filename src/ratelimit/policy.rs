@@ -19,7 +19,7 @@ pub struct Limit {
     pub cost: Cost,
     /// For keys without an override.
     pub rate: Rate,
-    /// The first that matches the key replaces the rate; at most [`MAX_OVERRIDES`].
+    /// The first that matches the key replaces the rate; at most 64 (`MAX_OVERRIDES`).
     pub overrides: Vec<Override>,
     /// Rates that are tried in shadow beside the one in force, on keys without an override.
     pub candidates: Vec<Candidate>,

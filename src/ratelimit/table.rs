@@ -8,8 +8,8 @@
 //! admitted too often. A key that gets a place of its own later starts from the overflow time, so that what it spent
 //! there still counts. A bucket is read and written whole, in one compare-and-swap: no key can be in two places.
 //!
-//! A worker may *reserve* requests of a key, to admit them without asking again ([`super::lease`]), or until it is known
-//! whether a request counts ([`super::statuses`]). What is reserved is room that nobody else gets; it is charged when its
+//! A worker may *reserve* requests of a key, to admit them without asking again ([`super::lease`]), or until the
+//! answer tells whether a request counts ([`super::decision`]). What is reserved is room that nobody else gets; it is charged when its
 //! holder settles, or as if all of it had been used when its time is over. So a worker that vanishes takes nothing away
 //! for good.
 //!

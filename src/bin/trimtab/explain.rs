@@ -543,6 +543,13 @@ impl Story<'_> {
                 "key": limit.key.iter().map(key).collect::<Vec<_>>(),
                 "admitted": admission.refused.is_none_or(|refusal| refusal.told.limit != index),
                 "shadow": limit.shadow,
+                "wouldRefuse": admission.remarks.contains(&Remark::WouldRefuse(index)),
+                "incomplete": admission.remarks.contains(&Remark::Incomplete(index)),
+                "candidates": limit.candidates.iter().enumerate().map(|(number, candidate)| json!({
+                    "name": &*candidate.name,
+                    "promise": &*candidate.rate.promise,
+                    "wouldRefuse": admission.remarks.contains(&Remark::CandidateWouldRefuse(index, number)),
+                })).collect::<Vec<_>>(),
             })
         });
         limits.collect()
