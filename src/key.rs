@@ -102,46 +102,39 @@ impl KeySource {
 
     #[cold]
     fn read(value: &Value<'_>, is_for_cohort: bool, names: &mut HeaderNames) -> Option<KeySource> {
+        const KINDS: [&str; 9] =
+            ["header", "cookie", "queryParam", "pathSegment", "sourceAddress", "method", "route", "property", "subset"];
         let mut fields = value.object()?;
-        let name = |value: Value<'_>| value.text().map(Box::<str>::from);
-        let plain = |value: Value<'_>, source| {
-            value.object()?.end();
-            Some(source)
-        };
-        let found: Vec<Option<KeySource>> = [
-            fields.optional("header").map(|value| {
-                let name = value.text()?;
-                read_header_name(&value, name, names).map(KeySource::Header)
-            }),
-            fields.optional("cookie").map(|value| name(value).map(KeySource::Cookie)),
-            fields.optional("queryParam").map(|value| name(value).map(KeySource::QueryParameter)),
-            fields
-                .optional("pathSegment")
-                .map(|value| value.integer(0..=63).map(|index| KeySource::PathSegment(index as usize))),
-            fields.optional("sourceAddress").map(|value| read_source_address(&value, names)),
-            fields.optional("method").map(|value| plain(value, KeySource::Header(HeaderNames::METHOD))),
-            fields.optional("route").map(|value| plain(value, KeySource::Route)),
-            fields.optional("property").map(|value| read_property(&value)),
-            fields.optional("subset").map(|value| {
-                if is_for_cohort {
-                    value.error("the cohort decides on the subset", "take the key from what the request brings");
-                }
-                plain(value, KeySource::Subset)
-            }),
-        ]
-        .into_iter()
-        .flatten()
-        .collect();
-        let value = fields.value().clone();
+        let found: Vec<(&str, Value<'_>)> =
+            KINDS.iter().filter_map(|kind| fields.optional(kind).map(|value| (*kind, value))).collect();
         fields.end();
-        if found.len() != 1 {
+        let [(kind, source)] = found.as_slice() else {
             value.error(
                 format!("{} sources in one entry", found.len()),
                 "write one source in each entry, such as {header: x-user-id}",
             );
             return None;
+        };
+        match *kind {
+            "header" => read_header_name(source, source.text()?, names).map(KeySource::Header),
+            "cookie" => source.text().map(|name| KeySource::Cookie(name.into())),
+            "queryParam" => source.text().map(|name| KeySource::QueryParameter(name.into())),
+            "pathSegment" => source.integer(0..=63).map(|index| KeySource::PathSegment(index as usize)),
+            "sourceAddress" => read_source_address(source, names),
+            "property" => read_property(source),
+            kind => {
+                source.object()?.end();
+                match kind {
+                    "method" => Some(KeySource::Header(HeaderNames::METHOD)),
+                    "route" => Some(KeySource::Route),
+                    _ if is_for_cohort => {
+                        source.error("the cohort decides on the subset", "take the key from what the request brings");
+                        None
+                    }
+                    _ => Some(KeySource::Subset),
+                }
+            }
         }
-        found.into_iter().next().flatten()
     }
 }
 
