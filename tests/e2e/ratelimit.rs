@@ -174,7 +174,7 @@ async fn a_client_is_told_what_is_left() {
 async fn only_failed_attempts_are_charged() {
     needs_envoy!();
     let limit = r#"{"name": "attempts", "limit": {"requestsPerUnit": 3, "unit": "hour"},
-        "key": [{"header": "x-user-id"}], "charge": {"onResponse": {"statuses": [401]}}}"#;
+        "key": [{"header": "x-user-id"}], "charge": {"onResponse": {"statuses": [401, "5xx"]}}}"#;
     let world = World::start(&limited(limit)).await;
     let client = world.spreading_client();
     let ask = async |user: &str| client.send(Request::get("/").header("x-user-id", user)).await.status.as_u16();
@@ -189,6 +189,14 @@ async fn only_failed_attempts_are_charged() {
     assert_eq!(answers, [401, 401, 401, 429, 429, 429]);
     world.v1.set_behaviour(Behaviour::echo());
     assert_eq!((ask("ann").await, ask("bob").await), (429, 200));
+
+    // What Envoy answers because the upstream broke off is a failure too.
+    world.v1.set_behaviour(Behaviour::reset());
+    let mut answers = Vec::new();
+    for _ in 0..4 {
+        answers.push(ask("cid").await);
+    }
+    assert_eq!(answers, [503, 503, 503, 429]);
     world.assert_no_trap().await;
 }
 
