@@ -100,7 +100,6 @@ impl KeySource {
         sources.iter().take(MOST).filter_map(|source| KeySource::read(source, is_for_cohort, names)).collect()
     }
 
-    #[cold]
     fn read(value: &Value<'_>, is_for_cohort: bool, names: &mut HeaderNames) -> Option<KeySource> {
         const KINDS: [&str; 9] =
             ["header", "cookie", "queryParam", "pathSegment", "sourceAddress", "method", "route", "property", "subset"];
@@ -160,7 +159,6 @@ fn peer(properties: &dyn Properties) -> Option<Vec<u8>> {
     Some(address)
 }
 
-#[cold]
 fn read_source_address(value: &Value<'_>, names: &mut HeaderNames) -> Option<KeySource> {
     let mut fields = value.object()?;
     let mut number = |field, range| fields.optional(field).map(|value| value.integer(range));
@@ -183,7 +181,6 @@ fn read_source_address(value: &Value<'_>, names: &mut HeaderNames) -> Option<Key
 }
 
 /// Reads the path of an attribute: "connection.requested_server_name", or a list where a segment holds a dot.
-#[cold]
 fn read_property(value: &Value<'_>) -> Option<KeySource> {
     let segments: Vec<Box<str>> = match value.as_string() {
         Some(path) => path.split('.').map(Box::from).collect(),

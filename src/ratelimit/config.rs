@@ -46,7 +46,6 @@ pub fn read(value: &Value<'_>, first: usize, prefix: &str, route: &str, names: &
 }
 
 /// The items of a list of at most `most`.
-#[cold]
 fn read_items<'a>(value: &Value<'a>, most: usize) -> Vec<Value<'a>> {
     let items = value.array().unwrap_or_default();
     if items.len() > most {
@@ -56,7 +55,6 @@ fn read_items<'a>(value: &Value<'a>, most: usize) -> Vec<Value<'a>> {
     items
 }
 
-#[cold]
 fn read_limit(value: &Value<'_>, prefix: &str, route: &str, names: &mut HeaderNames) -> Option<Limit> {
     let mut fields = value.object()?;
     let name = fields.required("name").and_then(|value| crate::policy::read_name(&value));
@@ -135,7 +133,6 @@ impl Limit {
     }
 }
 
-#[cold]
 fn read_rate(value: &Value<'_>) -> Option<Rate> {
     let mut fields = value.object()?;
     let requests = fields.required("requestsPerUnit").and_then(|value| value.integer(1..=MOST_REQUESTS));
@@ -152,7 +149,6 @@ fn read_rate(value: &Value<'_>) -> Option<Rate> {
     Some(Rate::new(gcra?, format!("{requests} request{plural} {unit}").into()))
 }
 
-#[cold]
 fn read_overrides(value: &Value<'_>, parts: usize) -> Vec<Override> {
     if parts == 0 {
         value.error("overrides of a limit without a key", "write the key whose values they are for");
@@ -160,7 +156,6 @@ fn read_overrides(value: &Value<'_>, parts: usize) -> Vec<Override> {
     read_items(value, MAX_OVERRIDES).iter().filter_map(|item| read_override(item, parts)).collect()
 }
 
-#[cold]
 fn read_override(value: &Value<'_>, parts: usize) -> Option<Override> {
     let mut fields = value.object()?;
     let wanted = fields.required("match").and_then(|value| {
@@ -178,7 +173,6 @@ fn read_override(value: &Value<'_>, parts: usize) -> Option<Override> {
     Some(Override { parts: wanted?, rate: rate? })
 }
 
-#[cold]
 fn read_cost(value: &Value<'_>, names: &mut HeaderNames) -> Option<Cost> {
     let mut fields = value.object()?;
     let number = fields
@@ -206,7 +200,6 @@ fn read_cost(value: &Value<'_>, names: &mut HeaderNames) -> Option<Cost> {
     found.into_iter().next().flatten()
 }
 
-#[cold]
 fn read_charge(value: &Value<'_>) -> Option<Statuses> {
     let mut fields = value.object()?;
     let statuses = fields.required("onResponse").and_then(|value| {
@@ -219,7 +212,6 @@ fn read_charge(value: &Value<'_>) -> Option<Statuses> {
     statuses
 }
 
-#[cold]
 fn read_statuses(value: &Value<'_>) -> Option<Statuses> {
     const CLASSES: [(&str, (u16, u16)); 4] =
         [("2xx", (200, 299)), ("3xx", (300, 399)), ("4xx", (400, 499)), ("5xx", (500, 599))];
@@ -235,7 +227,6 @@ fn read_statuses(value: &Value<'_>) -> Option<Statuses> {
     Some(Statuses(items.iter().filter_map(status).collect()))
 }
 
-#[cold]
 fn read_candidates(value: &Value<'_>) -> Vec<(Box<str>, Rate)> {
     const MOST: usize = 8;
     let mut candidates: Vec<(Box<str>, Rate)> = Vec::new();
@@ -253,7 +244,6 @@ fn read_candidates(value: &Value<'_>) -> Vec<(Box<str>, Rate)> {
     candidates
 }
 
-#[cold]
 fn read_answer(value: &Value<'_>) -> Answer {
     let Some(mut fields) = value.object() else { return Answer::default() };
     let standard = Answer::default();
@@ -295,7 +285,6 @@ fn read_answer(value: &Value<'_>) -> Answer {
 /// The longest body of a refusal, in bytes: every refused request carries it.
 const MOST_BODY: usize = 4096;
 
-#[cold]
 fn read_headers(value: &Value<'_>) -> Vec<(Box<str>, Box<str>)> {
     const MOST: usize = 16;
     let entries = value.entries().unwrap_or_default();
