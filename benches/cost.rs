@@ -38,6 +38,11 @@ const FAULT: &str = r#""fault": {"delay": {"percentage": {"value": 0}, "fixedDel
                                  "abort": {"percentage": {"value": 0}, "httpStatus": 503}}"#;
 const LIMIT: &str = r#""rateLimits": [{"name": "l", "limit": {"requestsPerUnit": 1000000, "unit": "second"},
                                        "key": [{"header": "x-user-id"}]}]"#;
+const TOLD_LIMIT: &str = r#""rateLimits": [{"name": "l", "limit": {"requestsPerUnit": 1000000, "unit": "second"},
+                                            "key": [{"header": "x-user-id"}], "response": {"enableRateLimitFields": true}}]"#;
+const ATTEMPTS: &str = r#""rateLimits": [{"name": "l", "limit": {"requestsPerUnit": 1000000, "unit": "second"},
+                                          "key": [{"header": "x-user-id"}],
+                                          "charge": {"onResponse": {"statuses": [401]}}}]"#;
 const TRACE: &str = r#", "trace": {}"#;
 const TRACE_LEFT: &str = r#", "trace": {"filterState": ["traceId"]}"#;
 const BRIDGE: &str = r#", "trace": {"direction": "inbound", "bridge": {}}"#;
@@ -72,6 +77,8 @@ fn main() {
         ("canary", policy(0, &[CANARY], "")),
         ("canary in stages, judged", policy(0, &[JUDGED], "")),
         ("rate limit per user", policy(0, &[LIMIT], "")),
+        ("rate limit per user, which is told", policy(0, &[TOLD_LIMIT], "")),
+        ("rate limit per user, of failed attempts", policy(0, &[ATTEMPTS], "")),
         ("fault, not drawn", policy(0, &[FAULT], "")),
         ("20 routes, canary, limit, trace", policy(19, &[CANARY, LIMIT], TRACE)),
         ("20 routes, canary, limit, fault, trace", policy(19, &[CANARY, LIMIT, FAULT], TRACE)),

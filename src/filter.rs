@@ -10,11 +10,12 @@ mod trial;
 use crate::canary::{Carried, Choice, Decided, Share, Term, Why};
 use crate::fault::{Abort, Fault, Injection, MARK, MESSAGE, Slot, State, Status, Watch, Withheld};
 use crate::host::{Change, Host, update};
-use crate::http::{HeaderMutation, LocalReply, Request};
+use crate::http::{HeaderMutation, LocalReply, Request, http_from_grpc};
+use crate::key::Scene;
 use crate::outlier::{Totals, is_failure};
 use crate::policy::{Policy, Route, TargetId};
-use crate::ratelimit::{Admission, Leases, Secret, admit, return_leases};
-use crate::telemetry::{DestinationMeters, Meters, Stand};
+use crate::ratelimit::{Admission, Held, Leases, Remark, Secret, Told, admit, return_leases, settle};
+use crate::telemetry::{DestinationMeters, Meters, RouteMeters, Stand};
 use crate::trace::w3c::TraceContext;
 use crate::trace::{self, Continuation, Direction, Edge, Force, Notes, Response};
 use crate::units::Fraction;
@@ -36,8 +37,7 @@ pub struct Filter {
 /// What a worker keeps from one request to the next.
 #[derive(Debug)]
 struct WorkerState {
-    secret: Secret,
-    leases: Leases,
+    limiter: Limiter,
     /// For each route, a watch on each of its targets; none where the route injects no fault.
     watches: Vec<Vec<Watch>>,
     /// For each route, what this worker remembers of its trial.
@@ -52,6 +52,13 @@ struct Arrival<'a> {
     carried: &'a Carried,
     /// Whether another stream can be delayed.
     may_hold: bool,
+}
+
+/// What a worker keeps for limits.
+#[derive(Debug)]
+struct Limiter {
+    secret: Secret,
+    leases: Leases,
 }
 
 /// What is to be done with a request, and why.
@@ -103,7 +110,8 @@ pub struct Reasons {
     pub trace: Option<Continuation>,
     /// An index into the policy's routes.
     pub route: Option<usize>,
-    pub admission: Option<Admission>,
+    /// What the limits said, where they did not just admit.
+    pub admission: Option<Box<Admission>>,
     pub choice: Option<Choice>,
     /// What the canary got, where a destination is on trial.
     pub share: Option<Share>,
@@ -116,7 +124,7 @@ pub struct Reasons {
 }
 
 /// What is remembered of a request until its response.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Exchange {
     /// Whose answer is awaited; `None` where nobody wants to know.
     pub observed: Option<TargetId>,
@@ -131,6 +139,19 @@ pub struct Exchange {
     pub is_grpc: bool,
     /// The trace that the client is told of; `None` where it is told nothing.
     pub trace: Option<TraceContext>,
+    /// What the route's limits want to know or to tell; `None` where that is nothing.
+    pub limited: Option<Box<Limited>>,
+}
+
+/// What is remembered of a route's limits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limited {
+    /// An index into the policy's routes.
+    route: usize,
+    /// The limit that the client is told of; `None` where it is told nothing.
+    told: Option<Told>,
+    /// What is held until the answer tells whether the request counts.
+    held: Vec<Held>,
 }
 
 /// A response fault.
@@ -145,7 +166,11 @@ pub struct Replacement {
 
 impl Exchange {
     fn is_awaited(&self) -> bool {
-        self.observed.is_some() || self.sample.is_some()
+        self.observed.is_some() || self.sample.is_some() || self.holds()
+    }
+
+    fn holds(&self) -> bool {
+        self.limited.as_ref().is_some_and(|limited| !limited.held.is_empty())
     }
 }
 
@@ -172,7 +197,8 @@ impl Filter {
         let stands = policy.routes.iter().zip(&meters.routes).map(|(route, meters)| Stand::new(route, meters));
         let trials =
             stands.map(|stand| stand.map_or_else(Trial::default, |stand| Trial::take_up(&stand, host))).collect();
-        let worker = WorkerState { secret, leases: Leases::default(), watches, trials };
+        let limiter = Limiter { secret, leases: Leases::default() };
+        let worker = WorkerState { limiter, watches, trials };
         Filter { policy, meters, worker }
     }
 
@@ -180,11 +206,18 @@ impl Filter {
         &self.policy
     }
 
-    /// Decides on a request from its serialised headers. `may_hold` says whether another stream can be delayed.
-    pub fn on_request<'p>(&'p mut self, host: &impl Host, headers: &'p [u8], may_hold: bool) -> Decision<'p> {
+    /// Decides on a request from its serialised headers. `has_body` says whether a body follows, `may_hold` whether
+    /// another stream can be delayed.
+    pub fn on_request<'p>(
+        &'p mut self,
+        host: &impl Host,
+        headers: &'p [u8],
+        has_body: bool,
+        may_hold: bool,
+    ) -> Decision<'p> {
         let Filter { policy, meters, worker } = self;
         let policy: &'p Policy = policy;
-        let mut request = Request::parse(headers, &policy.header_names);
+        let mut request = Request::parse(headers, &policy.header_names).with_body(has_body);
         if policy.reads_route_name {
             request = request.with_route_name(host.property(&["xds", "route_name"]));
         }
@@ -250,36 +283,27 @@ impl WorkerState {
         Arrival { request, carried, may_hold }: Arrival<'_>,
         continuation: Option<Continuation>,
     ) -> Decision<'p> {
-        let WorkerState { secret, leases, watches, trials } = self;
+        let WorkerState { limiter, watches, trials } = self;
         let mut decision = Decision::default();
-        let Decision { verdict, mutations, exchange, reasons } = &mut decision;
-        exchange.is_grpc = request.is_grpc();
-        reasons.trace = continuation;
+        decision.exchange.is_grpc = request.is_grpc();
+        decision.reasons.trace = continuation;
 
         let Some((index, route)) = policy.route(request) else {
             host.add(meters.unmatched, 1);
-            policy.steer(request, None, mutations);
+            policy.steer(request, None, &mut decision.mutations);
             return decision;
         };
-        reasons.route = Some(index);
+        decision.reasons.route = Some(index);
         let Some(meters) = meters.routes.get(index) else { return decision };
 
         // Limits before anything is chosen or injected: a refused request costs its upstream and the experiment
-        // nothing.
-        if !route.limits.is_empty() {
-            let admission = admit(&route.limits, secret, leases, request, &route.name, host.now(), host);
-            meters.count_admission(&admission, host);
-            if let Some((limit, wait)) = admission.refused
-                && let Some(limit) = route.limits.get(limit)
-            {
-                *verdict = Verdict::Answer(limit.refusal(wait, exchange.is_grpc));
-                mutations.clear();
-            }
-            let refused = admission.refused.is_some();
-            reasons.admission = Some(admission);
-            if refused {
-                return decision;
-            }
+        // nothing. Only where a limit counts by subset they have to come after the choice.
+        let mut scene = Scene { request, route: &route.name, subset: None, properties: host };
+        if !route.limits.is_empty()
+            && !route.limits_read_subset
+            && !limiter.admits((index, route), meters, &scene, host, &mut decision)
+        {
+            return decision;
         }
 
         // The destination before the fault, because the fault's guard looks at the one that was chosen.
@@ -289,16 +313,23 @@ impl WorkerState {
                 Some((stand, trial)) => {
                     let carried = carried.decided(&stand.canary.rollout);
                     let (choice, share) = trial.choose(&stand, request, carried, host);
-                    reasons.share = Some(share);
-                    reasons.decided = Trial::decided(&stand, choice, share);
-                    exchange.sample = trial.sample(&stand, index, (choice, share), host);
+                    decision.reasons.share = Some(share);
+                    decision.reasons.decided = Trial::decided(&stand, choice, share);
+                    decision.exchange.sample = trial.sample(&stand, index, (choice, share), host);
                     choice
                 }
                 None => split.choose(Fraction::NONE, None, || host.random()),
             };
-            reasons.choice = Some(choice);
+            decision.reasons.choice = Some(choice);
             split.destinations.get(choice.destination)
         });
+        if route.limits_read_subset {
+            scene.subset = destination.map(|(destination, _)| &*destination.subset).filter(|name| !name.is_empty());
+            if !limiter.admits((index, route), meters, &scene, host, &mut decision) {
+                return decision;
+            }
+        }
+        let Decision { verdict, mutations, exchange, reasons } = &mut decision;
         policy.steer(request, destination.map(|(destination, _)| destination), mutations);
         let chosen = reasons.choice.map_or(0, |choice| choice.destination);
         let Some(sent_to) = meters.destinations.get(chosen) else { return decision };
@@ -364,7 +395,44 @@ impl WorkerState {
         } else {
             exchange.sample = None;
         }
+        if *verdict.last() != Verdict::Continue
+            && let Some(limited) = &mut exchange.limited
+        {
+            settle(&route.limits, &std::mem::take(&mut limited.held), None, host.now(), host);
+        }
         decision
+    }
+}
+
+impl Limiter {
+    /// Whether the limits of a route admit a request; where they do not, the decision is to tell it so.
+    fn admits(
+        &mut self,
+        (index, route): (usize, &Route),
+        meters: &RouteMeters,
+        scene: &Scene<'_, '_>,
+        host: &impl Host,
+        decision: &mut Decision<'_>,
+    ) -> bool {
+        let mut admission = admit(&route.limits, &self.secret, &mut self.leases, scene, host.now(), host);
+        meters.count_admission(&admission, host);
+        let Decision { verdict, mutations, exchange, reasons } = decision;
+        let refusal = admission.refused;
+        if let Some(refusal) = refusal
+            && let Some(limit) = route.limits.get(refusal.told.limit)
+        {
+            *verdict = Verdict::Answer(limit.refusal(&refusal, exchange.is_grpc));
+            mutations.clear();
+            exchange.sample = None;
+        }
+        if admission.told.is_some() || !admission.held.is_empty() {
+            let held = std::mem::take(&mut admission.held);
+            exchange.limited = Some(Box::new(Limited { route: index, told: admission.told, held }));
+        }
+        if refusal.is_some() || !admission.remarks.is_empty() {
+            reasons.admission = Some(Box::new(admission));
+        }
+        refusal.is_none()
     }
 }
 
@@ -395,6 +463,16 @@ impl Filter {
             && let Some(mutation) = Continuation::response(&context, trace.response)
         {
             change(mutation);
+        }
+        if let Some(limited) = &mut exchange.limited
+            && let Some(told) = limited.told.take()
+            && let Some(limit) = self.policy.routes.get(limited.route).and_then(|route| route.limits.get(told.limit))
+        {
+            limit.tell(&told, &mut |(name, value, is_list)| {
+                let value = Cow::Owned(value.into_bytes());
+                let add = if is_list { HeaderMutation::Add } else { HeaderMutation::Set };
+                change(add(name, value));
+            });
         }
     }
 
@@ -502,6 +580,13 @@ impl Filter {
                 host.add(meters.failures, 1);
             }
         }
+        if exchange.holds()
+            && let Some(limited) = &mut exchange.limited
+            && let Some(route) = self.policy.routes.get(limited.route)
+        {
+            let status = grpc_status.map_or(status, |code| http_from_grpc(u8::try_from(code).unwrap_or(u8::MAX)));
+            settle(&route.limits, &std::mem::take(&mut limited.held), Some(status), host.now(), host);
+        }
         // Somebody's limit says nothing of the version that answered.
         let is_limited = status == 429 || grpc_status == Some(8);
         if let Some(sample) = exchange.sample.take().filter(|_| !is_limited)
@@ -517,7 +602,7 @@ impl Filter {
     /// [`Filter::tick_period`].
     pub fn on_tick(&mut self, host: &impl Host) {
         let now = host.now();
-        return_leases(&mut self.worker.leases, |id| self.policy.limit(id), now, host);
+        return_leases(&mut self.worker.limiter.leases, |id| self.policy.rate(id), now, host);
         for (route, watches) in self.policy.routes.iter().zip(&mut self.worker.watches) {
             for (target, watch) in route.targets.iter().zip(watches) {
                 if let Some(meters) = self.meters.targets.get(target.0) {
@@ -545,7 +630,10 @@ impl Filter {
 /// Whether something was done to a request that its trace has to tell, whatever samplers say.
 fn is_forced(force: Force, policy: &Policy, reasons: &Reasons, host: &impl Host) -> bool {
     let is_faulted = || !reasons.drawn.is_none() && reasons.withheld.is_none();
-    let is_limited = |admission: &Admission| admission.refused.is_some() || !admission.would_refuse.is_empty();
+    let is_limited = |admission: &Admission| {
+        let would_refuse = |remark: &Remark| matches!(remark, Remark::WouldRefuse(_));
+        admission.refused.is_some() || admission.remarks.iter().any(would_refuse)
+    };
     let is_moved = || {
         let split = policy.routes.get(reasons.route?)?.split.as_ref()?;
         let canary = split.canary.as_ref().filter(|canary| !canary.shadow)?;
@@ -557,7 +645,7 @@ fn is_forced(force: Force, policy: &Policy, reasons: &Reasons, host: &impl Host)
         Some(place < due.weight.ppm())
     };
     (force.fault && is_faulted())
-        || (force.rate_limit && reasons.admission.as_ref().is_some_and(is_limited))
+        || (force.rate_limit && reasons.admission.as_deref().is_some_and(is_limited))
         || (force.rollback && is_moved() == Some(true))
 }
 

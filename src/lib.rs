@@ -24,7 +24,7 @@
 //! bridge, [`outlier`]'s window.
 //!
 //! [`document`] and [`diagnostic`] read strictly and tell all errors at once; [`policy`] puts the blocks together.
-//! [`http`], [`key`] and [`units`] are the words that features speak in. [`telemetry`] names the metrics. [`host`] is
+//! [`http`], [`key`], [`address`] and [`units`] are the words that features speak in. [`telemetry`] names the metrics. [`host`] is
 //! what the core asks of its surroundings; `host/proxy_wasm.rs` alone knows the ABI.
 //!
 //! # Invariants
@@ -50,6 +50,7 @@
     )
 )]
 
+pub mod address;
 pub mod canary;
 pub mod decimal;
 pub mod diagnostic;

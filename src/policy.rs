@@ -6,7 +6,7 @@ use crate::document::{Environment, Fields, Node, Value, quoted};
 use crate::fault::{Fault, Surroundings};
 use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
 use crate::matcher::{Condition, RequestMatch};
-use crate::ratelimit::{self, Limit};
+use crate::ratelimit::{self, Keyspace, Limit, Rate};
 use crate::route_table::RouteTable;
 use crate::trace::Trace;
 use std::borrow::Cow;
@@ -51,6 +51,8 @@ pub struct Route {
     pub targets: Vec<TargetId>,
     pub fault: Option<Fault>,
     pub limits: Vec<Limit>,
+    /// Whether a limit's key has to know the destination.
+    pub limits_read_subset: bool,
 }
 
 /// What requests are sent to: a destination, or a route without one.
@@ -175,14 +177,15 @@ impl Policy {
         self.routes.iter().filter_map(Route::canary).any(|canary| &*canary.rollout == rollout)
     }
 
-    /// The limit with the id `id`.
-    pub fn limit(&self, id: usize) -> Option<&Limit> {
-        self.routes.iter().flat_map(|route| &route.limits).nth(id)
+    /// The rate with the id `id`, and where its keys are kept.
+    pub fn rate(&self, id: usize) -> Option<(&Keyspace, &Rate)> {
+        let mut limits = self.routes.iter().flat_map(|route| &route.limits);
+        limits.find_map(|limit| Some((&limit.keyspace, limit.rates().find(|rate| rate.id == id)?)))
     }
 
     /// Whether a worker may reserve requests of a limit ahead.
     pub fn has_leases(&self) -> bool {
-        self.routes.iter().flat_map(|route| &route.limits).any(|limit| limit.lease > 0)
+        self.routes.iter().flat_map(|route| &route.limits).flat_map(Limit::rates).any(|rate| rate.lease > 0)
     }
 
     /// The first route that matches.
@@ -294,7 +297,7 @@ impl Reading {
         let limits = fields
             .optional("rateLimits")
             .map(|value| {
-                let first = self.routes.iter().map(|route| route.limits.len()).sum();
+                let first = self.routes.iter().flat_map(|route| &route.limits).flat_map(Limit::rates).count();
                 ratelimit::read(&value, first, &self.state_prefix, &label(name), &mut self.header_names)
             })
             .unwrap_or_default();
@@ -317,7 +320,11 @@ impl Reading {
             fields.refuse(field, "keep it in the VirtualService, on the route that matches the steering header");
         }
         let targets = self.targets(name, split.as_ref(), fault.is_some());
-        Some(Route { name: name.into(), matches, split, targets, fault, limits })
+        let limits_read_subset = limits.iter().any(Limit::reads_subset);
+        if limits_read_subset && split.is_none() {
+            fields.value().error("a limit by subset, and no destinations", "write the route's destinations");
+        }
+        Some(Route { name: name.into(), matches, split, targets, fault, limits, limits_read_subset })
     }
 
     /// The rollout that `route` shares with an earlier one, where one of the two has to have it for itself.

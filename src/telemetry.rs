@@ -10,7 +10,7 @@ use crate::fault::{Abort, Injection, Withheld};
 use crate::host::{MetricId, Metrics};
 use crate::outlier::Totals;
 use crate::policy::{Policy, Route, label};
-use crate::ratelimit::Admission;
+use crate::ratelimit::{Admission, Limit, Remark};
 use crate::trace::w3c::Invalid;
 use crate::trace::{Arrived, Continuation, Direction, Format, Note, Notes};
 use crate::units::Fraction;
@@ -76,9 +76,20 @@ pub struct RouteMeters {
     pub faults: Option<FaultMeters>,
     /// Where they are aimed at hosts or attempts.
     pub report: Option<ReportMeters>,
-    /// In the order of the route's limits: the requests refused, or in shadow those that would have been.
-    refused: Vec<MetricId>,
+    /// In the order of the route's limits.
+    limits: Vec<LimitMeters>,
     state: StateMeters,
+}
+
+/// The metrics of one limit.
+#[derive(Debug)]
+struct LimitMeters {
+    /// Requests refused, or in shadow those that would have been.
+    refused: MetricId,
+    /// Requests that lacked a part of the key.
+    incomplete: MetricId,
+    /// In the order of the candidates: the requests that each would have refused.
+    candidates: Vec<MetricId>,
 }
 
 /// The metrics of one destination of a route.
@@ -404,16 +415,26 @@ impl RouteMeters {
                 let hosts = hosts.map(|host| HostMeters::define(&prefix, &host.address, metrics)).collect();
                 ReportMeters { requests, retries, succeeded, masked, misplaced, hosts }
             }),
-            refused: route.limits.iter().map(|limit| counter(&format!("limit.{}.refused", limit.name))).collect(),
+            limits: route.limits.iter().map(|limit| LimitMeters::define(&prefix, limit, metrics)).collect(),
             state,
         }
     }
 
     /// Counts what the limits said of a request.
     pub fn count_admission(&self, admission: &Admission, metrics: &impl Metrics) {
-        let refused = admission.refused.iter().map(|(limit, _)| limit).chain(&admission.would_refuse);
-        for metric in refused.filter_map(|limit| self.refused.get(*limit)) {
-            metrics.add(*metric, 1);
+        let refused = admission.refused.map(|refusal| Remark::WouldRefuse(refusal.told.limit));
+        for remark in refused.iter().chain(&admission.remarks) {
+            let limit = |index: usize| self.limits.get(index);
+            let metric = match *remark {
+                Remark::WouldRefuse(index) => limit(index).map(|meters| meters.refused),
+                Remark::Incomplete(index) => limit(index).map(|meters| meters.incomplete),
+                Remark::CandidateWouldRefuse(index, candidate) => {
+                    limit(index).and_then(|meters| meters.candidates.get(candidate)).copied()
+                }
+            };
+            if let Some(metric) = metric {
+                metrics.add(metric, 1);
+            }
         }
         for (metric, count) in [
             (self.state.garbage, admission.garbage),
@@ -423,6 +444,18 @@ impl RouteMeters {
             if count > 0 {
                 metrics.add(metric, count);
             }
+        }
+    }
+}
+
+impl LimitMeters {
+    fn define(route: &str, limit: &Limit, metrics: &impl Metrics) -> LimitMeters {
+        let prefix = format!("{route}.limit.{}", limit.name);
+        let refused = |of: &str| metrics.counter(&format!("{prefix}.{of}refused"));
+        LimitMeters {
+            refused: refused(""),
+            incomplete: metrics.counter(&format!("{prefix}.incomplete")),
+            candidates: limit.candidates.iter().map(|tried| refused(&format!("candidate.{}.", tried.name))).collect(),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use super::control::Asked;
 use super::policy::{Abort, Delay, DrawnFrom, Fault, Status};
-use crate::http::{LocalReply, Request};
+use crate::http::{LocalReply, Request, http_from_grpc};
 use crate::units::Fraction;
 use xxhash_rust::xxh64::xxh64;
 
@@ -122,7 +122,7 @@ impl Status {
         LocalReply {
             status: self.http(),
             details: "trimtab_fault_abort",
-            headers: if marks { vec![(MARK, "abort".to_owned())] } else { Vec::new() },
+            headers: if marks { vec![(MARK.into(), "abort".to_owned())] } else { Vec::new() },
             body: MESSAGE.to_owned(),
             grpc_status: is_grpc.then(|| self.grpc()),
         }
@@ -139,24 +139,6 @@ fn grpc_from_http(status: u16) -> u8 {
         404 => 12,
         429 | 502 | 503 | 504 => 14,
         _ => 2,
-    }
-}
-
-/// The HTTP status of `google.rpc.Code`.
-fn http_from_grpc(code: u8) -> u16 {
-    match code {
-        0 => 200,
-        1 => 499,
-        3 | 9 | 11 => 400,
-        4 => 504,
-        5 => 404,
-        6 | 10 => 409,
-        7 => 403,
-        8 => 429,
-        12 => 501,
-        14 => 503,
-        16 => 401,
-        _ => 500,
     }
 }
 

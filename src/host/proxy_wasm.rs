@@ -373,7 +373,7 @@ struct Stream {
 impl Context for Stream {}
 
 impl HttpContext for Stream {
-    fn on_http_request_headers(&mut self, _: usize, _: bool) -> Action {
+    fn on_http_request_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
         let worker = &*self.worker;
         let verdict = {
             let mut filter = worker.filter.borrow_mut();
@@ -382,7 +382,7 @@ impl HttpContext for Stream {
                 fetch(|data, size| unsafe { proxy_get_header_map_pairs(MapType::HttpRequestHeaders, data, size) })
                     .unwrap_or_default();
             let may_hold = worker.held.borrow().has_room();
-            let decision = filter.on_request(&worker.envoy, &headers, may_hold);
+            let decision = filter.on_request(&worker.envoy, &headers, !end_of_stream, may_hold);
             for mutation in &decision.mutations {
                 mutate(MapType::HttpRequestHeaders, mutation);
             }
@@ -455,7 +455,8 @@ fn reset() {
 }
 
 fn answer(reply: &LocalReply) {
-    let headers = encode_headers(&reply.headers);
+    let headers: Vec<(&str, &str)> = reply.headers.iter().map(|(name, value)| (&**name, &**value)).collect();
+    let headers = encode_headers(&headers);
     unsafe {
         proxy_send_local_response(
             u32::from(reply.status),

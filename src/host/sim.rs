@@ -62,6 +62,11 @@ impl Sim {
         u64::from(self.version.get())
     }
 
+    /// The bytes of all shared words, their keys included.
+    pub fn bytes(&self) -> usize {
+        self.words.borrow().iter().map(|(key, (value, _))| key.len() + value.len()).sum()
+    }
+
     /// The keys of all shared words.
     pub fn keys(&self) -> Vec<String> {
         self.words.borrow().keys().cloned().collect()

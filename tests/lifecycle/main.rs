@@ -3,6 +3,7 @@
 
 mod canary;
 mod fault;
+mod limits;
 mod native;
 mod proxy;
 mod trace;
@@ -23,6 +24,13 @@ use fault::{
     active_faults_are_capped_over_the_workers, an_abort_may_be_a_reset, an_answer_is_replaced,
     answers_need_not_be_marked, every_request_is_counted_once, only_the_named_are_faulted,
     what_envoy_says_itself_is_not_replaced,
+};
+use limits::{
+    a_candidate_counts_what_it_would_refuse, a_forged_address_buys_nothing, a_key_of_60_kb_is_hashed,
+    a_limit_may_count_each_subset_apart, a_missing_part_is_shared_skipped_or_denied, a_refusal_is_worded_as_configured,
+    a_step_of_the_wall_clock_changes_nothing, costs_are_fixed_or_the_requests_own, grpc_statuses_count_as_http_ones,
+    nothing_is_told_unless_asked, only_failed_attempts_are_charged, some_keys_have_limits_of_their_own,
+    the_most_restrictive_limit_is_told, what_is_held_counts_if_no_answer_comes, what_we_inject_is_no_failed_attempt,
 };
 use proxy::{Headers, Outcome, Proxy, exchange, get, value};
 use std::time::Duration;
@@ -64,6 +72,21 @@ cases![
     limits_are_charged_all_or_none,
     spent_allowance_survives_an_update,
     garbage_in_shared_data_is_counted_and_replaced,
+    nothing_is_told_unless_asked,
+    the_most_restrictive_limit_is_told,
+    a_refusal_is_worded_as_configured,
+    some_keys_have_limits_of_their_own,
+    costs_are_fixed_or_the_requests_own,
+    a_missing_part_is_shared_skipped_or_denied,
+    a_limit_may_count_each_subset_apart,
+    a_forged_address_buys_nothing,
+    a_key_of_60_kb_is_hashed,
+    only_failed_attempts_are_charged,
+    grpc_statuses_count_as_http_ones,
+    what_is_held_counts_if_no_answer_comes,
+    what_we_inject_is_no_failed_attempt,
+    a_candidate_counts_what_it_would_refuse,
+    a_step_of_the_wall_clock_changes_nothing,
     a_delay_ends_on_time,
     a_delay_may_be_followed_by_an_abort,
     a_client_may_leave_while_it_is_held,

@@ -1,6 +1,6 @@
 //! The filter on the simulated host: what `host/proxy_wasm.rs` does for Envoy, done here for a clock that stands still.
 
-use crate::proxy::{ENVIRONMENT, Headers, Outcome, Proxy, Reply, StreamId};
+use crate::proxy::{ENVIRONMENT, Headers, Outcome, Proxy, Reply, StreamId, has_body};
 use std::collections::HashMap;
 use std::time::Duration;
 use trimtab::fault::HeldStreams;
@@ -55,7 +55,7 @@ impl Proxy for Native {
         let may_hold = worker.held.has_room();
         let filter = worker.filter.as_mut().expect("a policy is loaded");
         let block = encode_headers(headers);
-        let decision = filter.on_request(&self.host, &block, may_hold);
+        let decision = filter.on_request(&self.host, &block, has_body(headers), may_hold);
         let mut headers: Vec<(Vec<u8>, Vec<u8>)> =
             headers.iter().map(|(name, value)| (name.as_bytes().to_vec(), value.to_vec())).collect();
         decision.mutations.iter().for_each(|mutation| mutation.apply(&mut headers));
@@ -128,6 +128,10 @@ impl Proxy for Native {
         }
     }
 
+    fn step_wall_clock(&mut self, seconds: i64) {
+        self.host.set_wall(self.host.wall_now().checked_add_signed(seconds * 1_000_000_000).expect("after 1970"));
+    }
+
     fn outcome(&mut self, stream: StreamId) -> Outcome {
         self.workers[stream.worker].streams[&stream.id].outcome.clone()
     }
@@ -172,7 +176,7 @@ fn answer(reply: LocalReply) -> Reply {
     Reply {
         status: u32::from(reply.status),
         details: reply.details.to_owned(),
-        headers: reply.headers.into_iter().map(|(name, value)| (name.to_owned(), value.into_bytes())).collect(),
+        headers: reply.headers.into_iter().map(|(name, value)| (name.into_owned(), value.into_bytes())).collect(),
         body: reply.body,
         grpc_status: reply.grpc_status.map(u32::from),
     }

@@ -61,6 +61,9 @@ pub trait Proxy {
     /// Lets time pass, with the ticks that fall due.
     fn advance(&mut self, time: Duration);
 
+    /// Steps the wall clock by so many seconds, as an operator might; the monotonic clock stays where it is.
+    fn step_wall_clock(&mut self, seconds: i64);
+
     /// What became of a request that was held.
     fn outcome(&mut self, stream: StreamId) -> Outcome;
 
@@ -75,6 +78,11 @@ pub trait Proxy {
 
     /// The value of a metric, all workers together.
     fn metric(&mut self, name: &str) -> u64;
+}
+
+/// Whether a body follows on the head of a request.
+pub fn has_body(headers: &[(&str, &[u8])]) -> bool {
+    headers.iter().any(|(name, _)| *name == "transfer-encoding")
 }
 
 /// Finds a header.

@@ -1,6 +1,6 @@
 //! The module that ships, in a virtual machine for each worker.
 
-use crate::proxy::{ENVIRONMENT, Headers, Outcome, Proxy, Reply, StreamId};
+use crate::proxy::{ENVIRONMENT, Headers, Outcome, Proxy, Reply, StreamId, has_body};
 use std::sync::LazyLock;
 use std::time::Duration;
 use trimtab_vm::{Action, Options, Refused, RootId, Vm, World, advance};
@@ -64,7 +64,8 @@ impl Proxy for Module {
         let worker = &mut self.workers[worker];
         let stream = worker.vm.open_stream(worker.root);
         worker.streams.push(stream);
-        let action = worker.vm.request_headers(stream, headers, true).unwrap_or_else(|trap| panic!("{trap}"));
+        let action =
+            worker.vm.request_headers(stream, headers, !has_body(headers)).unwrap_or_else(|trap| panic!("{trap}"));
         let stream = StreamId { worker: at, id: worker.streams.len() as u32 - 1 };
         let outcome = self.outcome(stream);
         assert_eq!(action == Action::Continue, matches!(outcome, Outcome::Continued(_)), "{outcome:?}");
@@ -91,6 +92,11 @@ impl Proxy for Module {
     fn advance(&mut self, time: Duration) {
         let vms = self.workers.iter_mut().map(|worker| &mut worker.vm);
         advance(vms, time).unwrap_or_else(|trap| panic!("{trap}"));
+    }
+
+    fn step_wall_clock(&mut self, seconds: i64) {
+        let wall = self.world.wall_clock().as_secs().checked_add_signed(seconds).expect("after 1970");
+        self.world.set_wall_clock(Duration::from_secs(wall));
     }
 
     fn outcome(&mut self, stream: StreamId) -> Outcome {

@@ -22,9 +22,10 @@ use trimtab::filter::{Decision, Filter, Reasons, Verdict};
 use trimtab::host::Properties;
 use trimtab::host::sim::Sim;
 use trimtab::http::{HeaderMutation, LocalReply, Request};
-use trimtab::key::KeySource;
+use trimtab::key::{KeySource, Scene};
 use trimtab::matcher::Condition;
 use trimtab::policy::{Policy, Route};
+use trimtab::ratelimit::{Admission, Limit, OnMissing, Reason, Remark};
 use trimtab::trace::w3c::{Flags, Invalid, format_traceparent};
 use trimtab::trace::{self, Arrived, Continuation, Edge};
 use trimtab::units::{Fraction, Wall, nanoseconds, parse_instant, point};
@@ -118,7 +119,7 @@ impl Explain {
         }
         let block = block(&self.request, &self.scheme, self.authority.as_deref(), &self.headers);
         let mut filter = Filter::new(policy, &host);
-        let Decision { verdict, mutations, reasons, .. } = filter.on_request(&host, &block, true);
+        let Decision { verdict, mutations, reasons, .. } = filter.on_request(&host, &block, false, true);
         let changes = mutations.iter().map(Change::from).collect();
         let policy = filter.policy();
         let mut request = Request::parse(&block, &policy.header_names);
@@ -202,8 +203,16 @@ impl Story<'_> {
 
     /// A key's source in words, and its value.
     fn key_part(&self, source: &KeySource) -> (String, Option<String>) {
-        let route = self.route().map_or("", |route| &route.name);
-        let value = source.find(&self.request, route, self.host);
+        let route = self.route();
+        let chosen = route.and_then(|route| route.split.as_ref()).zip(self.reasons.choice);
+        let destination = chosen.and_then(|(split, choice)| split.destinations.get(choice.destination));
+        let scene = Scene {
+            request: &self.request,
+            route: route.map_or("", |route| &route.name),
+            subset: destination.map(|(destination, _)| &*destination.subset).filter(|subset| !subset.is_empty()),
+            properties: self.host,
+        };
+        let value = source.find(&scene);
         (source.describe(&self.policy.header_names), value.map(|value| String::from_utf8_lossy(&value).into_owned()))
     }
 
@@ -366,7 +375,8 @@ impl Story<'_> {
     }
 
     fn tell_limits(&self, table: &mut Table) {
-        let (Some(route), Some(admission)) = (self.route(), &self.reasons.admission) else { return };
+        let Some(route) = self.route().filter(|route| !route.limits.is_empty()) else { return };
+        let admission = self.admission();
         table.section("limit");
         for (index, limit) in route.limits.iter().enumerate() {
             let parts: Vec<String> = limit
@@ -378,14 +388,53 @@ impl Story<'_> {
                 })
                 .collect();
             let whom = if parts.is_empty() { "one allowance for all".to_owned() } else { parts.join(", ") };
-            let verdict = match admission.refused {
-                Some((refused, wait)) if refused == index => format!("refused, for {}", duration(wait)),
-                Some((refused, _)) if refused < index => "not asked".to_owned(),
-                _ if admission.would_refuse.contains(&index) => "would be refused, but mode is shadow".to_owned(),
+            let refusal = admission.refused.filter(|refusal| refusal.told.limit == index);
+            let verdict = match (refusal.map(|refusal| refusal.reason), admission.refused) {
+                (Some(Reason::TooEarly(wait)), _) => format!("refused, for {}", duration(wait)),
+                (Some(Reason::TooDear), _) => "refused, as it costs more than the burst".to_owned(),
+                (Some(Reason::Incomplete), _) => "refused, as a part of the key is absent".to_owned(),
+                (None, Some(refusal)) if refusal.told.limit < index => "not asked".to_owned(),
+                _ if admission.remarks.contains(&Remark::WouldRefuse(index)) => {
+                    "would be refused, but mode is shadow".to_owned()
+                }
+                _ if admission.remarks.contains(&Remark::Incomplete(index)) && limit.on_missing == OnMissing::Skip => {
+                    "skipped, as a part of the key is absent".to_owned()
+                }
+                _ if limit.counted.is_some() => "admitted, and counted if the answer is".to_owned(),
                 _ => "admitted".to_owned(),
             };
-            table.row(&*limit.name, format!("{verdict}: {}; {whom}", limit.promise));
+            let promise = &limit.rate_of(self.exception(limit)).promise;
+            let cost = match limit.cost.of(&self.request) {
+                1 => String::new(),
+                cost => format!(", of which this one costs {cost}"),
+            };
+            table.row(&*limit.name, format!("{verdict}: {promise}{cost}; {whom}"));
+            let is_skipped =
+                admission.remarks.contains(&Remark::Incomplete(index)) && limit.on_missing != OnMissing::Share;
+            let is_asked = !is_skipped && admission.refused.is_none_or(|refusal| refusal.told.limit >= index);
+            let is_tried = is_asked && self.exception(limit).is_none();
+            for (number, candidate) in limit.candidates.iter().enumerate().filter(|_| is_tried) {
+                let is_refused = admission.remarks.contains(&Remark::CandidateWouldRefuse(index, number));
+                let verdict = if is_refused { "would be refused" } else { "would be admitted" };
+                table.row(format!("  {}", candidate.name), format!("{verdict}: {}", candidate.rate.promise));
+            }
         }
+    }
+
+    fn admission(&self) -> Admission {
+        self.reasons.admission.as_deref().cloned().unwrap_or_default()
+    }
+
+    /// Which override of `limit` is for the request.
+    fn exception(&self, limit: &Limit) -> Option<usize> {
+        let key: Vec<Option<String>> = limit.key.iter().map(|source| self.key_part(source).1).collect();
+        limit.overrides.iter().position(|exception| {
+            exception
+                .parts
+                .iter()
+                .zip(&key)
+                .all(|(wanted, part)| wanted.is_none() || wanted.as_deref() == part.as_deref())
+        })
     }
 
     fn tell_destination(&self, table: &mut Table) {
@@ -538,7 +587,8 @@ impl Story<'_> {
     }
 
     fn json_limits(&self) -> Vec<Value> {
-        let (Some(route), Some(admission)) = (self.route(), &self.reasons.admission) else { return Vec::new() };
+        let Some(route) = self.route() else { return Vec::new() };
+        let admission = self.admission();
         let key = |source: &KeySource| {
             let (source, value) = self.key_part(source);
             json!({"source": source, "value": value})
@@ -546,10 +596,18 @@ impl Story<'_> {
         let limits = route.limits.iter().enumerate().map(|(index, limit)| {
             json!({
                 "name": &*limit.name,
-                "promise": &*limit.promise,
+                "promise": &*limit.rate_of(self.exception(limit)).promise,
+                "cost": limit.cost.of(&self.request),
                 "key": limit.key.iter().map(key).collect::<Vec<_>>(),
-                "admitted": admission.refused.is_none_or(|(refused, _)| refused != index),
+                "admitted": admission.refused.is_none_or(|refusal| refusal.told.limit != index),
                 "shadow": limit.shadow,
+                "wouldRefuse": admission.remarks.contains(&Remark::WouldRefuse(index)),
+                "incomplete": admission.remarks.contains(&Remark::Incomplete(index)),
+                "candidates": limit.candidates.iter().enumerate().map(|(number, candidate)| json!({
+                    "name": &*candidate.name,
+                    "promise": &*candidate.rate.promise,
+                    "wouldRefuse": admission.remarks.contains(&Remark::CandidateWouldRefuse(index, number)),
+                })).collect::<Vec<_>>(),
             })
         });
         limits.collect()
