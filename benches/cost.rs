@@ -44,6 +44,8 @@ const ATTEMPTS: &str = r#""rateLimits": [{"name": "l", "limit": {"requestsPerUni
                                           "key": [{"header": "x-user-id"}],
                                           "charge": {"onResponse": {"statuses": [401]}}}]"#;
 const TRACE: &str = r#", "trace": {}"#;
+const TRACE_LEFT: &str = r#", "trace": {"filterState": ["traceId"]}"#;
+const BRIDGE: &str = r#", "trace": {"direction": "inbound", "bridge": {}}"#;
 
 /// A policy whose last route, after `others` that do not match, has these blocks.
 fn policy(others: usize, blocks: &[&str], trace: &str) -> String {
@@ -70,6 +72,8 @@ fn main() {
         ("20 routes, the last matches", policy(19, &[], "")),
         ("1,000 routes, the last matches", policy(999, &[], "")),
         ("trace", policy(0, &[], TRACE)),
+        ("trace, its id in filter state", policy(0, &[], TRACE_LEFT)),
+        ("trace, remembered by the bridge", policy(0, &[], BRIDGE)),
         ("canary", policy(0, &[CANARY], "")),
         ("canary in stages, judged", policy(0, &[JUDGED], "")),
         ("rate limit per user", policy(0, &[LIMIT], "")),

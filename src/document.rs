@@ -149,6 +149,9 @@ impl<'de> Deserialize<'de> for Node {
     }
 }
 
+/// What a variable of the proxy's environment holds, by its name. A key has its place there, not in a document.
+pub type Environment<'e> = &'e dyn Fn(&str) -> Option<Vec<u8>>;
+
 /// A node, where it stands, and where to report on it.
 #[derive(Clone)]
 pub struct Value<'a> {
@@ -257,18 +260,16 @@ impl<'a> Value<'a> {
 
     /// One of a fixed set of words.
     pub fn one_of<T: Copy>(&self, words: &[(&str, T)]) -> Option<T> {
-        let word = |index: usize| words.get(index).map(|(word, _)| *word);
-        self.index_of(&word).and_then(|index| words.get(index)).map(|(_, value)| *value)
+        let place = self.place_of(&|place| words.get(place).map(|(word, _)| *word))?;
+        words.get(place).map(|(_, value)| *value)
     }
 
+    /// The place of this word among `words`. Apart, because it is the same whatever the words stand for.
     #[inline(never)]
-    fn index_of<'w>(&self, word: &dyn Fn(usize) -> Option<&'w str>) -> Option<usize> {
-        let words = || (0..).map_while(word);
-        let found = self.as_string().and_then(|text| words().position(|word| word == text));
-        if found.is_none() {
-            self.expected::<()>(&format!("one of {}", listed(words())));
-        }
-        found
+    fn place_of<'w>(&self, words: &dyn Fn(usize) -> Option<&'w str>) -> Option<usize> {
+        let words = || (0..).map_while(words);
+        let found = words().position(|word| self.as_string() == Some(word));
+        found.or_else(|| self.expected(&format!("one of {}", listed(words()))))
     }
 
     /// The items of a list.

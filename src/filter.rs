@@ -4,23 +4,26 @@
 //! what is to be done; they change nothing themselves but shared words and metrics. The features decide from plain
 //! values: only this file knows in which order, and the comments say why.
 
+mod report;
 mod trial;
 
-use crate::canary::{Choice, Share};
-use crate::fault::{Fault, Injection, State, Watch, Withheld};
+use crate::canary::{Carried, Choice, Decided, Share, Term, Why};
+use crate::fault::{Abort, Fault, Injection, MARK, MESSAGE, Slot, State, Status, Watch, Withheld};
 use crate::host::{Change, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request, http_from_grpc};
 use crate::key::Scene;
 use crate::outlier::{Totals, is_failure};
 use crate::policy::{Policy, Route, TargetId};
-use crate::ratelimit::{Admission, Held, Leases, Secret, Told, admit, return_leases, settle};
+use crate::ratelimit::{Admission, Held, Leases, Remark, Secret, Told, admit, return_leases, settle};
 use crate::telemetry::{DestinationMeters, Meters, RouteMeters, Stand};
 use crate::trace::w3c::TraceContext;
-use crate::trace::{self, Continuation, Direction, Notes, Response};
+use crate::trace::{self, Continuation, Direction, Edge, Force, Notes, Response};
 use crate::units::Fraction;
+use report::Report;
 use std::borrow::Cow;
 use trial::{JUDGE_PERIOD, Trial};
 
+pub use report::Attempt;
 pub use trial::Sample;
 
 /// A policy at work in one worker.
@@ -48,6 +51,16 @@ struct Limiter {
     leases: Leases,
 }
 
+/// A request as it arrived.
+#[derive(Clone, Copy)]
+struct Arrival<'a> {
+    request: &'a Request<'a>,
+    /// What earlier hops decided for it.
+    carried: &'a Carried,
+    /// Whether another stream can be delayed.
+    may_hold: bool,
+}
+
 /// What is to be done with a request, and why.
 #[derive(Debug, Default)]
 pub struct Decision<'p> {
@@ -64,9 +77,31 @@ pub struct Decision<'p> {
 pub enum Verdict {
     #[default]
     Continue,
-    /// Hold the request for so many nanoseconds, then let it go on, or answer.
-    Delay(u64, Option<LocalReply>),
+    Delay(Box<Hold>),
     Answer(LocalReply),
+    /// Reset the stream: no answer ever comes.
+    Reset,
+}
+
+/// A delay.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hold {
+    /// Nanoseconds.
+    pub delay: u64,
+    /// What follows; never another delay.
+    pub then: Verdict,
+    /// To be given to [`Filter::free`] when that is done, or the client has gone.
+    pub slot: Option<Slot>,
+}
+
+impl Verdict {
+    /// The verdict in the end, once a delay is over.
+    pub fn last(&self) -> &Verdict {
+        match self {
+            Verdict::Delay(hold) => &hold.then,
+            other => other,
+        }
+    }
 }
 
 /// What was decided on the way to a verdict.
@@ -80,6 +115,8 @@ pub struct Reasons {
     pub choice: Option<Choice>,
     /// What the canary got, where a destination is on trial.
     pub share: Option<Share>,
+    /// What later hops are told of that choice.
+    pub decided: Option<Decided>,
     /// The faults that were drawn.
     pub drawn: Injection,
     /// Why they were not injected.
@@ -93,6 +130,12 @@ pub struct Exchange {
     pub observed: Option<TargetId>,
     /// What the answer is to a judge.
     pub sample: Option<Sample>,
+    /// What is to replace the upstream's answer.
+    pub replacement: Option<Replacement>,
+    /// Where an experiment on hosts or attempts wants to know how this attempt is answered.
+    pub attempt: Option<Attempt>,
+    /// To be given to [`Filter::free`] when the stream has ended.
+    pub slot: Option<Slot>,
     pub is_grpc: bool,
     /// The trace that the client is told of; `None` where it is told nothing.
     pub trace: Option<TraceContext>,
@@ -109,6 +152,16 @@ pub struct Limited {
     told: Option<Told>,
     /// What is held until the answer tells whether the request counts.
     held: Vec<Held>,
+}
+
+/// A response fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Replacement {
+    pub status: Status,
+    /// Whether a header says so.
+    pub marks: bool,
+    /// An index into the policy's routes.
+    pub route: usize,
 }
 
 impl Exchange {
@@ -158,7 +211,7 @@ impl Filter {
     pub fn on_request<'p>(
         &'p mut self,
         host: &impl Host,
-        headers: &[u8],
+        headers: &'p [u8],
         has_body: bool,
         may_hold: bool,
     ) -> Decision<'p> {
@@ -171,6 +224,9 @@ impl Filter {
 
         // The trace first: whatever happens to the request, it belongs to one, and faults are drawn from its id.
         let continuation = policy.trace.as_ref().and_then(|trace| {
+            if trace.edge == Edge::Restore {
+                return trace::restore(host);
+            }
             // Asked for every request: listeners with equal configurations share one filter in Envoy, so what one
             // request tells does not hold for the next.
             let ask = || Direction::from_property(host.property(&["xds", "listener_direction"]).as_deref());
@@ -179,13 +235,30 @@ impl Filter {
                 trace.bridge.as_ref()?.recall(&request, context, host.now(), host)
             })
         });
-        let mut decision = worker.decide(policy, meters, host, &request, continuation, may_hold);
+        let carried = policy.cohort.as_ref().map_or_else(Carried::default, |header| {
+            let recalled = continuation.as_ref().and_then(|known| known.recalled(policy.trace.as_ref()?, header.id));
+            header.carried(request.joined(header.id).as_deref(), recalled, || host.wall_now())
+        });
+        let arrival = Arrival { request: &request, carried: &carried, may_hold };
+        let mut decision = worker.decide(policy, meters, host, arrival, continuation);
 
         // Told to the next hop last, when it is known whether there is one and what was done to the request.
         let Decision { verdict, mutations, exchange, reasons } = &mut decision;
+        if let Some(header) = &policy.cohort
+            && *verdict.last() == Verdict::Continue
+        {
+            let rollout = reasons.route.and_then(|route| policy.routes.get(route)?.canary());
+            let decided = rollout.zip(reasons.decided).map(|(canary, decided)| (&*canary.rollout, decided));
+            mutations.extend(header.write(&carried, decided, || host.wall_now()));
+            meters.count_carried(&carried, policy, reasons.share, host);
+        }
+        let is_forced = policy.trace.as_ref().is_some_and(|trace| is_forced(trace.force, policy, reasons, host));
         if let (Some(trace), Some(continuation)) = (&policy.trace, &mut reasons.trace) {
+            if is_forced {
+                continuation.force_sampling();
+            }
             let mut remembered = Notes::default();
-            if let Verdict::Continue | Verdict::Delay(_, None) = verdict {
+            if *verdict.last() == Verdict::Continue {
                 continuation.inject(trace, &request, mutations);
                 if let (Some(bridge), Direction::Inbound) = (&trace.bridge, continuation.direction) {
                     remembered = bridge.remember(&request, &continuation.context, mutations, host.now(), host);
@@ -193,6 +266,7 @@ impl Filter {
             }
             let tells = trace.response != Response::None && continuation.direction != Direction::Outbound;
             exchange.trace = tells.then_some(continuation.context);
+            trace.filter_state.leave(continuation, &request, mutations, host);
             meters.count_trace(continuation, remembered, host);
         }
         decision
@@ -206,9 +280,8 @@ impl WorkerState {
         policy: &'p Policy,
         meters: &Meters,
         host: &impl Host,
-        request: &Request<'_>,
+        Arrival { request, carried, may_hold }: Arrival<'_>,
         continuation: Option<Continuation>,
-        may_hold: bool,
     ) -> Decision<'p> {
         let WorkerState { limiter, watches, trials } = self;
         let mut decision = Decision::default();
@@ -238,9 +311,11 @@ impl WorkerState {
         let destination = route.split.as_ref().and_then(|split| {
             let choice = match trial {
                 Some((stand, trial)) => {
-                    let (choice, share) = trial.choose(&stand, request, host);
+                    let carried = carried.decided(&stand.canary.rollout);
+                    let (choice, share) = trial.choose(&stand, request, carried, host);
                     decision.reasons.share = Some(share);
-                    decision.exchange.sample = trial.sample(&stand, index, choice, host);
+                    decision.reasons.decided = Trial::decided(&stand, choice, share);
+                    decision.exchange.sample = trial.sample(&stand, index, (choice, share), host);
                     choice
                 }
                 None => split.choose(Fraction::NONE, None, || host.random()),
@@ -261,47 +336,66 @@ impl WorkerState {
         host.add(sent_to.requests, 1);
 
         // The fault last: what is injected replaces what would have happened otherwise.
-        if let (Some(fault), Some(faults)) = (&route.fault, &meters.faults) {
+        if let Some(fault) = &route.fault
+            && !fault.target.includes(request, chosen, host)
+        {
+            reasons.withheld = Some(Withheld::NotAimed);
+        } else if let (Some(fault), Some(faults)) = (&route.fault, &meters.faults) {
             let inbound = || trace::extract(request).ok().flatten();
             let context = reasons.trace.as_ref().map(|continuation| continuation.context).or_else(inbound);
-            reasons.drawn = fault.draw(fault.draws(context.map(|context| context.trace_id), || host.random()));
-            if !reasons.drawn.is_none() {
+            let trace_id = context.map(|context| context.trace_id);
+            reasons.drawn = fault.draw(fault.asked(request), trace_id, || host.random());
+            let mut is_unwell = || {
                 let watch = watches.get_mut(index).and_then(|watches| watches.get_mut(chosen));
                 let name = destination.map_or(&*route.name, |(destination, _)| destination.label());
-                let is_unwell = watch.is_none_or(|watch| is_suspended(watch, sent_to, &route.name, name, host));
-                reasons.withheld = if is_unwell {
-                    Some(Withheld::Suspended)
-                } else if fault.shadow {
-                    Some(Withheld::Shadow)
-                } else if reasons.drawn.delay.is_some() && !may_hold {
-                    Some(Withheld::Overflow)
-                } else {
-                    None
+                watch.is_none_or(|watch| is_suspended(watch, sent_to, &route.name, name, host))
+            };
+            reasons.withheld = if reasons.drawn.is_none() {
+                Some(Withheld::NotDrawn)
+            } else if is_unwell() {
+                Some(Withheld::Suspended)
+            } else if fault.shadow {
+                Some(Withheld::Shadow)
+            } else if reasons.drawn.delay.is_some() && !may_hold {
+                Some(Withheld::Overflow)
+            } else if fault.slots.as_ref().is_some_and(|slots| !slots.take(host)) {
+                Some(Withheld::MaxActive)
+            } else {
+                None
+            };
+            faults.count(&reasons.drawn, reasons.withheld, host);
+            if reasons.withheld.is_none() {
+                *verdict = match reasons.drawn.abort {
+                    Some(Abort::Answer(status)) => Verdict::Answer(status.reply(exchange.is_grpc, fault.marks)),
+                    Some(Abort::Reset) => Verdict::Reset,
+                    Some(Abort::Asked) | None => Verdict::Continue,
                 };
-                faults.count(&reasons.drawn, reasons.withheld, host);
-                if reasons.withheld.is_none() {
-                    let reply = reasons.drawn.abort.map(|abort| abort.reply(exchange.is_grpc));
-                    *verdict = match (reasons.drawn.delay, reply) {
-                        (Some(delay), reply) => Verdict::Delay(delay, reply),
-                        (None, Some(reply)) => Verdict::Answer(reply),
-                        (None, None) => Verdict::Continue,
-                    };
-                    if let (Some(trace), Some(continuation)) = (&policy.trace, &mut reasons.trace)
-                        && trace.forced_by_faults
-                    {
-                        continuation.force_sampling();
-                    }
+                let marks = fault.marks;
+                let replacement = |status| Replacement { status, marks, route: index };
+                exchange.replacement = reasons.drawn.response.map(replacement);
+                exchange.slot = fault.slots.as_ref().map(|_| Slot(index));
+                if let Some(delay) = reasons.drawn.delay {
+                    let then = std::mem::take(verdict);
+                    // Nothing more is to come of the fault then, unless an answer is still to be replaced.
+                    let slot = if exchange.replacement.is_none() { exchange.slot.take() } else { None };
+                    *verdict = Verdict::Delay(Box::new(Hold { delay, then, slot }));
                 }
             }
         }
 
-        // Only a request that nothing was done to tells how its target is.
+        if let Some(report) = Report::new(route, meters) {
+            let is_faulted = !reasons.drawn.is_none() && reasons.withheld.is_none();
+            exchange.attempt = report.begin(index, is_faulted, host);
+        }
+
+        // Only a request that nothing was done to tells how its target is. An answer that will be replaced is learned
+        // from before.
         if *verdict == Verdict::Continue {
             exchange.observed = route.targets.get(chosen).copied().filter(|target| policy.is_watched(*target));
         } else {
             exchange.sample = None;
         }
-        if let Verdict::Answer(_) | Verdict::Delay(_, Some(_)) = verdict
+        if *verdict.last() != Verdict::Continue
             && let Some(limited) = &mut exchange.limited
         {
             settle(&route.limits, &std::mem::take(&mut limited.held), None, host.now(), host);
@@ -343,8 +437,7 @@ impl Limiter {
 }
 
 impl Filter {
-    /// Learns from the head of a response, and hands how to change it to `change`; `header` is asked only where somebody
-    /// wants to know.
+    /// Learns from the head of a response, and changes it; `header` is asked only where somebody wants to know.
     pub fn on_response(
         &mut self,
         host: &impl Host,
@@ -353,10 +446,23 @@ impl Filter {
         change: &mut dyn FnMut(HeaderMutation<'static>),
     ) {
         self.learn(host, exchange, header);
+        let replaced = exchange.replacement.and_then(|_| self.replace(host, exchange, header, change));
+        if let Some(attempt) = exchange.attempt.take()
+            && let Some(route) = self.policy.routes.get(attempt.route)
+            && let Some(meters) = self.meters.routes.get(attempt.route)
+            && let Some(report) = Report::new(route, meters)
+        {
+            let failed = match replaced {
+                Some(status) => is_failure(status.http(), None),
+                None => is_failure(number(header(":status")).unwrap_or(0), number(header("grpc-status"))),
+            };
+            report.answer(attempt, failed, host);
+        }
         if let Some(trace) = &self.policy.trace
             && let Some(context) = exchange.trace.take()
+            && let Some(mutation) = Continuation::response(&context, trace.response)
         {
-            Continuation::response(&context, trace.response).map(&mut *change);
+            change(mutation);
         }
         if let Some(limited) = &mut exchange.limited
             && let Some(told) = limited.told.take()
@@ -367,6 +473,51 @@ impl Filter {
                 let add = if is_list { HeaderMutation::Add } else { HeaderMutation::Set };
                 change(add(name, value));
             });
+        }
+    }
+
+    /// Replaces the status of an answer that the upstream gave, of a gRPC call where its status stands. What Envoy
+    /// itself says in the upstream's place, and what switches protocols, is left alone. Returns what the answer says
+    /// now, where it was replaced.
+    fn replace(
+        &self,
+        host: &impl Host,
+        exchange: &mut Exchange,
+        header: Header<'_>,
+        change: &mut dyn FnMut(HeaderMutation<'static>),
+    ) -> Option<Status> {
+        let found = number(header(":status")).unwrap_or(0);
+        let details = host.property(&["response", "code_details"]);
+        if found < 200 || details.is_some_and(|details| details != b"via_upstream") {
+            exchange.replacement = None;
+            return None;
+        }
+        let Replacement { status, .. } = exchange.replacement?;
+        let has_grpc_status = exchange.is_grpc && header("grpc-status").is_some();
+        if has_grpc_status || !exchange.is_grpc || found != 200 {
+            self.put(host, exchange.replacement.take()?, has_grpc_status, change);
+        }
+        Some(status)
+    }
+
+    /// Puts a fault where the status of an answer stands.
+    fn put(
+        &self,
+        host: &impl Host,
+        Replacement { status, marks, route }: Replacement,
+        as_grpc: bool,
+        change: &mut dyn FnMut(HeaderMutation<'static>),
+    ) {
+        if let Some(faults) = self.meters.routes.get(route).and_then(|meters| meters.faults.as_ref()) {
+            faults.count_response(host);
+        }
+        let (name, code) = if as_grpc { ("grpc-status", status.grpc().into()) } else { (":status", status.http()) };
+        change(HeaderMutation::Set(name, Cow::Owned(code.to_string().into_bytes())));
+        if as_grpc {
+            change(HeaderMutation::Set("grpc-message", Cow::Borrowed(MESSAGE.as_bytes())));
+        }
+        if marks {
+            change(HeaderMutation::Set(MARK, Cow::Borrowed(b"response")));
         }
     }
 
@@ -382,30 +533,60 @@ impl Filter {
         if exchange.is_grpc && status == 200 && grpc_status.is_none() {
             return; // the trailers will tell
         }
-        self.observe(host, exchange, status, grpc_status);
+        self.observe(host, exchange, header, status, grpc_status);
     }
 
-    /// Learns from the trailers of a response.
-    pub fn on_response_trailers(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
+    /// Learns from the trailers of a response, and changes them.
+    pub fn on_response_trailers(
+        &mut self,
+        host: &impl Host,
+        exchange: &mut Exchange,
+        header: Header<'_>,
+        change: &mut dyn FnMut(HeaderMutation<'static>),
+    ) {
         if exchange.is_awaited() {
-            self.observe(host, exchange, 200, number(header("grpc-status")));
+            self.observe(host, exchange, header, 200, number(header("grpc-status")));
+        }
+        if let Some(replacement) = exchange.replacement.take() {
+            self.put(host, replacement, true, change);
         }
     }
 
-    fn observe(&mut self, host: &impl Host, exchange: &mut Exchange, status: u16, grpc_status: Option<u16>) {
-        let failed = is_failure(status, grpc_status);
-        if let Some(meters) = exchange.observed.take().and_then(|target| self.meters.targets.get(target.0)) {
-            host.add(meters.requests, 1);
-            if failed {
-                host.add(meters.failures, 1);
-            }
+    /// Gives back the slot of a fault that is over.
+    pub fn free(&self, slot: Slot, host: &impl Host) {
+        let fault = self.policy.routes.get(slot.0).and_then(|route| route.fault.as_ref());
+        if let Some(slots) = fault.and_then(|fault| fault.slots.as_ref()) {
+            slots.give_back(host);
         }
+    }
+
+    fn observe(
+        &mut self,
+        host: &impl Host,
+        exchange: &mut Exchange,
+        header: Header<'_>,
+        status: u16,
+        grpc_status: Option<u16>,
+    ) {
         if exchange.holds()
             && let Some(limited) = &mut exchange.limited
             && let Some(route) = self.policy.routes.get(limited.route)
         {
             let status = grpc_status.map_or(status, |code| http_from_grpc(u8::try_from(code).unwrap_or(u8::MAX)));
-            settle(&route.limits, &std::mem::take(&mut limited.held), Some(status), host.now(), host);
+            let status = if header(MARK).is_some() { None } else { Some(status) };
+            settle(&route.limits, &std::mem::take(&mut limited.held), status, host.now(), host);
+        }
+        let failed = is_failure(status, grpc_status);
+        // A fault of another Trimtab on the way, such as an upstream filter of this Envoy, is nobody's failure.
+        if failed && header(MARK).is_some() {
+            (exchange.observed, exchange.sample) = (None, None);
+            return;
+        }
+        if let Some(meters) = exchange.observed.take().and_then(|target| self.meters.targets.get(target.0)) {
+            host.add(meters.requests, 1);
+            if failed {
+                host.add(meters.failures, 1);
+            }
         }
         // Somebody's limit says nothing of the version that answered.
         let is_limited = status == 429 || grpc_status == Some(8);
@@ -445,6 +626,28 @@ impl Filter {
         let is_judged = self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some());
         windows.into_iter().chain(leases).chain(is_judged.then_some(JUDGE_PERIOD)).min()
     }
+}
+
+/// Whether something was done to a request that its trace has to tell, whatever samplers say.
+fn is_forced(force: Force, policy: &Policy, reasons: &Reasons, host: &impl Host) -> bool {
+    let is_faulted = || !reasons.drawn.is_none() && reasons.withheld.is_none();
+    let is_limited = |admission: &Box<Admission>| {
+        let would_refuse = |remark: &Remark| matches!(remark, Remark::WouldRefuse(_));
+        admission.refused.is_some() || admission.remarks.iter().any(would_refuse)
+    };
+    let is_moved = || {
+        let split = policy.routes.get(reasons.route?)?.split.as_ref()?;
+        let canary = split.canary.as_ref().filter(|canary| !canary.shadow)?;
+        let (Why::Cohort { place } | Why::Drawn { place }) = reasons.choice?.why else { return None };
+        if reasons.share?.term != Term::RolledBack {
+            return None;
+        }
+        let due = canary.share(split.weight(canary.destination), || host.wall_now());
+        Some(place < due.weight.ppm())
+    };
+    (force.fault && is_faulted())
+        || (force.rate_limit && reasons.admission.as_ref().is_some_and(is_limited))
+        || (force.rollback && is_moved() == Some(true))
 }
 
 /// Whether the target is unwell by the judgement of `watch`, or was a short while ago by any worker's. `route` and

@@ -30,7 +30,8 @@ pub enum StringMatch {
 }
 
 impl StringMatch {
-    fn matches(&self, value: &[u8], ignore_case: bool) -> bool {
+    /// Whether `value` passes; ASCII letters fit in either case where the policy says so.
+    pub fn matches(&self, value: &[u8], ignore_case: bool) -> bool {
         match self {
             StringMatch::Exact(exact) if ignore_case => value.eq_ignore_ascii_case(exact),
             StringMatch::Exact(exact) => value == &**exact,
@@ -46,7 +47,7 @@ impl StringMatch {
     }
 
     /// Reads `{exact: ..}`, `{prefix: ..}` or `{regex: ..}`; where `may_be_empty`, `{}` is presence.
-    fn read(value: &Value<'_>, may_be_empty: bool) -> Option<StringMatch> {
+    pub fn read(value: &Value<'_>, may_be_empty: bool) -> Option<StringMatch> {
         let mut fields = value.object()?;
         let exact = fields.optional("exact");
         let prefix = fields.optional("prefix");
@@ -289,7 +290,8 @@ fn read_route_name(fields: &mut Fields<'_>) -> Option<Condition> {
     Some(Condition::new(Subject::RouteName, test))
 }
 
-fn read_named<'a>(fields: &mut Fields<'a>, field: &'static str) -> Vec<(&'a str, Value<'a>)> {
+/// The entries of `field`, by the names that the user gave them.
+pub fn read_named<'a>(fields: &mut Fields<'a>, field: &'static str) -> Vec<(&'a str, Value<'a>)> {
     fields.optional(field).and_then(|value| value.entries()).unwrap_or_default()
 }
 

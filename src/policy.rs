@@ -1,9 +1,9 @@
 //! The policy document: read strictly, and compiled to what a request needs.
 
-use crate::canary::{Canary, Destination, Split, Steering};
+use crate::canary::{Canary, CohortHeader, Destination, Split, Steering, can_be_carried};
 use crate::diagnostic::{Diagnostic, Report, Severity};
-use crate::document::{Fields, Node, Value, quoted};
-use crate::fault::Fault;
+use crate::document::{Environment, Fields, Node, Value, quoted};
+use crate::fault::{Fault, Surroundings};
 use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
 use crate::matcher::{Condition, RequestMatch};
 use crate::ratelimit::{self, Keyspace, Limit, Rate};
@@ -29,6 +29,8 @@ pub struct Policy {
     pub header_names: HeaderNames,
     pub steering: Steering,
     pub steering_header: HeaderId,
+    /// How decisions are carried from hop to hop.
+    pub cohort: Option<CohortHeader>,
     pub routes: Vec<Route>,
     route_table: RouteTable,
     pub trace: Option<Trace>,
@@ -71,22 +73,22 @@ const _: () = {
 };
 
 impl Policy {
-    /// Reads a JSON document; with it come the warnings.
+    /// Reads a JSON document, and from `environment` what it names there; with it come the warnings.
     ///
     /// # Errors
     /// Everything that is wrong with it, at least one error among them.
-    pub fn from_json(text: &[u8]) -> Result<(Policy, Vec<Diagnostic>), Vec<Diagnostic>> {
+    pub fn from_json(text: &[u8], environment: Environment<'_>) -> Result<(Policy, Vec<Diagnostic>), Vec<Diagnostic>> {
         let node = Node::from_json(text).map_err(|diagnostic| vec![diagnostic])?;
-        Policy::from_node(&node)
+        Policy::from_node(&node, environment)
     }
 
     /// Reads a document that was parsed already; with it come the warnings.
     ///
     /// # Errors
     /// Everything that is wrong with it, at least one error among them.
-    pub fn from_node(node: &Node) -> Result<(Policy, Vec<Diagnostic>), Vec<Diagnostic>> {
+    pub fn from_node(node: &Node, environment: Environment<'_>) -> Result<(Policy, Vec<Diagnostic>), Vec<Diagnostic>> {
         let report = Report::default();
-        let policy = Policy::read(&Value::root(node, &report));
+        let policy = Policy::read(&Value::root(node, &report), environment);
         match policy {
             Some(policy) if report.errors() == 0 => Ok((policy, report.into_diagnostics())),
             _ => {
@@ -99,7 +101,7 @@ impl Policy {
         }
     }
 
-    fn read(value: &Value<'_>) -> Option<Policy> {
+    fn read(value: &Value<'_>, environment: Environment<'_>) -> Option<Policy> {
         let mut fields = value.object()?;
         if let Some(version) = fields.required("apiVersion") {
             version.one_of(&[(API_VERSION, ())]);
@@ -112,9 +114,11 @@ impl Policy {
             None => Steering::default(),
         };
         let steering_header = header_names.intern(&steering.header)?;
+        let cohort =
+            fields.optional("cohort").and_then(|value| CohortHeader::read(&value, environment, &mut header_names));
         let trace = fields.optional("trace").and_then(|value| Trace::read(&value, &state_prefix, &mut header_names));
         let (labels, routes, targets) = (Vec::new(), Vec::new(), Vec::new());
-        let mut reading = Reading { labels, state_prefix, steering, header_names, routes, targets };
+        let mut reading = Reading { labels, state_prefix, steering, cohort, header_names, routes, targets };
         if let Some(routes) = fields.optional("routes") {
             reading.routes(&routes);
         }
@@ -130,13 +134,14 @@ impl Policy {
             fields.refuse(field, why);
         }
         fields.end();
-        let Reading { state_prefix, steering, header_names, routes, targets, .. } = reading;
+        let Reading { state_prefix, steering, cohort, header_names, routes, targets, .. } = reading;
         Some(Policy {
             name: name.into(),
             state_prefix: state_prefix.into(),
             header_names,
             steering,
             steering_header,
+            cohort,
             reads_route_name: routes.iter().flat_map(|route| &route.matches).any(RequestMatch::reads_route_name),
             route_table: RouteTable::new(routes.iter().map(|route| &*route.matches)),
             routes,
@@ -165,6 +170,11 @@ impl Policy {
             None if found.0 > 0 => mutations.push(HeaderMutation::Remove(&self.steering.header)),
             None => {}
         }
+    }
+
+    /// Whether a route decides on `rollout`.
+    pub fn knows(&self, rollout: &str) -> bool {
+        self.routes.iter().filter_map(Route::canary).any(|canary| &*canary.rollout == rollout)
     }
 
     /// The rate with the id `id`, and where its keys are kept.
@@ -210,6 +220,7 @@ struct Reading {
     labels: Vec<String>,
     state_prefix: String,
     steering: Steering,
+    cohort: Option<CohortHeader>,
     header_names: HeaderNames,
     routes: Vec<Route>,
     targets: Vec<Target>,
@@ -240,6 +251,15 @@ impl Reading {
                     "give each its own: its cap and its verdict are kept under its name",
                 );
             }
+            if let Some(canary) = route.canary()
+                && self.cohort.is_some()
+                && !can_be_carried(&canary.rollout)
+            {
+                item.error(
+                    format!("the cohort header cannot carry the rollout {}", quoted(&canary.rollout)),
+                    "name it in visible ASCII characters without \" \\ and comma",
+                );
+            }
             if let Some(earlier) = self.routes.iter().find(|known| known.matches.is_empty()) {
                 item.warning(
                     format!("{} matches every request before this route is reached", quoted(&earlier.name)),
@@ -264,7 +284,16 @@ impl Reading {
         let matches: Vec<RequestMatch> =
             matches.iter().filter_map(|entry| RequestMatch::read(entry, &mut self.header_names)).collect();
         let split = Split::read(fields, &self.state_prefix, &self.steering, &mut self.header_names);
-        let fault = fields.optional("fault").and_then(|value| Fault::read(&value, name));
+        let fault = fields.optional("fault").and_then(|value| {
+            let destinations = split.iter().flat_map(|split| &split.destinations);
+            let around = Surroundings {
+                route: name,
+                destinations: destinations.map(|(destination, _)| destination.label()).collect(),
+                state_prefix: format!("{}fault/{}/", self.state_prefix, label(name)),
+                header_names: &mut self.header_names,
+            };
+            Fault::read(&value, around)
+        });
         let limits = fields
             .optional("rateLimits")
             .map(|value| {
@@ -356,7 +385,7 @@ mod tests {
     use super::*;
 
     fn told(text: &str) -> Vec<String> {
-        match Policy::from_json(text.as_bytes()) {
+        match Policy::from_json(text.as_bytes(), &|_| None) {
             Ok((_, warnings)) => warnings.iter().map(ToString::to_string).collect(),
             Err(diagnostics) => diagnostics.iter().map(ToString::to_string).collect(),
         }
@@ -420,6 +449,7 @@ mod tests {
                 {"name": "y", "match": [{"headers": {"y": {}}}], "fault": {"abort": {"percentage": {"value": 1}, "httpStatus": 500}}},
                 {"name": "z", "route": [{"destination": {"host": "h", "subset": "v1"}, "weight": 90},
                                         {"destination": {"host": "h", "subset": "v2"}, "weight": 10}]}]}"#,
+            &|_| None,
         )
         .unwrap();
         let names: Vec<_> = policy.targets.iter().map(|target| (&*target.name, target.watched)).collect();

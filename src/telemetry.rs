@@ -5,8 +5,8 @@
 //! What all workers have to see of each other at once, such as a target's failures, is counted here too: adding to a
 //! metric is atomic and far cheaper than a shared word.
 
-use crate::canary::{Arm, Canary, Counts, Finding, Question, Share, Split, Term, Verdict, decibans};
-use crate::fault::{Injection, Withheld};
+use crate::canary::{Arm, Canary, Carried, Counts, Finding, Question, Share, Split, Term, Verdict, decibans};
+use crate::fault::{Abort, Injection, Withheld};
 use crate::host::{MetricId, Metrics};
 use crate::outlier::Totals;
 use crate::policy::{Policy, Route, label};
@@ -26,6 +26,8 @@ pub struct Meters {
     pub routes: Vec<RouteMeters>,
     /// In the order of the policy's targets.
     pub targets: Vec<TargetMeters>,
+    /// Where decisions are carried from hop to hop.
+    cohort: Option<CohortMeters>,
     /// Of requests that leave the application.
     outbound: TraceMeters,
     /// Of all others.
@@ -72,6 +74,8 @@ pub struct RouteMeters {
     pub rollout: Option<RolloutMeters>,
     /// Where the route injects faults.
     pub faults: Option<FaultMeters>,
+    /// Where they are aimed at hosts or attempts.
+    pub report: Option<ReportMeters>,
     /// In the order of the route's limits.
     limits: Vec<LimitMeters>,
     state: StateMeters,
@@ -158,9 +162,48 @@ pub struct TargetMeters {
 pub struct FaultMeters {
     delays: MetricId,
     aborts: MetricId,
+    resets: MetricId,
+    responses: MetricId,
+    not_drawn: MetricId,
+    max_active: MetricId,
     suspended: MetricId,
     shadow: MetricId,
     overflow: MetricId,
+}
+
+/// What an experiment on hosts or attempts has shown so far.
+#[derive(Debug)]
+pub struct ReportMeters {
+    /// First attempts.
+    pub requests: MetricId,
+    /// Later ones.
+    pub retries: MetricId,
+    /// Attempts whose answer was no failure.
+    pub succeeded: MetricId,
+    /// Those of them that were retries.
+    pub masked: MetricId,
+    /// Requests that came by where hosts and attempts are not known.
+    pub misplaced: MetricId,
+    /// In the order of the fault's hosts.
+    pub hosts: Vec<HostMeters>,
+}
+
+/// What became of one host. All workers share it.
+#[derive(Clone, Copy, Debug)]
+pub struct HostMeters {
+    /// Attempts that reached it, and those of them that were faulted.
+    pub attempts: MetricId,
+    pub faults: MetricId,
+    /// How often it has been ejected, whether it is now, after how many faults it was, and for how long the last time.
+    pub ejections: MetricId,
+    pub ejected: MetricId,
+    pub errors_until_ejection: MetricId,
+    pub ejected_ms: MetricId,
+    /// When an attempt last reached it, and how many had gone elsewhere by then.
+    pub seen_ms: MetricId,
+    pub elsewhere_before: MetricId,
+    /// How many faults there were when it last came back.
+    pub faults_before: MetricId,
 }
 
 /// What requests arrived with, and what was done about it.
@@ -199,6 +242,17 @@ const NOTES: [(Note, &str); 8] = [
     (Note::Displaced, "displaced"),
 ];
 
+/// The decisions of canaries that requests arrived with.
+#[derive(Clone, Copy, Debug)]
+struct CohortMeters {
+    followed: MetricId,
+    /// Of rollouts that the policy does not know.
+    foreign: MetricId,
+    malformed: MetricId,
+    forged: MetricId,
+    stale: MetricId,
+}
+
 /// The health of shared data.
 #[derive(Clone, Copy, Debug)]
 struct StateMeters {
@@ -236,6 +290,13 @@ impl Meters {
             unmatched: counter("unmatched"),
             routes: routes.map(|route| RouteMeters::define(&prefix, route, &targets, state, metrics)).collect(),
             targets,
+            cohort: policy.cohort.as_ref().map(|_| CohortMeters {
+                followed: counter("cohort.followed"),
+                foreign: counter("cohort.foreign"),
+                malformed: counter("cohort.malformed"),
+                forged: counter("cohort.forged"),
+                stale: counter("cohort.stale"),
+            }),
             outbound: match &policy.trace {
                 Some(trace) if trace.bridge.is_some() => {
                     TraceMeters::define(&|name| counter(&format!("outbound.trace.{name}")))
@@ -249,6 +310,24 @@ impl Meters {
         }
     }
 
+    /// Counts the decisions that a request arrived with; `share` is what the canary of its route got.
+    pub fn count_carried(&self, carried: &Carried, policy: &Policy, share: Option<Share>, metrics: &impl Metrics) {
+        let Some(meters) = &self.cohort else { return };
+        let is_followed = share.is_some_and(|share| share.term == Term::Carried);
+        let is_foreign = |rollout: &&str| !policy.knows(rollout);
+        for (metric, count) in [
+            (meters.followed, u64::from(is_followed)),
+            (meters.foreign, carried.rollouts().filter(is_foreign).count() as u64),
+            (meters.malformed, carried.refused.malformed),
+            (meters.forged, carried.refused.forged),
+            (meters.stale, carried.refused.stale),
+        ] {
+            if count > 0 {
+                metrics.add(metric, count);
+            }
+        }
+    }
+
     /// Counts what a request arrived with and what was done about it.
     pub fn count_trace(&self, continuation: &Continuation, remembered: Notes, metrics: &impl Metrics) {
         let is_outbound = continuation.direction == Direction::Outbound && !self.outbound.arrived.is_empty();
@@ -259,6 +338,7 @@ impl Meters {
             }
         };
         let (arrived, reason) = match continuation.arrived {
+            Arrived::Decided => return,
             Arrived::Valid => (0, None),
             Arrived::Missing => (1, None),
             Arrived::Invalid(Invalid::Duplicate) => (2, Some(3)),
@@ -319,9 +399,21 @@ impl RouteMeters {
             faults: route.fault.as_ref().map(|_| FaultMeters {
                 delays: counter("fault.delays"),
                 aborts: counter("fault.aborts"),
+                resets: counter("fault.resets"),
+                responses: counter("fault.responses"),
+                not_drawn: counter("fault.not_drawn"),
+                max_active: counter("fault.max_active"),
                 suspended: counter("fault.suspended"),
                 shadow: counter("fault.shadow"),
                 overflow: counter("fault.overflow"),
+            }),
+            report: route.fault.as_ref().filter(|fault| fault.target.is_upstream()).map(|fault| {
+                let [requests, retries, succeeded, masked, misplaced] =
+                    ["requests", "retries", "succeeded", "masked", "misplaced"]
+                        .map(|name| counter(&format!("fault.experiment.{name}")));
+                let hosts = fault.target.hosts.iter();
+                let hosts = hosts.map(|host| HostMeters::define(&prefix, &host.address, metrics)).collect();
+                ReportMeters { requests, retries, succeeded, masked, misplaced, hosts }
             }),
             limits: route.limits.iter().map(|limit| LimitMeters::define(&prefix, limit, metrics)).collect(),
             state,
@@ -556,20 +648,55 @@ impl JudgeMeters {
 }
 
 impl FaultMeters {
-    /// Counts what was injected, or why it was withheld.
+    /// Counts what was injected, or why nothing was. An answer is counted when it has been replaced.
     pub fn count(&self, drawn: &Injection, withheld: Option<Withheld>, metrics: &impl Metrics) {
-        match withheld {
-            Some(Withheld::Suspended) => metrics.add(self.suspended, 1),
-            Some(Withheld::Shadow) => metrics.add(self.shadow, 1),
-            Some(Withheld::Overflow) => metrics.add(self.overflow, 1),
+        let reason = match withheld {
+            Some(Withheld::NotAimed) => return,
+            Some(Withheld::NotDrawn) => self.not_drawn,
+            Some(Withheld::Suspended) => self.suspended,
+            Some(Withheld::Shadow) => self.shadow,
+            Some(Withheld::Overflow) => self.overflow,
+            Some(Withheld::MaxActive) => self.max_active,
             None => {
                 if drawn.delay.is_some() {
                     metrics.add(self.delays, 1);
                 }
-                if drawn.abort.is_some() {
-                    metrics.add(self.aborts, 1);
+                match drawn.abort {
+                    Some(Abort::Reset) => metrics.add(self.resets, 1),
+                    Some(_) => metrics.add(self.aborts, 1),
+                    None => {}
                 }
+                return;
             }
+        };
+        metrics.add(reason, 1);
+    }
+
+    /// Counts an answer that was replaced.
+    pub fn count_response(&self, metrics: &impl Metrics) {
+        metrics.add(self.responses, 1);
+    }
+}
+
+impl HostMeters {
+    fn define(route: &str, address: &str, metrics: &impl Metrics) -> HostMeters {
+        let address = label(address);
+        let name = |name: &str| format!("{route}.fault.host.{address}.{name}");
+        let [attempts, faults, ejections] =
+            ["attempts", "faults", "ejections"].map(|counter| metrics.counter(&name(counter)));
+        let [ejected, errors_until_ejection, ejected_ms, seen_ms, elsewhere_before, faults_before] =
+            ["ejected", "errors_until_ejection", "ejected_ms", "seen_ms", "elsewhere_before", "faults_before"]
+                .map(|gauge| metrics.gauge(&name(gauge)));
+        HostMeters {
+            attempts,
+            faults,
+            ejections,
+            ejected,
+            errors_until_ejection,
+            ejected_ms,
+            seen_ms,
+            elsewhere_before,
+            faults_before,
         }
     }
 }

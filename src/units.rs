@@ -137,7 +137,7 @@ pub fn read_instant(value: &Value<'_>) -> Option<Wall> {
 
 /// RFC 3339's `date-time`, from 1970 to 2553. There are no leap seconds, because the clock it is compared with has
 /// none, and nothing finer than a nanosecond.
-fn parse_instant(text: &str) -> Option<Wall> {
+pub fn parse_instant(text: &str) -> Option<Wall> {
     let bytes = text.as_bytes();
     let separated = [(4, b'-'), (7, b'-'), (10, b'T'), (13, b':'), (16, b':')];
     if separated.iter().any(|(at, expected)| bytes.get(*at).map(u8::to_ascii_uppercase) != Some(*expected)) {

@@ -1,10 +1,11 @@
-//! Reads `steering`, and a route's `route` and `canary`.
+//! Reads `steering` and `cohort`, and a route's `route` and `canary`.
 
+use super::cohort_header::{Accept, CohortHeader, Key};
 use super::judge::Judge;
 use super::policy::{Canary, Destination, Split, Steering};
 use super::stages::{Schedule, Stage};
 use crate::decimal::Decimal;
-use crate::document::{Fields, Value, quoted};
+use crate::document::{Environment, Fields, Value, quoted};
 use crate::http::HeaderNames;
 use crate::key::KeySource;
 use crate::matcher::read_header_name;
@@ -57,6 +58,97 @@ impl Steering {
         let port = port.map(|port| port.to_string()).unwrap_or_default();
         self.template.replace("{subset}", subset).replace("{host}", host).replace("{port}", &port)
     }
+}
+
+const DEFAULT_COHORT_HEADER: &str = "x-trimtab-cohort";
+
+impl CohortHeader {
+    /// Reads the `cohort` block. `None` where it is wrong.
+    pub fn read(value: &Value<'_>, environment: Environment<'_>, names: &mut HeaderNames) -> Option<CohortHeader> {
+        const DEFAULT_AGE: Duration = Duration::from_secs(300);
+        let mut fields = value.object()?;
+        let header = match fields.optional("header") {
+            Some(value) => {
+                let name = value.text()?;
+                if name.starts_with(':') {
+                    value.unfit("expected a header that is no pseudo-header");
+                }
+                read_header_name(&value, name, names)?
+            }
+            None => names.intern(DEFAULT_COHORT_HEADER)?,
+        };
+        let accept = fields.optional("accept").map_or(Some(Accept::Signed), |value| {
+            value.one_of(&[("signed", Accept::Signed), ("any", Accept::Any), ("none", Accept::None)])
+        });
+        let keys = fields.optional("signingKeys");
+        if keys.is_none() && accept == Some(Accept::Signed) {
+            value.error(
+                "signed decisions are accepted and there are no signingKeys",
+                "write signingKeys: [{env: TRIMTAB_COHORT_KEY}], or accept: any where every caller is trusted",
+            );
+        }
+        let keys = keys.map_or(Some(Vec::new()), |keys| read_signing_keys(&keys, environment));
+        let max_age = fields
+            .optional("maxAge")
+            .map_or(Some(DEFAULT_AGE), |value| read_duration(&value, Duration::from_secs(1)))
+            .map(|age| age.as_secs());
+        fields.end();
+        Some(CohortHeader {
+            name: names.name(header).into(),
+            id: header,
+            accept: accept?,
+            keys: keys?,
+            max_age: max_age?,
+        })
+    }
+}
+
+fn read_signing_keys(value: &Value<'_>, environment: Environment<'_>) -> Option<Vec<Key>> {
+    /// One that signs, one that came before it, one that comes next.
+    const MOST: usize = 3;
+    /// As long as the hash is (RFC 2104, section 3).
+    const LEAST_BYTES: usize = 32;
+    let items = value.array()?;
+    if items.is_empty() || items.len() > MOST {
+        value.error(format!("{} signing keys", items.len()), format!("write 1 to {MOST}: the first signs, all verify"));
+    }
+    let mut keys = Vec::new();
+    for item in &items {
+        let mut fields = item.object()?;
+        let (written, variable) = (fields.optional("value"), fields.optional("env"));
+        fields.end();
+        let (found, key) = match (written, variable) {
+            (Some(written), None) => {
+                written.warning(
+                    "a signing key in the policy is read by everybody who reads the policy",
+                    "name a variable of the proxy's environment in env",
+                );
+                let key = written.text()?.as_bytes().to_vec();
+                (written, key)
+            }
+            (None, Some(variable)) => {
+                let name = variable.text()?;
+                let Some(key) = environment(name) else {
+                    variable.error(
+                        format!("the environment has no {}", quoted(name)),
+                        "set it in vmConfig.env of the WasmPlugin, or environment_variables of Envoy's vm_config",
+                    );
+                    continue;
+                };
+                (variable, key)
+            }
+            _ => {
+                item.error("a signing key has one source", "write {env: NAME} or {value: KEY}");
+                continue;
+            }
+        };
+        if key.len() < LEAST_BYTES {
+            let help = format!("expected at least {LEAST_BYTES}, such as of openssl rand -hex {LEAST_BYTES}");
+            found.error(format!("a key of {} bytes", key.len()), help);
+        }
+        keys.push(Key(key));
+    }
+    (keys.len() == items.len()).then_some(keys)
 }
 
 /// Whether `text` may stand in a header as it is (RFC 9110, section 5.5, ASCII only).

@@ -1,6 +1,7 @@
 //! Which destination one request goes to.
 
 use super::cohort::{cohort, stable_draw};
+use super::cohort_header::Decided;
 use super::policy::{Canary, Split};
 use crate::host::Properties;
 use crate::http::Request;
@@ -25,6 +26,8 @@ pub enum Why {
     Cohort { place: u32 },
     /// No key: this request was drawn at this place, in parts per million.
     Drawn { place: u32 },
+    /// An earlier hop with the same rollout found it at this place, in parts per million.
+    Carried { place: u32 },
 }
 
 /// How much of its route's traffic a canary gets, and why.
@@ -39,6 +42,8 @@ pub struct Share {
 pub enum Term {
     /// The weight of the route.
     Route,
+    /// What an earlier hop with the same rollout gave it.
+    Carried,
     /// Its start time is yet to come.
     NotStarted,
     /// This one of its stages, an index.
@@ -100,6 +105,16 @@ impl Split {
                 Choice { destination, why: Why::Drawn { place } }
             }
         }
+    }
+
+    /// Chooses as an earlier hop did, but gives the canary `weight`; `key` is the request's key, if it shows one here.
+    pub fn follow(&self, carried: Decided, weight: Fraction, key: Option<&[u8]>) -> Choice {
+        let place = carried.place;
+        let Some(canary) = self.canary.as_ref().filter(|_| self.destinations.len() > 1) else {
+            return Choice { destination: 0, why: Why::Only };
+        };
+        let draw = || stable_draw(canary.rollout.as_bytes(), key.unwrap_or(&place.to_le_bytes()));
+        Choice { destination: self.on_trial(canary, weight, place, draw), why: Why::Carried { place } }
     }
 
     /// The canary for those who stand below its weight; for the others, one of the rest by their relative weights.
@@ -233,6 +248,20 @@ mod tests {
                 assert!((f64::from(count) - expected).abs() < 4.0 * sigma, "{counts:?}");
             }
         }
+    }
+
+    #[test]
+    fn a_hop_follows_what_was_decided_and_chooses_the_others_by_its_own_weights() {
+        let split = split(&[60, 30, 10], Some(2));
+        let mut counts = [0_u32; 3];
+        for place in 0..100_000 {
+            let carried = Decided { place: place * 10, weight: Fraction::from_ppm(400_000) };
+            let choice = split.follow(carried, carried.weight, None);
+            assert_eq!(choice.destination == 2, carried.place < 400_000, "{carried:?}");
+            assert_eq!(choice, split.follow(carried, carried.weight, None));
+            counts[choice.destination] += 1;
+        }
+        assert!((counts[0] as i32 - 40_000).abs() < 600, "{counts:?}");
     }
 
     proptest! {

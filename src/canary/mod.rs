@@ -5,6 +5,7 @@
 //! the router's default, stable, is taken.
 
 mod cohort;
+mod cohort_header;
 mod config;
 mod decision;
 mod exposure;
@@ -16,6 +17,7 @@ mod stages;
 mod verdict;
 
 pub use cohort::cohort;
+pub use cohort_header::{Accept, Carried, CohortHeader, Decided, can_be_carried};
 pub use decision::{Choice, Share, Term, Why};
 pub use exposure::expose;
 pub use judge::{Arm, Counts, Finding, Judge, Question, Verdict, decibans};

@@ -1,8 +1,14 @@
 //! Reads a route's `fault` block.
 
+use super::control::HeaderControl;
 use super::guard::Guard;
-use super::policy::{Abort, DrawnFrom, Fault};
-use crate::document::{Fields, Value};
+use super::policy::{Abort, Delay, Distribution, DrawnFrom, Fault, Status};
+use super::slots::Slots;
+use super::target::{Host, Target};
+use crate::decimal::parse_decimal;
+use crate::document::{Fields, Value, quoted};
+use crate::http::{HeaderNames, MAX_HEADER_NAMES};
+use crate::matcher::{StringMatch, read_header_name, read_named};
 use crate::units::{Fraction, nanoseconds, read_duration};
 use std::time::Duration;
 use xxhash_rust::xxh64::xxh64;
@@ -30,28 +36,66 @@ const GRPC_CODES: [&str; 17] = [
 
 const LEAST_DELAY: Duration = Duration::from_millis(1);
 
+/// The most quantiles of a distribution.
+const MAX_QUANTILES: usize = 16;
+
+/// What a fault has to know of its route.
+pub struct Surroundings<'a> {
+    pub route: &'a str,
+    /// The names of the route's destinations, in their order.
+    pub destinations: Vec<&'a str>,
+    /// What the keys of the fault's shared words begin with.
+    pub state_prefix: String,
+    pub header_names: &'a mut HeaderNames,
+}
+
 impl Fault {
-    /// Reads the block of the route called `route`.
-    pub fn read(value: &Value<'_>, route: &str) -> Option<Fault> {
+    /// Reads the block of a route.
+    pub fn read(value: &Value<'_>, around: Surroundings<'_>) -> Option<Fault> {
+        let Surroundings { route, destinations, state_prefix, header_names } = around;
         let mut fields = value.object()?;
-        let delay = fields.optional("delay").and_then(|value| read_delay(&value));
-        let abort = fields.optional("abort").and_then(|value| read_abort(&value));
+        let listens = fields.optional("headerControl").and_then(|value| value.bool()).unwrap_or(false);
+        let (delay, abort, response) =
+            (fields.optional("delay"), fields.optional("abort"), fields.optional("response"));
+        if delay.is_none() && abort.is_none() && (response.is_none() || listens) {
+            let help = if listens { "write what may be asked for" } else { "write delay, abort, response or several" };
+            value.error("a fault without delay or abort", help);
+        }
+        let target = read_target(&mut fields, &destinations, &state_prefix, header_names);
+        if let Some(abort) = abort.as_ref().filter(|_| target.is_upstream()) {
+            abort.error(
+                "an abort of one host or attempt is neither retried nor counted by Envoy",
+                "write response: what the host has answered is replaced before the router sees it",
+            );
+        }
+        let delay = delay.and_then(|value| read_delay(&value));
+        let abort = abort.and_then(|value| read_abort(&value, listens));
+        let response = response.and_then(|value| read_response(&value));
+        fields.refuse("responseRateLimit", RATE_LIMIT);
+        let header_control = listens.then(|| HeaderControl::listen(header_names));
+        if header_control.is_some_and(|listening| listening.is_none()) {
+            value.error("too many header names", format!("a policy refers to at most {MAX_HEADER_NAMES}"));
+        }
+        let most = fields.optional("maxActive").and_then(|value| value.integer(1..=1_000_000));
+        let marks = fields.optional("markAnswers").and_then(|value| value.bool());
         let shadow = fields.optional("mode").and_then(|value| value.one_of(&[("enforce", false), ("shadow", true)]));
         let drawn_from = fields
             .optional("key")
             .and_then(|value| value.one_of(&[("traceId", DrawnFrom::TraceId), ("random", DrawnFrom::Random)]));
         let guard = fields.optional("guard").map_or(Some(Guard::default()), |value| read_guard(&value));
-        for field in ["headerControl", "maxActive", "until", "lease", "response", "target"] {
+        for field in ["until", "lease"] {
             fields.not_yet(field);
-        }
-        if delay.is_none() && abort.is_none() && !value_has(&mut fields, ["delay", "abort"]) {
-            value.error("a fault without delay or abort", "write delay, abort, or both");
         }
         fields.end();
         Some(Fault {
             delay,
             abort,
+            response,
+            header_control: header_control.flatten(),
             drawn_from: drawn_from.unwrap_or(DrawnFrom::TraceId),
+            target,
+            slots: most.map(|most| Slots { most, word: format!("{state_prefix}active").into() }),
+            marks: marks.unwrap_or(true),
             shadow: shadow.unwrap_or(false),
             guard: guard?,
             salt: xxh64(route.as_bytes(), 0),
@@ -59,8 +103,71 @@ impl Fault {
     }
 }
 
-fn value_has(fields: &mut Fields<'_>, names: [&'static str; 2]) -> bool {
-    names.into_iter().any(|name| fields.optional(name).is_some())
+/// What a filter cannot do, and what can.
+const RATE_LIMIT: &str = "a WebAssembly filter cannot let a body drip; put envoy.filters.http.fault with \
+                          response_rate_limit, or envoy.filters.http.bandwidth_limit, beside it";
+
+/// The most hosts, attempts or properties that a fault may name.
+const MAX_NAMED: usize = 16;
+
+fn read_target(
+    fields: &mut Fields<'_>,
+    destinations: &[&str],
+    state_prefix: &str,
+    header_names: &mut HeaderNames,
+) -> Target {
+    let mut target = Target::default();
+    if let Some(mut source) = fields.optional("source").and_then(|value| value.object()) {
+        for (name, test) in &read_named(&mut source, "headers") {
+            let id = read_header_name(test, name, header_names);
+            target.headers.extend(id.zip(StringMatch::read(test, true)));
+        }
+        for (path, test) in &read_named(&mut source, "properties") {
+            if path.split('.').any(str::is_empty) || target.properties.len() >= MAX_NAMED {
+                let help = format!("expected up to {MAX_NAMED} such as connection.uri_san_peer_certificate");
+                test.error(format!("{} as an attribute's path", quoted(path)), help);
+            }
+            target.properties.extend(StringMatch::read(test, true).map(|test| (Box::from(*path), test)));
+        }
+        if target.headers.is_empty() && target.properties.is_empty() {
+            source.value().error("a source without a condition", "write headers, properties, or both");
+        }
+        source.end();
+    }
+    for value in &read_named_list(fields, "destinations") {
+        let Some(name) = value.string() else { continue };
+        match destinations.iter().position(|known| *known == name) {
+            Some(index) => target.destinations.push(index),
+            None => value.unfit("expected the subset, or the host without one, of a destination of this route"),
+        }
+    }
+    for value in &read_named_list(fields, "hosts") {
+        let Some(host) = value.text() else { continue };
+        let is_address = |byte: u8| byte.is_ascii_hexdigit() || b".:[]".contains(&byte);
+        let has_port = host.rsplit_once(':').is_some_and(|(address, port)| {
+            let is_bracketed = address.starts_with('[') && address.ends_with(']');
+            !address.is_empty() && is_bracketed == address.contains(':') && port.parse::<u16>().is_ok()
+        });
+        if !has_port || !host.bytes().all(is_address) {
+            value
+                .unfit("expected a host's address and port as Envoy knows it, such as 10.0.0.7:8080 or [fd00::7]:8080");
+        }
+        target.hosts.push(Host { address: host.into(), word: format!("{state_prefix}host/{host}").into() });
+    }
+    for value in &read_named_list(fields, "attempts") {
+        target.attempts.extend(value.integer(1..=100));
+    }
+    target
+}
+
+/// The items of a list that is not empty, where it is written.
+fn read_named_list<'a>(fields: &mut Fields<'a>, name: &'static str) -> Vec<Value<'a>> {
+    let Some(list) = fields.optional(name) else { return Vec::new() };
+    let items = list.array();
+    if let Some(items) = items.as_ref().filter(|items| items.is_empty() || items.len() > MAX_NAMED) {
+        list.error(format!("{} entries", items.len()), format!("write 1 to {MAX_NAMED}, or remove the field"));
+    }
+    items.unwrap_or_default()
 }
 
 /// Istio's `percentage`, or its deprecated integer `percent`. Neither: no request, as in Istio.
@@ -80,43 +187,116 @@ fn read_percentage(fields: &mut Fields<'_>) -> Option<Fraction> {
     }
 }
 
-fn read_delay(value: &Value<'_>) -> Option<(Fraction, u64)> {
+fn read_delay(value: &Value<'_>) -> Option<(Fraction, Delay)> {
     let mut fields = value.object()?;
     let percentage = read_percentage(&mut fields);
-    let delay = fields.required("fixedDelay").and_then(|value| read_duration(&value, LEAST_DELAY));
-    fields.refuse("exponentialDelay", "Istio does not implement it either; write fixedDelay");
-    fields.not_yet("distribution");
+    let fixed = fields.optional("fixedDelay");
+    let distribution = fields.optional("distribution");
+    fields.refuse("exponentialDelay", "Istio does not implement it either; write fixedDelay or distribution");
     fields.end();
-    Some((percentage?, nanoseconds(delay?)))
-}
-
-fn read_abort(value: &Value<'_>) -> Option<(Fraction, Abort)> {
-    let mut fields = value.object()?;
-    let percentage = read_percentage(&mut fields);
-    let http = fields.optional("httpStatus");
-    let grpc = fields.optional("grpcStatus");
-    fields.refuse("http2Error", "Istio does not implement it either; write httpStatus or grpcStatus");
-    fields.end();
-    let abort = match (http, grpc) {
-        (Some(http), None) => http.integer(200..=599).map(|status| Abort::Http(status as u16)),
-        (None, Some(grpc)) => read_grpc_status(&grpc),
+    let delay = match (fixed, distribution) {
+        (Some(fixed), None) => read_duration(&fixed, LEAST_DELAY).map(|delay| Delay::Fixed(nanoseconds(delay))),
+        (None, Some(distribution)) => read_distribution(&distribution).map(Delay::Distribution),
         _ => {
-            value.error("an abort needs one status", "write httpStatus or grpcStatus");
+            value.error("a delay needs one length", "write fixedDelay or distribution");
             None
         }
     };
+    Some((percentage?, delay?))
+}
+
+/// Reads quantiles such as `{p50: 100ms, p95: 400ms, p99.9: 1s}`, in any order.
+fn read_distribution(value: &Value<'_>) -> Option<Distribution> {
+    let entries = value.entries()?;
+    if entries.is_empty() || entries.len() > MAX_QUANTILES {
+        let help = format!("write 1 to {MAX_QUANTILES}, such as {{p50: 100ms, p99: 1s}}");
+        value.error(format!("{} quantiles", entries.len()), help);
+        return None;
+    }
+    let mut quantiles = Vec::new();
+    for (name, delay) in &entries {
+        let quantile = name.strip_prefix('p').and_then(|percent| parse_decimal(percent, 10_000));
+        let Some(quantile @ 1..=1_000_000) = quantile else {
+            let help = "expected a percentile from p0.0001 to p100, such as p95 or p99.9";
+            delay.error(format!("{} is no percentile", quoted(name)), help);
+            return None;
+        };
+        let quantile = Fraction::from_ppm(quantile as u32);
+        let place = quantiles.iter().take_while(|(lower, _)| *lower < quantile).count();
+        quantiles.insert(place, (quantile, nanoseconds(read_duration(delay, LEAST_DELAY)?)));
+    }
+    let rises = |pair: &[(Fraction, u64)]| matches!(pair, [(a, shorter), (b, longer)] if a < b && shorter < longer);
+    if !quantiles.windows(2).all(rises) {
+        value.error("a distribution that does not increase", "write a longer delay for each higher percentile");
+        return None;
+    }
+    Some(Distribution { quantiles: quantiles.into() })
+}
+
+fn read_abort(value: &Value<'_>, listens: bool) -> Option<(Fraction, Abort)> {
+    let mut fields = value.object()?;
+    let percentage = read_percentage(&mut fields);
+    let resets = fields.optional("reset");
+    fields.refuse("http2Error", "Istio does not implement it either; write httpStatus, grpcStatus or reset");
+    let abort = match (resets, listens) {
+        (None, true) => {
+            if let Some(status) = fields.optional("httpStatus").or_else(|| fields.optional("grpcStatus")) {
+                status.error("a status where headerControl lets the request name it", "remove the status");
+            }
+            Some(Abort::Asked)
+        }
+        (Some(resets), true) => {
+            resets.error("reset where headerControl lets the request name a status", "remove reset or headerControl");
+            None
+        }
+        (None, false) => read_status(&mut fields).map(Abort::Answer),
+        (Some(resets), false) => {
+            if !resets.bool()? {
+                resets.unfit("expected true; for an answer write httpStatus or grpcStatus");
+            }
+            for status in ["httpStatus", "grpcStatus"] {
+                fields.refuse(status, "who is reset is not answered; remove it or reset");
+            }
+            Some(Abort::Reset)
+        }
+    };
+    fields.end();
     Some((percentage?, abort?))
 }
 
+fn read_response(value: &Value<'_>) -> Option<(Fraction, Status)> {
+    let mut fields = value.object()?;
+    let percentage = read_percentage(&mut fields);
+    let status = read_status(&mut fields);
+    fields.end();
+    if let Some(Status::Http(204 | 205 | 304)) = status {
+        value.error("a status whose answers have no body", "write another: the upstream's body is kept");
+    }
+    Some((percentage?, status?))
+}
+
+fn read_status(fields: &mut Fields<'_>) -> Option<Status> {
+    let http = fields.optional("httpStatus");
+    let grpc = fields.optional("grpcStatus");
+    match (http, grpc) {
+        (Some(http), None) => http.integer(200..=599).map(|status| Status::Http(status as u16)),
+        (None, Some(grpc)) => read_grpc_status(&grpc),
+        _ => {
+            fields.value().error("it needs one status", "write httpStatus or grpcStatus");
+            None
+        }
+    }
+}
+
 /// A gRPC status by its name, or by its number as text, as Envoy takes it.
-fn read_grpc_status(value: &Value<'_>) -> Option<Abort> {
+fn read_grpc_status(value: &Value<'_>) -> Option<Status> {
     let text = value.string()?;
     let by_name = GRPC_CODES.iter().position(|name| *name == text);
     let code = by_name.or_else(|| text.parse().ok().filter(|code| *code < GRPC_CODES.len()));
     if code.is_none() {
         value.unfit("expected a gRPC status such as UNAVAILABLE");
     }
-    code.map(|code| Abort::Grpc(code as u8))
+    code.map(|code| Status::Grpc(code as u8))
 }
 
 fn read_guard(value: &Value<'_>) -> Option<Guard> {
@@ -151,7 +331,14 @@ mod tests {
     fn read(text: &str) -> (Option<Fault>, Vec<String>) {
         let node = Node::from_json(text.as_bytes()).unwrap();
         let report = Report::default();
-        let fault = Fault::read(&Value::root(&node, &report), "r");
+        let mut header_names = HeaderNames::default();
+        let around = Surroundings {
+            route: "r",
+            destinations: vec!["v1", "v2"],
+            state_prefix: "p/fault/r/".into(),
+            header_names: &mut header_names,
+        };
+        let fault = Fault::read(&Value::root(&node, &report), around);
         (fault, report.into_diagnostics().iter().map(ToString::to_string).collect())
     }
 
@@ -163,10 +350,43 @@ mod tests {
         );
         let fault = fault.unwrap();
         assert_eq!(told, [] as [&str; 0]);
-        assert_eq!(fault.delay, Some((Fraction::from_ppm(1_000), 5_000_000_000)));
-        assert_eq!(fault.abort, Some((Fraction::from_ppm(500_000), Abort::Http(400))));
+        assert_eq!(fault.delay, Some((Fraction::from_ppm(1_000), Delay::Fixed(5_000_000_000))));
+        assert_eq!(fault.abort, Some((Fraction::from_ppm(500_000), Abort::Answer(Status::Http(400)))));
         let (fault, _) = read(r#"{"abort": {"percentage": {"value": 1}, "grpcStatus": "UNAVAILABLE"}}"#);
-        assert_eq!(fault.unwrap().abort, Some((Fraction::from_ppm(10_000), Abort::Grpc(14))));
+        assert_eq!(fault.unwrap().abort, Some((Fraction::from_ppm(10_000), Abort::Answer(Status::Grpc(14)))));
+    }
+
+    #[test]
+    fn a_distribution_is_read_in_any_order() {
+        let (fault, told) = read(
+            r#"{"delay": {"percentage": {"value": 1}, "distribution": {"p99.9": "1s", "p50": "100ms", "p95": "400ms"}}}"#,
+        );
+        assert_eq!(told, [] as [&str; 0]);
+        let Some((_, Delay::Distribution(distribution))) = fault.unwrap().delay else { panic!("no distribution") };
+        let expected = [(500_000, 100_000_000), (950_000, 400_000_000), (999_000, 1_000_000_000)];
+        assert_eq!(*distribution.quantiles, expected.map(|(ppm, time)| (Fraction::from_ppm(ppm), time)));
+    }
+
+    #[test]
+    fn distributions_that_are_none_are_refused() {
+        for (quantiles, expected) in [
+            ("{}", "0 quantiles"),
+            (r#"{"p50": "2s", "p99": "1s"}"#, "does not increase"),
+            (r#"{"p50": "1s", "p99": "1s"}"#, "does not increase"),
+            (r#"{"p50": "1s", "p50.0": "2s"}"#, "does not increase"),
+            (r#"{"p0": "1s"}"#, "no percentile"),
+            (r#"{"p101": "1s"}"#, "no percentile"),
+            (r#"{"p-1": "1s"}"#, "no percentile"),
+            (r#"{"median": "1s"}"#, "no percentile"),
+            (r#"{"p50": "-1s"}"#, "expected a duration"),
+            (r#"{"p50": "25h"}"#, "expected a duration"),
+            ("7", "expected an object"),
+        ] {
+            let text = format!(r#"{{"delay": {{"percentage": {{"value": 1}}, "distribution": {quantiles}}}}}"#);
+            let (fault, told) = read(&text);
+            assert!(told.iter().any(|told| told.starts_with("error") && told.contains(expected)), "{text}: {told:?}");
+            assert!(fault.is_none_or(|fault| fault.delay.is_none()), "{text}");
+        }
     }
 
     #[test]
@@ -180,11 +400,116 @@ mod tests {
             (r#"{"delay": {"percentage": {"value": 101}, "fixedDelay": "1s"}}"#, "from 0 to 100"),
             (r#"{"delay": {"percentage": {"value": 1}, "fixedDelay": "-1s"}}"#, "expected a duration"),
             (r#"{"delay": {"percentage": {"value": 1}, "fixedDelay": "0s"}}"#, "expected a duration"),
-            (r#"{"delay": {"percentage": {"value": 1}}}"#, "fixedDelay is missing"),
-            (r#"{"delay": {"percentage": {"value": 1}, "fixedDelay": "1s"}, "maxActive": 5}"#, "not yet supported"),
+            (r#"{"delay": {"percentage": {"value": 1}}}"#, "needs one length"),
+            (r#"{"delay": {"percentage": {"value": 1}, "fixedDelay": "1s"}, "maxActive": 0}"#, "from 1 to"),
+            (
+                r#"{"delay": {"percentage": {"value": 1}, "fixedDelay": "1s", "distribution": {"p50": "1s"}}}"#,
+                "one length",
+            ),
+            (r#"{"abort": {"percentage": {"value": 1}, "reset": false}}"#, "expected true"),
+            (r#"{"abort": {"percentage": {"value": 1}, "reset": true, "httpStatus": 500}}"#, "is not answered"),
+            (
+                r#"{"abort": {"percentage": {"value": 1}, "reset": true}, "headerControl": true}"#,
+                "reset or headerControl",
+            ),
+            (
+                r#"{"abort": {"percentage": {"value": 1}, "httpStatus": 500}, "headerControl": true}"#,
+                "remove the status",
+            ),
+            (
+                r#"{"response": {"percentage": {"value": 1}, "httpStatus": 500}, "headerControl": true}"#,
+                "may be asked for",
+            ),
+            (r#"{"response": {"percentage": {"value": 1}}}"#, "needs one status"),
+            (r#"{"response": {"percentage": {"value": 1}, "httpStatus": 204}}"#, "have no body"),
+            (r#"{"response": {"percentage": {"value": 1}, "httpStatus": 600}}"#, "from 200 to 599"),
+            (r#"{"responseRateLimit": {"fixedLimit": {}}}"#, "bandwidth_limit"),
+            (r#"{"source": {}}"#, "without a condition"),
+            (r#"{"source": {"properties": {"a..b": {}}}}"#, "attribute's path"),
+            (r#"{"source": {"headers": {"b@d": {}}}}"#, "not a header name"),
+            (r#"{"source": {"namespace": "shop"}}"#, "unknown field"),
+            (r#"{"destinations": ["v3"]}"#, "of a destination of this route"),
+            (r#"{"destinations": []}"#, "0 entries"),
+            (r#"{"hosts": ["localhost:80"]}"#, "address and port"),
+            (r#"{"hosts": ["10.0.0.7"]}"#, "address and port"),
+            (r#"{"hosts": ["fd00::7:80"]}"#, "address and port"),
+            (
+                r#"{"hosts": ["10.0.0.7:80"], "abort": {"percentage": {"value": 1}, "httpStatus": 500}}"#,
+                "neither retried",
+            ),
+            (r#"{"attempts": [0]}"#, "from 1 to 100"),
+            (r#"{"attempts": "1"}"#, "expected a list"),
         ] {
             let (_, told) = read(text);
             assert!(told.iter().any(|told| told.starts_with("error") && told.contains(expected)), "{text}: {told:?}");
+        }
+    }
+
+    #[test]
+    fn no_block_is_too_odd() {
+        let values = [
+            "null",
+            "true",
+            "-1",
+            "0.5",
+            "1e308",
+            r#""""#,
+            r#""-1s""#,
+            r#""1s""#,
+            r#""100%""#,
+            r#""\u0000:99999""#,
+            "[]",
+            "[null]",
+            r#"["", "::", ":1", "[]:1", "1:1", "v1"]"#,
+            "{}",
+            r#"{"": ""}"#,
+            r#"{"p": "1s"}"#,
+            r#"{"p50": null}"#,
+            r#"{"value": 1e9}"#,
+            r#"{"exact": "\u0000"}"#,
+            r#"{"a": {"regex": "("}}"#,
+            r#"{".": {}}"#,
+        ];
+        let fields = [
+            "headerControl",
+            "maxActive",
+            "markAnswers",
+            "mode",
+            "key",
+            "guard",
+            "destinations",
+            "hosts",
+            "attempts",
+            "responseRateLimit",
+            "delay",
+            "abort",
+            "response",
+            "source",
+            "delay/percentage",
+            "delay/percent",
+            "delay/fixedDelay",
+            "delay/distribution",
+            "abort/percentage",
+            "abort/httpStatus",
+            "abort/grpcStatus",
+            "abort/reset",
+            "response/percentage",
+            "response/httpStatus",
+            "response/grpcStatus",
+            "source/headers",
+            "source/properties",
+        ];
+        let good = r#""percentage": {"value": 1}"#;
+        for field in fields {
+            for value in values {
+                let text = match field.split_once('/') {
+                    None => format!(r#"{{"abort": {{{good}, "httpStatus": 500}}, "{field}": {value}}}"#),
+                    Some((block, field)) => format!(r#"{{"{block}": {{{good}, "{field}": {value}}}}}"#),
+                };
+                let (fault, told) = read(&text);
+                let is_refused = told.iter().any(|told| told.starts_with("error"));
+                assert!(is_refused || fault.is_some(), "{text}: refused without a reason");
+            }
         }
     }
 }

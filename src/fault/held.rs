@@ -34,9 +34,9 @@ impl<T> HeldStreams<T> {
         self.streams.insert(stream, then);
     }
 
-    /// Forgets a stream whose client has gone.
-    pub fn forget(&mut self, stream: u32) {
-        self.streams.remove(&stream);
+    /// Forgets a stream whose client has gone, and returns what would have followed if it was still held.
+    pub fn forget(&mut self, stream: u32) -> Option<T> {
+        self.streams.remove(&stream)
     }
 
     /// Takes the next stream that is due at `now`.
@@ -82,7 +82,7 @@ mod tests {
         let mut held = HeldStreams::default();
         held.hold(1, 100, ());
         held.hold(2, 100, ());
-        held.forget(1);
+        assert_eq!((held.forget(1), held.forget(1)), (Some(()), None));
         assert_eq!(held.take_due(100), Some((2, ())));
         assert_eq!(held.take_due(100), None);
         assert_eq!(held.next_due(), None);

@@ -1,16 +1,24 @@
 //! Fault injection that stops when its target is unwell.
 //!
-//! Istio's `fault` block, drawn exactly: a delay and an abort have a draw each. Before anything is drawn the [`Guard`]
-//! looks at how the target answers the requests that were *not* faulted; where too many of them fail, injection is
-//! suspended.
+//! Istio's `fault` block and what chaos experiments need beyond it, drawn exactly: a delay, an abort and a replaced answer
+//! have a draw each, from the trace id or anew. A [`Target`] says whom an experiment is aimed at, [`HeaderControl`] lets
+//! requests ask for faults, [`Slots`] cap how many there are at once. Before anything is injected the [`Guard`] looks at
+//! how the target answers the requests that were *not* faulted; where too many of them fail, injection is suspended.
 
 mod config;
+mod control;
 mod decision;
 mod guard;
 mod held;
 mod policy;
+mod slots;
+mod target;
 
-pub use decision::{Draws, Injection, Withheld};
+pub use config::Surroundings;
+pub use control::{Asked, HeaderControl};
+pub use decision::{Draw, Injection, MARK, MESSAGE, Withheld};
 pub use guard::{Guard, State, Watch};
 pub use held::{HeldStreams, MAX_HELD};
-pub use policy::{Abort, DrawnFrom, Fault};
+pub use policy::{Abort, Delay, Distribution, DrawnFrom, Fault, Status};
+pub use slots::{Slot, Slots, change};
+pub use target::{Host, Target, attempt};

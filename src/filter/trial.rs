@@ -5,7 +5,9 @@
 //! failed is a gauge as well, which every request of the route reads before anything else of it. The gauge is set before
 //! the word: once the word is there, no worker sends another request to the canary.
 
-use crate::canary::{Choice, Judge, Latencies, Progress, Share, Term, Verdict, agree_on_edge, expose, settle};
+use crate::canary::{
+    Choice, Decided, Judge, Latencies, Progress, Share, Term, Verdict, Why, agree_on_edge, expose, settle,
+};
 use crate::host::Host;
 use crate::http::Request;
 use crate::telemetry::{JudgeMeters, Stand};
@@ -87,16 +89,30 @@ impl Trial {
         trial
     }
 
-    /// Chooses a destination, within what the canary may have; and says what that is.
-    pub fn choose(&mut self, stand: &Stand<'_>, request: &Request<'_>, host: &impl Host) -> (Choice, Share) {
+    /// Chooses a destination, within what the canary may have; and says what that is. What an earlier hop decided,
+    /// `carried`, is followed, unless the canary has failed here.
+    pub fn choose(
+        &mut self,
+        stand: &Stand<'_>,
+        request: &Request<'_>,
+        carried: Option<Decided>,
+        host: &impl Host,
+    ) -> (Choice, Share) {
         let Stand { route, split, canary, meters } = *stand;
         let key = split.key(request, &route.name, host);
-        let mut drawn = None;
-        let mut choose = |weight| split.choose(weight, key.as_deref(), || *drawn.get_or_insert_with(|| host.random()));
         let mut share = self.share(stand, host);
         if self.share.replace(share) != Some(share) {
             meters.tell(share, stand, host);
         }
+        let carried = carried.filter(|_| share.term != Term::RolledBack && !canary.shadow);
+        if let Some(carried) = carried {
+            share = Share { weight: carried.weight, term: Term::Carried };
+        }
+        let mut drawn = None;
+        let mut choose = |weight| match carried {
+            Some(carried) => split.follow(carried, weight, key.as_deref()),
+            None => split.choose(weight, key.as_deref(), || *drawn.get_or_insert_with(|| host.random())),
+        };
         let mut choice = choose(share.weight);
 
         // The cap after the choice: only those who would be exposed are counted.
@@ -154,8 +170,26 @@ impl Trial {
         Some(Share { weight: schedule.weight(Some(progress.stage)), term })
     }
 
-    /// What has to be known of the request when its answer comes; `None` where nobody judges it.
-    pub fn sample(&self, stand: &Stand<'_>, route: usize, choice: Choice, host: &impl Host) -> Option<Sample> {
+    /// What a later hop is told of the choice; `None` where it is what an earlier hop has told it, or nothing.
+    pub fn decided(stand: &Stand<'_>, choice: Choice, share: Share) -> Option<Decided> {
+        let place = match choice.why {
+            Why::Carried { .. } if share.term == Term::Carried => return None,
+            Why::Cohort { place } | Why::Drawn { place } | Why::Carried { place } => place,
+            Why::Only => return None,
+        };
+        let in_shadow = stand.canary.shadow.then(|| stand.split.weight(stand.canary.destination));
+        Some(Decided { place, weight: in_shadow.unwrap_or(share.weight) })
+    }
+
+    /// What has to be known of the request when its answer comes; `None` where nobody judges it. Evidence is weighed by
+    /// the weight in force here, so a request that was decided elsewhere by another is none.
+    pub fn sample(
+        &self,
+        stand: &Stand<'_>,
+        route: usize,
+        (choice, share): (Choice, Share),
+        host: &impl Host,
+    ) -> Option<Sample> {
         let (judge, meters) = court(stand)?;
         if self.has_failed {
             return None;
@@ -164,6 +198,9 @@ impl Trial {
             Some(share) if !stand.canary.shadow => share.weight,
             _ => stand.split.weight(stand.canary.destination),
         };
+        if share.term == Term::Carried && share.weight != weight {
+            return None;
+        }
         Some(Sample {
             route,
             weight: meters.weights.iter().position(|known| known.weight == weight)?,

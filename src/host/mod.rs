@@ -96,6 +96,10 @@ pub trait Metrics {
 pub trait Properties {
     /// The value at `path` (Envoy's attributes, such as `xds.route_name`), if there is one.
     fn property(&self, path: &[&str]) -> Option<Vec<u8>>;
+
+    /// Leaves `value` with the request, where [`Properties::property`] finds it under `name` for later filters. In
+    /// Envoy's access logs it is the filter state `wasm.NAME`.
+    fn leave(&self, name: &str, value: &[u8]);
 }
 
 /// Everything together.

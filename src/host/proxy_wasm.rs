@@ -7,8 +7,8 @@
 #![allow(unsafe_code)]
 
 use super::{Conflict, Host, MetricId, Metrics, Properties, StateStore, Version};
-use crate::fault::HeldStreams;
-use crate::filter::{Exchange, Filter, Verdict};
+use crate::fault::{HeldStreams, Slot};
+use crate::filter::{Exchange, Filter, Hold, Verdict};
 use crate::http::{HeaderMutation, LocalReply, encode_headers};
 use crate::policy::Policy;
 use crate::random::split_mix;
@@ -73,7 +73,9 @@ unsafe extern "C" {
     ) -> Status;
     fn proxy_set_effective_context(context: u32) -> Status;
     fn proxy_continue_stream(stream: StreamType) -> Status;
+    fn proxy_close_stream(stream: StreamType) -> Status;
     fn proxy_get_property(path: *const u8, path_size: usize, data: *mut *mut u8, size: *mut usize) -> Status;
+    fn proxy_set_property(path: *const u8, path_size: usize, value: *const u8, value_size: usize) -> Status;
     fn proxy_get_shared_data(
         key: *const u8,
         key_size: usize,
@@ -98,6 +100,8 @@ unsafe extern "C" {
 unsafe extern "C" {
     fn clock_time_get(clock: u32, precision: u64, time: *mut u64) -> u16;
     fn random_get(buffer: *mut u8, size: usize) -> u16;
+    fn environ_sizes_get(count: *mut usize, size: *mut usize) -> u16;
+    fn environ_get(entries: *mut *mut u8, buffer: *mut u8) -> u16;
 }
 
 /// WASI's wall clock.
@@ -124,6 +128,23 @@ fn fetch(call: impl FnOnce(*mut *mut u8, *mut usize) -> Status) -> Option<Vec<u8
 fn header(map: MapType, name: &str) -> Option<Vec<u8>> {
     // SAFETY: the pointers are valid for the call, and the host keeps none of them.
     fetch(|data, size| unsafe { proxy_get_header_map_value(map, name.as_ptr(), name.len(), data, size) })
+}
+
+/// The variable `name` of the proxy's environment.
+fn environment(name: &str) -> Option<Vec<u8>> {
+    let (mut count, mut size) = (0, 0);
+    if unsafe { environ_sizes_get(&mut count, &mut size) } != 0 {
+        return None;
+    }
+    let mut entries = vec![std::ptr::null_mut(); count];
+    let mut buffer = vec![0; size];
+    // SAFETY: both are as large as the host has just asked for, and it fills nothing but them.
+    if unsafe { environ_get(entries.as_mut_ptr(), buffer.as_mut_ptr()) } != 0 {
+        return None;
+    }
+    let mut variables = buffer.split(|byte| *byte == 0);
+    let value = variables.find_map(|entry| entry.strip_prefix(name.as_bytes())?.strip_prefix(b"="))?;
+    Some(value.to_vec())
 }
 
 /// Envoy as a [`Host`].
@@ -199,6 +220,10 @@ impl Properties for Envoy {
         let path = path.join("\0");
         fetch(|data, size| unsafe { proxy_get_property(path.as_ptr(), path.len(), data, size) })
     }
+
+    fn leave(&self, name: &str, value: &[u8]) {
+        unsafe { proxy_set_property(name.as_ptr(), name.len(), value.as_ptr(), value.len()) };
+    }
 }
 
 impl Host for Envoy {
@@ -229,7 +254,7 @@ impl Host for Envoy {
 struct Worker {
     envoy: Envoy,
     filter: RefCell<Option<Filter>>,
-    held: RefCell<HeldStreams<Option<LocalReply>>>,
+    held: RefCell<HeldStreams<Box<Hold>>>,
 }
 
 impl Worker {
@@ -251,16 +276,24 @@ impl Worker {
     fn release(&self) {
         let now = self.envoy.now();
         loop {
-            let Some((stream, then)) = self.held.borrow_mut().take_due(now) else { return };
-            if unsafe { proxy_set_effective_context(stream) } != OK {
-                continue;
-            }
-            match then {
-                Some(reply) => answer(&reply),
-                None => {
-                    unsafe { proxy_continue_stream(StreamType::HttpRequest) };
+            let Some((stream, hold)) = self.held.borrow_mut().take_due(now) else { return };
+            if unsafe { proxy_set_effective_context(stream) } == OK {
+                match hold.then {
+                    Verdict::Answer(reply) => answer(&reply),
+                    Verdict::Reset => reset(),
+                    Verdict::Continue | Verdict::Delay(_) => {
+                        unsafe { proxy_continue_stream(StreamType::HttpRequest) };
+                    }
                 }
             }
+            self.free(hold.slot);
+        }
+    }
+
+    /// Gives back the slot of a fault that is over.
+    fn free(&self, slot: Option<Slot>) {
+        if let (Some(slot), Some(filter)) = (slot, self.filter.borrow().as_ref()) {
+            filter.free(slot, &self.envoy);
         }
     }
 }
@@ -279,7 +312,7 @@ impl RootContext for Root {
         let text = fetch(|data, length| unsafe {
             proxy_get_buffer_bytes(BufferType::PluginConfiguration, 0, size, data, length)
         });
-        match Policy::from_json(&text.unwrap_or_default()) {
+        match Policy::from_json(&text.unwrap_or_default(), &environment) {
             Ok((policy, warnings)) => {
                 for warning in warnings {
                     log::warn!("policy {}: {warning}", policy.name);
@@ -346,9 +379,10 @@ impl HttpContext for Stream {
             let mut filter = worker.filter.borrow_mut();
             let Some(filter) = filter.as_mut() else { return Action::Continue };
             let headers =
-                fetch(|data, size| unsafe { proxy_get_header_map_pairs(MapType::HttpRequestHeaders, data, size) });
+                fetch(|data, size| unsafe { proxy_get_header_map_pairs(MapType::HttpRequestHeaders, data, size) })
+                    .unwrap_or_default();
             let may_hold = worker.held.borrow().has_room();
-            let decision = filter.on_request(&worker.envoy, &headers.unwrap_or_default(), !end_of_stream, may_hold);
+            let decision = filter.on_request(&worker.envoy, &headers, !end_of_stream, may_hold);
             for mutation in &decision.mutations {
                 mutate(MapType::HttpRequestHeaders, mutation);
             }
@@ -361,9 +395,13 @@ impl HttpContext for Stream {
                 answer(&reply);
                 Action::Pause
             }
-            Verdict::Delay(delay, then) => {
-                let until = worker.envoy.now().saturating_add(delay);
-                worker.held.borrow_mut().hold(self.id, until, then);
+            Verdict::Reset => {
+                reset();
+                Action::Pause
+            }
+            Verdict::Delay(hold) => {
+                let until = worker.envoy.now().saturating_add(hold.delay);
+                worker.held.borrow_mut().hold(self.id, until, hold);
                 self.is_held = true;
                 worker.schedule();
                 Action::Pause
@@ -374,9 +412,8 @@ impl HttpContext for Stream {
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
         if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
             let header = |name: &str| header(MapType::HttpResponseHeaders, name);
-            filter.on_response(&self.worker.envoy, &mut self.exchange, &header, &mut |mutation| {
-                mutate(MapType::HttpResponseHeaders, &mutation);
-            });
+            let mut change = |mutation| mutate(MapType::HttpResponseHeaders, &mutation);
+            filter.on_response(&self.worker.envoy, &mut self.exchange, &header, &mut change);
         }
         Action::Continue
     }
@@ -384,7 +421,8 @@ impl HttpContext for Stream {
     fn on_http_response_trailers(&mut self, _: usize) -> Action {
         if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
             let header = |name: &str| header(MapType::HttpResponseTrailers, name);
-            filter.on_response_trailers(&self.worker.envoy, &mut self.exchange, &header);
+            let mut change = |mutation| mutate(MapType::HttpResponseTrailers, &mutation);
+            filter.on_response_trailers(&self.worker.envoy, &mut self.exchange, &header, &mut change);
         }
         Action::Continue
     }
@@ -393,8 +431,10 @@ impl HttpContext for Stream {
 impl Drop for Stream {
     fn drop(&mut self) {
         if self.is_held {
-            self.worker.held.borrow_mut().forget(self.id);
+            let hold = self.worker.held.borrow_mut().forget(self.id);
+            self.worker.free(hold.and_then(|hold| hold.slot));
         }
+        self.worker.free(self.exchange.slot);
     }
 }
 
@@ -408,6 +448,10 @@ fn mutate(map: MapType, mutation: &HeaderMutation<'_>) {
         },
         HeaderMutation::Remove(name) => unsafe { proxy_remove_header_map_value(map, name.as_ptr(), name.len()) },
     };
+}
+
+fn reset() {
+    unsafe { proxy_close_stream(StreamType::HttpRequest) };
 }
 
 fn answer(reply: &LocalReply) {

@@ -134,6 +134,10 @@ impl Properties for Sim {
     fn property(&self, path: &[&str]) -> Option<Vec<u8>> {
         self.properties.borrow().get(&path.join(".")).cloned()
     }
+
+    fn leave(&self, name: &str, value: &[u8]) {
+        self.set_property(name, value);
+    }
 }
 
 impl Host for Sim {

@@ -1,6 +1,8 @@
-//! W3C Baggage: a list that goes on within its limits, never with a part of a member (section 3.3.2).
+//! W3C Baggage: a list that goes on within its limits, never with a part of a member (section 3.3.2). Baggage in other
+//! formats is not translated, so that nobody gets it twice; it passes, but where baggage may not.
 
 use super::tracestate::trim_ows;
+use crate::http::Request;
 
 /// What every hop has to pass on.
 const MAX_MEMBERS: usize = 64;
@@ -28,6 +30,16 @@ pub fn limit(values: &mut dyn Iterator<Item = &[u8]>, allow: Option<&[Box<str>]>
         }
     }
     ((cut || changed).then_some(list), cut)
+}
+
+/// The headers of a request in which other formats send baggage, Jaeger's and OpenTracing's, a header for each key; but
+/// for the keys that `allow` names.
+pub fn foreign<'a>(request: &Request<'a>, allow: &[Box<str>]) -> impl Iterator<Item = &'a str> {
+    request.names().filter(|name| {
+        let key = name.strip_prefix("uberctx-").or_else(|| name.strip_prefix("ot-baggage-"));
+        // Header names have lost their case.
+        key.is_some_and(|key| !allow.iter().any(|known| known.eq_ignore_ascii_case(key)))
+    })
 }
 
 #[cfg(test)]

@@ -13,14 +13,13 @@
 //! are of one trace, the trace id is given out and what differs is not; where they are of several, nothing is.
 
 use super::notes::{Note, Notes};
-use super::w3c::{Flags, TraceContext};
+use super::w3c::{Flags, TraceContext, digits};
 use crate::document::Value;
 use crate::host::{Change, StateStore, update};
 use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
 use crate::matcher::read_header_name;
 use crate::units::{Monotonic, nanoseconds, read_duration};
 use std::borrow::Cow;
-use std::fmt::Write;
 use std::time::Duration;
 use xxhash_rust::xxh64::xxh64;
 
@@ -145,7 +144,9 @@ impl Bridge {
     }
 
     fn look_up(&self, kind: Kind, id: &[u8], now: Monotonic, store: &dyn StateStore) -> Option<Remembered> {
-        let (word, _) = store.get(&self.place(kind, id))?;
+        let mut key = String::new();
+        self.place(&mut key, kind, id);
+        let (word, _) = store.get(&key)?;
         let word = self.decode(&word, now).filter(|word| word.id == id && word.state != State::Nothing)?;
         let mut remembered = Remembered { context: word.context, tracestate: None, carried: Vec::new() };
         if word.state == State::All {
@@ -179,10 +180,14 @@ impl Bridge {
             notes.add_if(fitting.is_none() && value.is_some(), Note::Truncated);
             push_value(&mut values, fitting);
         }
-        let word = self.encode(State::All, context, &context.parent_id, &values, now);
-        store.put(&self.place(Kind::Parent, &context.parent_id), &word);
+        // Both words are written in the same memory.
+        let (mut key, mut word) = (String::new(), Vec::new());
+        self.place(&mut key, Kind::Parent, &context.parent_id);
+        self.encode(&mut word, State::All, context, &context.parent_id, &values, now);
+        store.put(&key, &word);
         let Some(id) = self.id(request) else { return notes };
-        let _ = update(store, &self.place(Kind::Request, &id), |found| {
+        self.place(&mut key, Kind::Request, &id);
+        let _ = update(store, &key, |found| {
             let known = found.and_then(|word| self.decode(word, now));
             let displaces = known.as_ref().is_some_and(|known| known.id != &*id);
             let mut context = *context;
@@ -198,7 +203,9 @@ impl Bridge {
             };
             notes.add_if(displaces, Note::Displaced);
             notes.add_if(state != State::All, Note::Ambiguous);
-            Change::Write(self.encode(state, &context, &id, &values, now), ())
+            let mut word = std::mem::take(&mut word);
+            self.encode(&mut word, state, &context, &id, &values, now);
+            Change::Write(word, ())
         });
         notes
     }
@@ -216,29 +223,39 @@ impl Bridge {
         Some(id)
     }
 
-    fn place(&self, kind: Kind, id: &[u8]) -> String {
+    /// Writes the name of the word for `id` over `key`.
+    fn place(&self, key: &mut String, kind: Kind, id: &[u8]) {
         let place = (u128::from(xxh64(id, 0)) * u128::from(self.capacity)) >> 64;
-        let mut key = String::with_capacity(self.prefix.len() + 16);
+        key.clear();
+        key.reserve(self.prefix.len() + 22);
         key.push_str(&self.prefix);
         key.push_str(match kind {
             Kind::Request => "bridge/id/",
             Kind::Parent => "bridge/parent/",
         });
-        let _ = write!(key, "{:x}", place as u64);
-        key
+        key.push_str(str::from_utf8(&digits((place as u32).to_be_bytes())).unwrap_or_default());
     }
 
-    fn encode(&self, state: State, context: &TraceContext, id: &[u8], values: &[u8], now: Monotonic) -> Vec<u8> {
+    /// Writes a word over `word`.
+    fn encode(
+        &self,
+        word: &mut Vec<u8>,
+        state: State,
+        context: &TraceContext,
+        id: &[u8],
+        values: &[u8],
+        now: Monotonic,
+    ) {
         let values = if state == State::All { values } else { &[] };
-        let mut word = Vec::with_capacity(37 + id.len() + values.len());
+        word.clear();
+        word.reserve(37 + id.len() + values.len());
         word.extend([SCHEMA, state as u8]);
         word.extend(self.layout.to_le_bytes());
         word.extend(now.saturating_add(self.ttl).to_le_bytes());
         word.extend(context.trace_id);
         word.push(context.flags.bits());
-        push_value(&mut word, Some(id));
+        push_value(word, Some(id));
         word.extend(values);
-        word
     }
 
     /// Takes a word apart; `None` where it has lapsed or is not one of ours.
@@ -431,11 +448,12 @@ mod tests {
         #[test]
         fn a_neighbours_bytes_are_nothing_or_something(mut word in proptest::collection::vec(any::<u8>(), 0..200), cut in 0..80_usize) {
             let world = World::new("{}");
-            world.host.put(&world.bridge.place(Kind::Request, UUID.as_bytes()), &word);
+            let mut key = String::new();
+            world.bridge.place(&mut key, Kind::Request, UUID.as_bytes());
+            world.host.put(&key, &word);
             world.recall(None, UUID);
             // And what differs from a word of ours in a few bytes.
             world.remember(&context(1, 2), &[("x-request-id", UUID), ("baggage", "a=1")]);
-            let key = world.bridge.place(Kind::Request, UUID.as_bytes());
             let (mut ours, _) = crate::host::StateStore::get(&world.host, &key).unwrap();
             ours.truncate(ours.len() - cut.min(ours.len()));
             word.truncate(4);

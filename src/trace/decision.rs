@@ -7,7 +7,7 @@ use super::notes::{Note, Notes};
 use super::policy::{Direction, Edge, Recognised, Response, Trace};
 use super::tracestate::{Edit, has_member, is_tracestate, rewrite};
 use super::w3c::{Flags, Invalid, TraceContext, format_traceparent, parse_traceparent};
-use crate::http::{HeaderMutation, HeaderNames, Request};
+use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
 use crate::units::Fraction;
 use std::borrow::Cow;
 
@@ -17,6 +17,8 @@ pub enum Arrived {
     Valid,
     Missing,
     Invalid(Invalid),
+    /// In filter state: an earlier filter has decided.
+    Decided,
 }
 
 /// What a request goes on with.
@@ -78,7 +80,7 @@ impl Trace {
         random: &mut dyn FnMut() -> u64,
         recall: &mut dyn FnMut(Option<&TraceContext>) -> Option<Remembered>,
     ) -> Option<Continuation> {
-        if self.edge == Edge::Ignore {
+        if matches!(self.edge, Edge::Ignore | Edge::Restore) {
             return None;
         }
         let found = self.read_headers(request);
@@ -87,7 +89,7 @@ impl Trace {
             _ if direction == Direction::Outbound => false,
             Edge::Restart => true,
             Edge::RestartExternal => !self.is_marked(request),
-            Edge::Continue | Edge::Ignore => false,
+            Edge::Continue | Edge::Ignore | Edge::Restore => false,
         };
         notes.add_if(restarts, Note::Restarted);
         let inbound = found.context.filter(|_| !restarts);
@@ -198,6 +200,27 @@ impl Trace {
 }
 
 impl Continuation {
+    /// What goes on as it was decided before.
+    pub(super) fn restored(context: TraceContext, tracestate: Option<&[u8]>) -> Continuation {
+        Continuation {
+            arrived: Arrived::Decided,
+            from: None,
+            root: false,
+            context,
+            direction: Direction::Neither,
+            notes: Notes::default(),
+            tracestate: tracestate.map_or(Tracestate::Dropped, |list| Tracestate::Restored(list.to_vec())),
+            threshold: None,
+            is_forced: false,
+            remembered: None,
+        }
+    }
+
+    /// Whether [`Continuation::force_sampling`] has decided.
+    pub fn is_forced(&self) -> bool {
+        self.is_forced
+    }
+
     /// Samples the trace whatever was decided. With what probability that happens nobody knows, so no threshold stays.
     pub fn force_sampling(&mut self) {
         self.context.flags = self.context.flags.with(Flags::SAMPLED);
@@ -205,21 +228,29 @@ impl Continuation {
         self.is_forced = true;
     }
 
+    /// The header `id` as it was remembered for a request that leaves, if the bridge of `trace` carries it.
+    pub fn recalled(&self, trace: &Trace, id: HeaderId) -> Option<&[u8]> {
+        let place = trace.bridge.as_ref()?.carry.iter().position(|(_, carried)| *carried == id)?;
+        self.remembered.as_ref()?.carried.get(place)?.as_deref()
+    }
+
     /// The header changes that tell the next hop.
-    pub fn inject<'p>(&mut self, trace: &'p Trace, request: &Request<'_>, mutations: &mut Vec<HeaderMutation<'p>>) {
+    pub fn inject<'p>(&mut self, trace: &'p Trace, request: &Request<'p>, mutations: &mut Vec<HeaderMutation<'p>>) {
         let restarted = self.notes.contains(Note::Restarted);
         for known in &trace.formats {
             self.inject_format(known, request, restarted, mutations);
         }
         self.inject_tracestate(trace, request, mutations);
 
+        let allow = trace.baggage_allow.as_deref().filter(|_| self.direction != Direction::Inbound);
+        if let Some(allow) = if restarted { Some(&[][..]) } else { allow } {
+            mutations.extend(baggage::foreign(request, allow).map(HeaderMutation::Remove));
+        }
         if restarted {
             let sent = trace.untrusted.iter().filter(|(_, id)| request.has(*id));
             mutations.extend(sent.map(|(name, _)| HeaderMutation::Remove(name)));
             return;
         }
-        let leaves = self.direction != Direction::Inbound;
-        let allow = trace.baggage_allow.as_deref().filter(|_| leaves);
         if request.has(trace.baggage) {
             let (list, cut) = baggage::limit(&mut request.values(trace.baggage), allow);
             self.notes.add_if(cut, Note::Truncated);
@@ -494,6 +525,10 @@ mod tests {
             B3,
             ("uber-trace-id", "1:2:0:3"),
             ("baggage", "tenant=evil"),
+            ("uberctx-tenant", "evil"),
+            ("ot-baggage-tenant", "evil"),
+            ("ot-baggage-tenant", "twice"),
+            ("jaeger-baggage", "tenant=evil"),
             ("x-client-trace-id", "1"),
             ("x-envoy-force-trace", "true"),
             ("x-datadog-origin", "rum"),
@@ -534,6 +569,24 @@ mod tests {
             (value(&after, "tracestate"), value(&after, "baggage")),
             (Some("a=1,b=2"), Some("tenant=x,user=ann"))
         );
+    }
+
+    #[test]
+    fn baggage_of_other_formats_passes_where_baggage_may() {
+        let headers =
+            [("traceparent", INBOUND), ("uberctx-tenantid", "x"), ("uberctx-user", "ann"), ("ot-baggage-a", "1")];
+        let sent = |policy: &str, direction| {
+            let (after, _) = go(policy, direction, false, &headers);
+            after.into_iter().map(|(name, _)| name).filter(|name| name != "traceparent").collect::<Vec<_>>()
+        };
+        let all = ["uberctx-tenantid", "uberctx-user", "ot-baggage-a"];
+        assert_eq!(sent("{}", Direction::Outbound), all);
+        let policy = r#"{"baggage": {"allow": ["tenantId"]}}"#;
+        assert_eq!(sent(policy, Direction::Inbound), all);
+        assert_eq!(sent(policy, Direction::Outbound), all[..1]);
+        assert_eq!(sent(policy, Direction::Neither), all[..1]);
+        assert_eq!(sent(r#"{"edge": "restart"}"#, Direction::Inbound), [""; 0]);
+        assert_eq!(sent(r#"{"edge": "restart"}"#, Direction::Outbound), all);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //!
 //! A format is read and written in a file of its own (`formats`); [`w3c`] holds the context that all of them are
 //! translated to. `tracestate` and `baggage` are lists with rules of their own. `bridge` remembers what arrived
-//! for what leaves.
+//! for what leaves; `filter_state` leaves what was decided for those who come later.
 
 mod baggage;
 mod bridge;
@@ -11,7 +11,10 @@ mod config;
 #[cfg(test)]
 mod conformance;
 mod decision;
+mod filter_state;
 mod formats;
+#[cfg(test)]
+mod fuzz;
 mod notes;
 mod policy;
 mod tracestate;
@@ -19,6 +22,7 @@ pub mod w3c;
 
 pub use bridge::{Bridge, Remembered};
 pub use decision::{Arrived, Continuation, extract};
+pub use filter_state::{FilterState, restore};
 pub use formats::Format;
 pub use notes::{Note, Notes};
-pub use policy::{Direction, Edge, Response, Trace};
+pub use policy::{Direction, Edge, Force, Response, Trace};

@@ -1,6 +1,7 @@
 //! What is done with trace headers.
 
 use super::bridge::Bridge;
+use super::filter_state::FilterState;
 use super::formats::Format;
 use super::w3c::Invalid;
 use crate::http::{HeaderId, HeaderNames, Request};
@@ -16,8 +17,8 @@ pub struct Trace {
     pub(super) threshold: u64,
     /// The share of new traces that are sampled. A caller's decision is respected.
     pub sampling: Fraction,
-    /// Whether a request with an injected fault is sampled whatever was decided.
-    pub forced_by_faults: bool,
+    /// What makes a request sampled whatever was decided.
+    pub force: Force,
     /// Our own key in `tracestate`.
     pub(super) mark: Option<Box<str>>,
     pub(super) tracestate_allow: Option<Box<[Box<str>]>>,
@@ -29,7 +30,20 @@ pub struct Trace {
     /// Where requests come from; `None`: as the listener says.
     pub(super) direction: Option<Direction>,
     pub response: Response,
+    /// What is left for access logs and later filters.
+    pub filter_state: FilterState,
     pub bridge: Option<Bridge>,
+}
+
+/// What makes a request sampled, whatever was decided for its trace.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Force {
+    /// A fault was injected.
+    pub fault: bool,
+    /// A rate limit refused it, or would have, were it not in shadow.
+    pub rate_limit: bool,
+    /// It would have gone to a canary that was rolled back.
+    pub rollback: bool,
 }
 
 /// A format whose headers never pass unread.
@@ -53,6 +67,8 @@ pub enum Edge {
     RestartExternal,
     /// Trace headers are left as they are.
     Ignore,
+    /// What an earlier filter of the same request has left in filter state is written, whatever the headers say.
+    Restore,
 }
 
 /// On which side of the application a request passes.

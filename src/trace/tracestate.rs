@@ -25,13 +25,55 @@ fn members<'v>(values: impl Iterator<Item = &'v [u8]>) -> impl Iterator<Item = &
 
 /// Whether the values of all `tracestate` headers of a request are one valid list (section 3.3.1). A list that is not
 /// valid is dropped whole.
-pub fn is_tracestate<'v>(values: impl Iterator<Item = &'v [u8]>) -> bool {
+pub fn is_tracestate<'v>(mut values: impl Iterator<Item = &'v [u8]>) -> bool {
     let mut count = 0;
-    members(values).all(|member| {
-        count += 1;
-        let (key, value) = halves(member);
-        count <= MAX_MEMBERS && is_key(key) && value.is_some_and(is_value)
-    })
+    values.all(|value| is_list(value, &mut count))
+}
+
+/// Whether one value is a list. `count` is of members, so far. Every request with a list is read here, so each byte is
+/// looked at once.
+#[inline(never)]
+fn is_list(value: &[u8], count: &mut usize) -> bool {
+    let mut bytes = value.iter().copied();
+    'members: loop {
+        // Empty members, and the space around a member, say nothing.
+        let first = loop {
+            match bytes.next() {
+                None => return true,
+                Some(b' ' | b'\t' | b',') => {}
+                Some(first) => break first,
+            }
+        };
+        *count += 1;
+        if *count > MAX_MEMBERS || !is_alphanumeric(first) {
+            return false;
+        }
+        // Section 3.3.1.3.1: up to 256 characters.
+        let mut length = 1;
+        loop {
+            match bytes.next() {
+                Some(b'=') => break,
+                Some(byte) if length < 256 && is_in_key(byte) => length += 1,
+                _ => return false,
+            }
+        }
+        // Section 3.3.1.3.2: up to 256 printable characters but `,` and `=`, and the last is no space: such space is
+        // around the member, and there it may be a tab.
+        let (mut length, mut solid, mut has_tab) = (0, false, false);
+        loop {
+            match bytes.next() {
+                None => return solid,
+                Some(b',') if solid => continue 'members,
+                Some(b' ') => length += 1,
+                Some(b'\t') => has_tab = true,
+                Some(b'!'..=b'+' | b'-'..=b'<' | b'>'..=b'~') if length < 256 && !has_tab => {
+                    length += 1;
+                    solid = true;
+                }
+                _ => return false,
+            }
+        }
+    }
 }
 
 /// Whether the list has a member called `key`.
@@ -127,15 +169,16 @@ pub(super) fn trim_ows(text: &[u8]) -> &[u8] {
 
 /// Level 2, section 3.3.1.3.1: a lower-case letter or digit, then up to 255 of those and `_-*/@`.
 pub(super) fn is_key(key: &[u8]) -> bool {
-    let alphanumeric = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
     let Some((first, rest)) = key.split_first() else { return false };
-    key.len() <= 256 && alphanumeric(*first) && rest.iter().all(|byte| alphanumeric(*byte) || b"_-*/@".contains(byte))
+    key.len() <= 256 && is_alphanumeric(*first) && rest.iter().all(|byte| is_in_key(*byte))
 }
 
-/// Section 3.3.1.3.2: up to 256 printable characters but `,` and `=`, and the last is no space.
-fn is_value(value: &[u8]) -> bool {
-    let allowed = |byte: &u8| (0x20..0x7f).contains(byte) && *byte != b',' && *byte != b'=';
-    (1..=256).contains(&value.len()) && value.iter().all(allowed) && value.last() != Some(&b' ')
+fn is_alphanumeric(byte: u8) -> bool {
+    byte.is_ascii_lowercase() || byte.is_ascii_digit()
+}
+
+fn is_in_key(byte: u8) -> bool {
+    is_alphanumeric(byte) || matches!(byte, b'_' | b'-' | b'*' | b'/' | b'@')
 }
 
 #[cfg(test)]
@@ -207,7 +250,38 @@ mod tests {
         assert_eq!(rewritten(&[&value], &mark).0, format!("k=1,{}", [short.as_str(); 5].join(",")));
     }
 
+    /// The grammar, member by member: what a list is split into, and what each part may be.
+    fn is_list_by_grammar(value: &[u8]) -> bool {
+        let is_value = |value: &[u8]| {
+            let allowed = |byte: &u8| (0x20..0x7f).contains(byte) && *byte != b',' && *byte != b'=';
+            (1..=256).contains(&value.len()) && value.iter().all(allowed) && value.last() != Some(&b' ')
+        };
+        let members = members([value].into_iter());
+        let valid = members.map(|member| {
+            let (key, value) = halves(member);
+            is_key(key) && value.is_some_and(is_value)
+        });
+        let valid: Vec<bool> = valid.collect();
+        valid.len() <= MAX_MEMBERS && valid.iter().all(|valid| *valid)
+    }
+
     proptest! {
+        #[test]
+        fn a_list_is_what_its_grammar_says(list in "([a-c@ \\t]{0,3}(=[a =\\t]{0,3}|=b{254}[a \\t]{0,4}|b{253}[a=]{0,5})?,?){0,35}") {
+            prop_assert_eq!(is_list(list.as_bytes(), &mut 0), is_list_by_grammar(list.as_bytes()));
+        }
+
+        #[test]
+        fn near_a_list_too(members in proptest::collection::vec("[ \\t]?[a-z0-9][a-z_@*/-]?= ?[!-~ ]{1,2}[ \\t]?", 0..34), byte: u8, at: proptest::sample::Index) {
+            let mut list = members.join(",").into_bytes();
+            prop_assert_eq!(is_list(&list, &mut 0), is_list_by_grammar(&list));
+            if !list.is_empty() {
+                let at = at.index(list.len());
+                list[at] = byte;
+                prop_assert_eq!(is_list(&list, &mut 0), is_list_by_grammar(&list));
+            }
+        }
+
         #[test]
         fn a_valid_list_stays_valid_and_within_its_limits(
             members in proptest::collection::vec("[a-z][a-z0-9@_*/-]{0,140}=[!-+.-<>-~]{1,140}", 0..33),

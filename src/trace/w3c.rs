@@ -86,12 +86,10 @@ pub const TRACEPARENT_LENGTH: usize = 55;
 /// Why the value must not be used.
 pub fn parse_traceparent(value: &[u8]) -> Result<TraceContext, Invalid> {
     let (head, rest) = value.split_first_chunk::<TRACEPARENT_LENGTH>().ok_or(Invalid::Shape)?;
-    let mut fields = head.split(|byte| *byte == b'-');
-    let mut field = || fields.next().ok_or(Invalid::Shape);
-    let [version] = hex(field()?)?;
-    let trace_id = hex(field()?)?;
-    let parent_id = hex(field()?)?;
-    let [flags] = hex(field()?)?;
+    let [v, w, b'-', ids @ .., b'-', f, g] = head else { return Err(Invalid::Shape) };
+    let Some((trace_id, [b'-', parent_id @ ..])) = ids.split_first_chunk::<32>() else { return Err(Invalid::Shape) };
+    let [version, flags, ..] = bytes([*v, *w, *f, *g, b'0', b'0', b'0', b'0'])?;
+    let (trace_id, parent_id) = (id::<16>(trace_id)?, id::<8>(parent_id)?);
     match version {
         0xff => return Err(Invalid::Version),
         0x00 if !rest.is_empty() => return Err(Invalid::Shape),
@@ -107,45 +105,87 @@ pub fn parse_traceparent(value: &[u8]) -> Result<TraceContext, Invalid> {
     Ok(TraceContext { trace_id, parent_id, flags: Flags(flags & Flags::DEFINED) })
 }
 
-/// `N` bytes from exactly `2 N` lower-case digits.
-fn hex<const N: usize>(digits: &[u8]) -> Result<[u8; N], Invalid> {
-    let (pairs, odd) = digits.as_chunks::<2>();
-    if pairs.len() != N || !odd.is_empty() {
-        return Err(Invalid::Shape);
+/// Formats a version 00 `traceparent`.
+pub fn format_traceparent(context: &TraceContext) -> Vec<u8> {
+    let mut text = Vec::with_capacity(TRACEPARENT_LENGTH);
+    push(&mut text, b"00-");
+    push_hex(&mut text, &context.trace_id);
+    push(&mut text, b"-");
+    push_hex(&mut text, &context.parent_id);
+    let [.., high, low] = digits([0, 0, 0, context.flags.0 & Flags::DEFINED]);
+    push(&mut text, &[b'-', high, low]);
+    text
+}
+
+/// The id of `2 N` lower-case digits.
+#[inline]
+fn id<const N: usize>(text: &[u8]) -> Result<[u8; N], Invalid> {
+    let mut id = [0; N];
+    for (part, eight) in id.as_chunks_mut::<4>().0.iter_mut().zip(text.as_chunks::<8>().0) {
+        *part = bytes(*eight)?;
     }
-    let mut bytes = [0; N];
-    for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
-        *byte = digit(*high)? << 4 | digit(*low)?;
-    }
-    Ok(bytes)
+    Ok(id)
 }
 
 /// An id of up to `2 N` digits of either case, padded on the left: what formats write that shorten ids.
+pub(super) fn padded_id<const N: usize>(text: &[u8]) -> Result<[u8; N], Invalid> {
+    let padded = padded(text, N)?;
+    padded.last_chunk().copied().ok_or(Invalid::Shape)
+}
+
 #[inline(never)]
-pub(super) fn padded_id<const N: usize>(digits: &[u8]) -> Result<[u8; N], Invalid> {
-    if digits.is_empty() || digits.len() > 2 * N {
+fn padded(text: &[u8], length: usize) -> Result<[u8; 16], Invalid> {
+    let mut padded = [b'0'; 32];
+    if text.is_empty() || text.len() > 2 * length {
         return Err(Invalid::Shape);
     }
-    let mut id = [0; N];
-    let mut pairs = digits.rchunks(2);
-    for byte in id.iter_mut().rev() {
-        for character in pairs.next().unwrap_or_default() {
-            *byte = *byte << 4 | digit(character.to_ascii_lowercase())?;
-        }
+    for (place, digit) in padded.iter_mut().rev().zip(text.iter().rev()) {
+        *place = digit.to_ascii_lowercase();
     }
-    match (id == [0; N], N) {
-        (false, _) => Ok(id),
-        (true, 16) => Err(Invalid::ZeroTraceId),
-        (true, _) => Err(Invalid::ZeroParentId),
+    match (id(&padded)?, length) {
+        ([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], 16) => Err(Invalid::ZeroTraceId),
+        ([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], _) => Err(Invalid::ZeroParentId),
+        (id, _) => Ok(id),
     }
 }
 
-fn digit(character: u8) -> Result<u8, Invalid> {
-    match character {
-        b'0'..=b'9' => Ok(character - b'0'),
-        b'a'..=b'f' => Ok(character - b'a' + 10),
-        _ => Err(Invalid::Character),
+// Eight digits are one machine word, the first of them in its lowest byte, as the module's memory has them: no step
+// below looks at a single digit.
+
+/// A word of eight bytes of this value.
+const fn each(byte: u8) -> u64 {
+    u64::from_ne_bytes([byte; 8])
+}
+
+/// The four bytes that eight lower-case digits stand for.
+#[inline]
+fn bytes(text: [u8; 8]) -> Result<[u8; 4], Invalid> {
+    let text = u64::from_le_bytes(text);
+    // A letter's low half counts from 1, and stands for that and 9 more.
+    let nibbles = (text & each(0x0f)) + ((text >> 6) & each(0x01)) * 9;
+    // What is no digit stands for nothing, or for what is written otherwise.
+    if nibbles & each(0xf0) != 0 || ascii(nibbles) != text {
+        return Err(Invalid::Character);
     }
+    let pairs = (nibbles << 4 | nibbles >> 8) & 0x00ff_00ff_00ff_00ff;
+    let halves = (pairs | pairs >> 8) & 0x0000_ffff_0000_ffff;
+    Ok(((halves | halves >> 16) as u32).to_le_bytes())
+}
+
+/// Eight lower-case digits for four bytes: the inverse of [`bytes`].
+#[inline]
+pub(super) fn digits(bytes: [u8; 4]) -> [u8; 8] {
+    let whole = u64::from(u32::from_le_bytes(bytes));
+    let halves = (whole | whole << 16) & 0x0000_ffff_0000_ffff;
+    let pairs = (halves | halves << 8) & 0x00ff_00ff_00ff_00ff;
+    ascii((pairs >> 4 | pairs << 8) & each(0x0f)).to_le_bytes()
+}
+
+/// The digit of each nibble, a nibble in each byte.
+#[inline]
+const fn ascii(nibbles: u64) -> u64 {
+    const PAST_NINE: u64 = (b'a' - b'0' - 10) as u64;
+    nibbles + each(b'0') + (((nibbles + each(6)) >> 4) & each(0x01)) * PAST_NINE
 }
 
 /// Appends `bytes`. Not inlined, as [`push_hex`] is not: formats are written in many small pieces.
@@ -154,26 +194,12 @@ pub(super) fn push(text: &mut Vec<u8>, bytes: &[u8]) {
     text.extend_from_slice(bytes);
 }
 
-/// Appends `bytes` as lower-case digits.
+/// Appends `bytes`, of which there are a multiple of four, as lower-case digits.
 #[inline(never)]
 pub(super) fn push_hex(text: &mut Vec<u8>, bytes: &[u8]) {
-    let character = |digit: u8| if digit < 10 { b'0' + digit } else { b'a' + digit - 10 };
-    for byte in bytes {
-        text.push(character(byte >> 4));
-        text.push(character(byte & 0xf));
+    for four in bytes.as_chunks::<4>().0 {
+        text.extend_from_slice(&digits(*four));
     }
-}
-
-/// Formats a version 00 `traceparent`.
-pub fn format_traceparent(context: &TraceContext) -> Vec<u8> {
-    let mut text = Vec::with_capacity(TRACEPARENT_LENGTH);
-    text.extend(b"00-");
-    push_hex(&mut text, &context.trace_id);
-    text.push(b'-');
-    push_hex(&mut text, &context.parent_id);
-    text.push(b'-');
-    push_hex(&mut text, &[context.flags.0 & Flags::DEFINED]);
-    text
 }
 
 #[cfg(test)]
@@ -219,6 +245,18 @@ mod tests {
     }
 
     #[test]
+    fn no_other_character_is_a_digit() {
+        for character in 0..=u8::MAX {
+            let is_digit = character.is_ascii_digit() || (b'a'..=b'f').contains(&character);
+            for place in 0..8 {
+                let mut text = *b"0123cdef";
+                text[place] = character;
+                assert_eq!(bytes(text).is_ok(), is_digit, "{character} at {place}");
+            }
+        }
+    }
+
+    #[test]
     fn short_ids_are_padded() {
         assert_eq!(padded_id::<8>(b"aB"), Ok([0, 0, 0, 0, 0, 0, 0, 0xab]));
         assert_eq!(padded_id::<8>(b"123"), Ok([0, 0, 0, 0, 0, 0, 0x01, 0x23]));
@@ -235,6 +273,24 @@ mod tests {
             prop_assume!(trace_id != [0; 16] && parent_id != [0; 8]);
             let context = TraceContext { trace_id, parent_id, flags: Flags(flags) };
             prop_assert_eq!(parse_traceparent(&format_traceparent(&context)), Ok(context));
+        }
+
+        /// Every character at every place of eight is a digit or none, as a reader of one digit would say.
+        #[test]
+        fn eight_digits_are_read_as_one_by_one(text: [u8; 8], place in 0..8_usize) {
+            let mut near = *b"09af3b7c";
+            near[place] = text[place];
+            for text in [text, near] {
+                let is_digit = |byte: &u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(byte);
+                let expected = std::str::from_utf8(&text)
+                    .ok()
+                    .filter(|_| text.iter().all(is_digit))
+                    .map(|text| u32::from_str_radix(text, 16).unwrap().to_be_bytes());
+                prop_assert_eq!(bytes(text).ok(), expected);
+                if let Some(four) = expected {
+                    prop_assert_eq!(digits(four), text);
+                }
+            }
         }
 
         #[test]

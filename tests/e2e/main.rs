@@ -3,9 +3,12 @@
 
 mod canary;
 mod fault;
+mod hops;
 mod hostile;
 mod ratelimit;
+mod steering;
 mod trace;
 mod trial;
 mod update;
+mod upstream;
 mod world;

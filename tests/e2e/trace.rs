@@ -1,9 +1,11 @@
 //! Trace propagation: what the upstream is told.
 
 use crate::world::{World, policy};
+use std::ops::Range;
+use std::path::Path;
 use trimtab_testbed::{
-    Bootstrap, Client, Direction, Envoy, Listener, Request, Upstream, by_subset, cluster, needs_envoy, wasm,
-    wasm_filter,
+    Bootstrap, Client, Direction, Envoy, Listener, Request, Upstream, by_subset, cluster, eventually, needs_envoy,
+    repository, wasm, wasm_filter,
 };
 
 #[path = "../conformance/cases.rs"]
@@ -55,6 +57,8 @@ struct Sidecar {
     envoy: Envoy,
     application: Upstream,
     next: Upstream,
+    /// Where Envoy's own tracer reports its spans, if it has one.
+    collector: Option<Upstream>,
 }
 
 impl Sidecar {
@@ -70,7 +74,37 @@ impl Sidecar {
             .cluster(cluster("application", application.address()))
             .cluster(cluster("next", next.address()));
         let envoy = Envoy::options().concurrency(workers).start(&bootstrap).await;
-        Sidecar { envoy, application, next }
+        Sidecar { envoy, application, next, collector: None }
+    }
+
+    /// A sidecar as `example` in `envoy/` configures it, but that every new trace is sampled.
+    async fn from_example(workers: u32, example: &str) -> Sidecar {
+        let (application, next) = (Upstream::start("application").await, Upstream::start("next").await);
+        let collector = Upstream::start("collector").await;
+        let mut text = std::fs::read_to_string(repository().join(example)).expect("the example is there");
+        let mut replace = |written: &str, by: &str| {
+            assert!(text.contains(written), "{example} no longer says {written}");
+            text = text.replace(written, by);
+        };
+        replace("/etc/trimtab/trimtab.wasm", &wasm().display().to_string());
+        replace("{\"value\": 1}", "{\"value\": 100}");
+        replace("random_sampling: {value: 1}", "random_sampling: {value: 100}");
+        replace("address: 0.0.0.0, port_value: 10000", "address: 127.0.0.1, port_value: 0");
+        replace("address: 127.0.0.1, port_value: 10001", "address: 127.0.0.1, port_value: 0");
+        for (written, upstream) in [
+            ("address: application, port_value: 8080", &application),
+            ("address: next, port_value: 8081", &next),
+            ("address: collector, port_value: 4318", &collector),
+        ] {
+            replace(written, &format!("address: 127.0.0.1, port_value: {}", upstream.address().port()));
+        }
+        let envoy = Envoy::options().concurrency(workers).try_start_text(&text).await;
+        Sidecar {
+            envoy: envoy.unwrap_or_else(|failure| panic!("{example}: {failure}")),
+            application,
+            next,
+            collector: Some(collector),
+        }
     }
 
     /// What the next hop sees of `calls` requests by an application that copies these headers.
@@ -115,7 +149,7 @@ async fn the_conformance_cases_pass_through_a_sidecar() {
         [(2, &["x-request-id"]), (8, &["x-request-id"]), (2, &["traceparent"]), (2, &["traceparent", "tracestate"])];
     for (workers, copied) in settings {
         let sidecar = Sidecar::start(workers, r#"{"bridge": {}, "sampling": {"percentage": "100%"}}"#).await;
-        cases::run(&format!("{workers} workers, the application copies {copied:?}"), &mut |headers, calls| {
+        cases::run(&format!("{workers} workers, the application copies {copied:?}"), true, &mut |headers, calls| {
             let chain = sidecar.chain(headers, copied, calls);
             tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(chain))
         });
@@ -151,4 +185,139 @@ async fn an_application_that_copies_a_request_id_keeps_trace_baggage_and_cohort(
     assert!(timing.starts_with("trace;desc=00-4bf92f3577b34da6a3ce929d0e0e4736-"), "{timing}");
     let response = Client::http1(sidecar.envoy.address("outbound")).send(Request::get("/")).await;
     assert_eq!(response.header("server-timing"), None, "the application is no client of its own sidecar");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_conformance_cases_pass_beside_envoys_tracer() {
+    needs_envoy!();
+    let settings: [(u32, &str, &[&str]); 7] = [
+        (2, "envoy/otel.yaml", &["x-request-id"]),
+        (8, "envoy/otel.yaml", &["x-request-id"]),
+        (2, "envoy/otel.yaml", &["traceparent"]),
+        (2, "envoy/otel.yaml", &["traceparent", "tracestate"]),
+        (2, "envoy/upstream-filter.yaml", &["x-request-id"]),
+        (2, "envoy/upstream-filter.yaml", &["traceparent"]),
+        (2, "envoy/upstream-filter.yaml", &["traceparent", "tracestate"]),
+    ];
+    for (workers, example, copied) in settings {
+        let sidecar = Sidecar::from_example(workers, example).await;
+        cases::run(
+            &format!("{example}, {workers} workers, the application copies {copied:?}"),
+            false,
+            &mut |headers, calls| {
+                let chain = sidecar.chain(headers, copied, calls);
+                tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(chain))
+            },
+        );
+        let collector = sidecar.collector.as_ref().unwrap();
+        let spans = collector.next_request().await;
+        assert_eq!(spans.path, "/v1/traces", "the tracer is at work");
+        assert_eq!(sidecar.metric("trace.ambiguous").await, 0);
+    }
+}
+
+/// An access log prints the trace that the request went on with, even where it went nowhere.
+#[tokio::test]
+async fn an_access_log_prints_the_trace_id() {
+    needs_envoy!();
+    let next = Upstream::start("v1").await;
+    let log = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("access-{}.log", std::process::id()));
+    let limit = r#"{"name": "l", "limit": {"requestsPerUnit": 1, "unit": "hour"}}"#;
+    let trace = r#", "trace": {"filterState": ["traceId"]}"#;
+    let listener = Listener::new("inbound")
+        .policy(&policy(&format!(r#"{{"name": "r", "rateLimits": [{limit}]}}"#), trace))
+        .access_log(&log, "%RESPONSE_CODE% %FILTER_STATE(wasm.trimtab.trace_id:PLAIN)%\n");
+    let bootstrap = Bootstrap::new().listener(listener).cluster(cluster("v1", next.address()));
+    let envoy = Envoy::start(&bootstrap).await;
+    let client = Client::http1(envoy.address("inbound"));
+    for _ in 0..2 {
+        client.send(Request::get("/").header("traceparent", TRACEPARENT)).await;
+    }
+    let lines = eventually("two lines in the access log", async || {
+        std::fs::read_to_string(&log).ok().filter(|log| log.lines().count() == 2)
+    });
+    assert_eq!(lines.await, format!("200 {id}\n429 {id}\n", id = &TRACEPARENT[3..35]));
+    std::fs::remove_file(log).unwrap();
+}
+
+/// So many requests of their own ids and traces, from `first` on, as many at once as there are `clients`. What reached
+/// the upstream is compared with what belongs to the id: whether it is that.
+async fn exchange_all(clients: &[Client], numbers: Range<usize>, inbound: bool) -> usize {
+    let share = numbers.len().div_ceil(clients.len());
+    let tasks = clients.iter().enumerate().map(|(place, client)| {
+        let (client, numbers) = (client.clone(), numbers.clone().skip(place * share).take(share));
+        tokio::spawn(async move {
+            let mut own = 0;
+            for n in numbers {
+                let (id, trace) = (format!("request-{n}"), format!("c0ffee{n:026x}"));
+                let mut request = Request::get("/").header("x-request-id", &id);
+                if inbound {
+                    request = request.header("traceparent", format!("00-{trace}-{:016x}-01", n + 1));
+                    request = request.header("baggage", format!("n={n}"));
+                }
+                let response = client.send(request).await;
+                let traceparent = response.echoed("traceparent").expect("every request has a trace");
+                let baggage = response.echoed("baggage");
+                if traceparent[3..35] == trace {
+                    assert_eq!(baggage, Some(format!("n={n}")), "{id}");
+                    own += 1;
+                } else {
+                    assert!(!traceparent.contains("c0ffee"), "{id} was given the trace of another: {traceparent}");
+                    assert_eq!(baggage, None, "{id} was given the baggage of another");
+                }
+            }
+            own
+        })
+    });
+    let mut own = 0;
+    for task in tasks.collect::<Vec<_>>() {
+        own += task.await.expect("no request was given what is another's");
+    }
+    own
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_traces_at_once_are_kept_apart_within_their_slots() {
+    needs_envoy!();
+    const TRACES: usize = 10_000;
+    const CAPACITY: u64 = 4096;
+    let sidecar = Sidecar::start(4, r#"{"bridge": {"capacity": 4096, "ttl": "24h"}}"#).await;
+    let clients =
+        |listener| -> Vec<Client> { (0..64).map(|_| Client::http1(sidecar.envoy.address(listener))).collect() };
+    let (inbound, outbound) = (clients("inbound"), clients("outbound"));
+
+    // All have arrived before the first one leaves: so many are alive at once.
+    assert_eq!(exchange_all(&inbound, 0..TRACES, true).await, TRACES);
+    let displaced = sidecar.metric("trace.displaced").await;
+    let remembered = exchange_all(&outbound, 0..TRACES, false).await as u64;
+    assert_eq!(remembered, TRACES as u64 - displaced, "each is remembered that nothing has displaced");
+    assert!((CAPACITY / 2..=CAPACITY).contains(&remembered), "{remembered} of {CAPACITY} slots are in use");
+    assert_eq!(sidecar.metric("outbound.trace.bridged").await, remembered);
+    assert_eq!(sidecar.metric("outbound.trace.missing").await, TRACES as u64);
+
+    // Some arrive while others leave, all over the same slots.
+    let arriving = exchange_all(&inbound, TRACES..TRACES + 2_000, true);
+    let leaving = exchange_all(&outbound, 0..2_000, false);
+    let (arrived, left) = tokio::join!(arriving, leaving);
+    assert_eq!(arrived, 2_000);
+    assert!(left as u64 <= remembered);
+    assert_eq!(sidecar.metric("trace.ambiguous").await, 0);
+    for worker in 0..4 {
+        // Both listeners count under the address that they were configured with.
+        let name = format!("listener.127.0.0.1_0.worker_{worker}.downstream_cx_total");
+        assert!(sidecar.envoy.stat(&name).await > Some(0), "{name}");
+    }
+
+    // Envoy's memory stays where it is: without a bound, so many traces more would take several megabytes.
+    let before = allocated(&sidecar.envoy).await;
+    exchange_all(&inbound, 2 * TRACES..3 * TRACES, true).await;
+    let after = allocated(&sidecar.envoy).await;
+    assert!(after < before + (1 << 20), "from {before} to {after} bytes");
+}
+
+/// The bytes that Envoy has allocated.
+async fn allocated(envoy: &Envoy) -> u64 {
+    let memory = envoy.admin("/memory").await;
+    let (_, rest) = memory.split_once("\"allocated\": \"").expect("Envoy tells what it has allocated");
+    rest.split_once('"').and_then(|(bytes, _)| bytes.parse().ok()).expect("it is a number")
 }

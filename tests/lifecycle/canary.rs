@@ -1,6 +1,6 @@
 //! Trials: stages, the cap on exposure, and the judge.
 
-use crate::proxy::{Outcome, Proxy, exchange, get};
+use crate::proxy::{Outcome, Proxy, exchange, get, value};
 use crate::{Start, policy, subset};
 use std::time::Duration;
 
@@ -175,6 +175,94 @@ pub fn a_stage_may_wait_for_evidence(start: Start) {
     assert_eq!(proxy.metric(&format!("{METRICS}.r.held")), 0);
     proxy.advance(Duration::from_secs(62));
     assert_eq!(send(&mut *proxy, 0..400, "200"), 400);
+}
+
+/// A policy whose decisions are carried on, and a rollout `r` that gives the canary `weight`.
+fn carrying(weight: u32, canary: &str, more: &str) -> String {
+    let stable = 100 - weight;
+    policy(
+        &format!(
+            r#"{{"name": "default",
+                "route": [{{"destination": {{"host": "h", "subset": "v1"}}, "weight": {stable}}},
+                          {{"destination": {{"host": "h", "subset": "v2"}}, "weight": {weight}}}],
+                "canary": {{"destination": "v2", "rollout": "r", "key": [{{"header": "x-user"}}]{canary}}}}}"#
+        ),
+        &format!(r#", "cohort": {{"signingKeys": [{{"env": "TRIMTAB_COHORT_KEY"}}]}}{more}"#),
+    )
+}
+
+fn cohort(proxy: &mut dyn Proxy, headers: &[(&str, &str)]) -> (Option<String>, String) {
+    let outcome = exchange(proxy, 0, headers, "200");
+    let carried = value(&outcome.clone().continued(), "x-trimtab-cohort").unwrap_or_default().to_owned();
+    (subset(outcome), carried)
+}
+
+pub fn a_decision_is_carried_and_followed(start: Start) {
+    let mut edge = start(&carrying(40, "", ""));
+    let mut service = start(&carrying(5, "", ""));
+    for user in 0..50 {
+        let user = format!("user-{user}");
+        let (version, carried) = cohort(&mut *edge, &[("x-user", &user)]);
+        let (followed, passed_on) = cohort(&mut *service, &[("x-trimtab-cohort", &carried)]);
+        assert_eq!(followed, version, "{user}: {carried}");
+        assert_eq!(passed_on, carried, "{user}");
+        let forged = carried.replace("weight=400000", "weight=1000000");
+        let (version, replaced) = cohort(&mut *service, &[("x-user", &user), ("x-trimtab-cohort", &forged)]);
+        assert_eq!(version, cohort(&mut *service, &[("x-user", &user)]).0, "{user}: {forged}");
+        assert!(replaced.contains(";weight=50000;"), "{user}: {replaced}");
+    }
+    assert_eq!(service.metric("trimtab.policy.p.cohort.followed"), 50);
+    assert_eq!(service.metric("trimtab.policy.p.cohort.forged"), 50);
+
+    let (_, carried) = cohort(&mut *edge, &[("x-user", "ann")]);
+    service.advance(Duration::from_secs(301));
+    cohort(&mut *service, &[("x-trimtab-cohort", &carried)]);
+    assert_eq!(service.metric("trimtab.policy.p.cohort.stale"), 1);
+}
+
+pub fn a_canary_that_failed_here_is_not_followed_into(start: Start) {
+    let mut edge = start(&carrying(100 - 1, "", ""));
+    let mut service = start(&carrying(50, r#", "judge": {}, "maxRequests": 1000000"#, ""));
+    send(&mut *service, 0..400, "500");
+    assert_eq!(service.metric(&format!("{METRICS}.r.judge.failed")), 1);
+    let everyone = (0..50).map(|user| cohort(&mut *edge, &[("x-user", &format!("user-{user}"))]));
+    let canaries: Vec<_> = everyone.filter(|(version, _)| version.as_deref() == Some("v2")).collect();
+    assert!(canaries.len() > 40);
+    for (_, carried) in canaries {
+        let (version, passed_on) = cohort(&mut *service, &[("x-trimtab-cohort", &carried)]);
+        assert_eq!(version.as_deref(), Some("v1"), "{carried}");
+        assert!(passed_on.contains(";weight=0;"), "later hops are told what was done: {passed_on}");
+    }
+}
+
+pub fn a_decision_at_another_weight_is_no_evidence(start: Start) {
+    let judged = r#", "judge": {}"#;
+    for (weight, expected) in [(50, 20), (40, 0)] {
+        let mut edge = start(&carrying(weight, "", ""));
+        let mut service = start(&carrying(50, judged, ""));
+        for user in 0..20 {
+            let (_, carried) = cohort(&mut *edge, &[("x-user", &format!("user-{user}"))]);
+            cohort(&mut *service, &[("x-trimtab-cohort", &carried)]);
+        }
+        let counted = ["canary", "others"]
+            .map(|side| service.metric(&format!("{METRICS}.r.judge.weight.500000.{side}.requests")));
+        assert_eq!(counted.iter().sum::<u64>(), expected, "decided at {weight} %");
+    }
+}
+
+pub fn an_application_that_loses_the_decision_gets_it_back(start: Start) {
+    let bridge = r#", "trace": {"direction": "DIRECTION", "bridge": {"carry": ["x-trimtab-cohort"]}}"#;
+    let mut proxy = start(&carrying(40, "", &bridge.replace("DIRECTION", "inbound")));
+    let outbound = carrying(5, "", &bridge.replace("DIRECTION", "outbound"));
+    let mut expected = Vec::new();
+    let id = |user: usize| format!("0f0e0d0c-0b0a-4908-8706-{user:012}");
+    for user in 0..20 {
+        expected.push(cohort(&mut *proxy, &[("x-user", &format!("user-{user}")), ("x-request-id", &id(user))]));
+    }
+    proxy.update(&outbound).unwrap();
+    for (user, expected) in expected.iter().enumerate() {
+        assert_eq!(cohort(&mut *proxy, &[("x-request-id", &id(user))]), *expected, "user-{user}");
+    }
 }
 
 pub fn in_shadow_nothing_changes(start: Start) {

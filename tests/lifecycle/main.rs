@@ -2,16 +2,28 @@
 //! simulated host and in the module that ships.
 
 mod canary;
+mod fault;
 mod limits;
 mod native;
 mod proxy;
+mod trace;
 mod wasm;
 
 use canary::{
-    a_cap_on_exposure_is_exact, a_failing_canary_is_rolled_back_in_all_workers_for_good,
-    a_reported_failure_keeps_its_weight_and_enters_no_stage, a_stage_may_wait_for_evidence, garbage_is_no_verdict,
+    a_canary_that_failed_here_is_not_followed_into, a_cap_on_exposure_is_exact,
+    a_decision_at_another_weight_is_no_evidence, a_decision_is_carried_and_followed,
+    a_failing_canary_is_rolled_back_in_all_workers_for_good, a_reported_failure_keeps_its_weight_and_enters_no_stage,
+    a_stage_may_wait_for_evidence, an_application_that_loses_the_decision_gets_it_back, garbage_is_no_verdict,
     grpc_failures_are_evidence, in_shadow_nothing_changes, slowness_is_evidence, stages_follow_the_wall_clock,
     the_worker_that_saw_the_last_failure_sends_no_other, what_is_no_fault_of_the_canary_is_no_evidence,
+};
+use fault::{
+    a_delay_is_drawn_from_its_distribution, a_fault_of_another_hop_is_no_failure,
+    a_host_that_is_not_reached_any_more_is_reported, a_replaced_answer_has_a_slot_until_its_end,
+    a_request_is_given_no_more_than_is_written, a_request_may_ask_for_a_fault, a_trace_is_faulted_alike_everywhere,
+    active_faults_are_capped_over_the_workers, an_abort_may_be_a_reset, an_answer_is_replaced,
+    answers_need_not_be_marked, every_request_is_counted_once, only_the_named_are_faulted,
+    what_envoy_says_itself_is_not_replaced,
 };
 use limits::{
     a_candidate_counts_what_it_would_refuse, a_forged_address_buys_nothing, a_key_of_60_kb_is_hashed,
@@ -22,6 +34,10 @@ use limits::{
 };
 use proxy::{Headers, Outcome, Proxy, exchange, get, value};
 use std::time::Duration;
+use trace::{
+    a_context_is_left_and_restored, a_limit_may_force_sampling, a_rollback_may_force_sampling,
+    an_injected_fault_may_force_sampling, the_conformance_cases_pass,
+};
 
 /// Declares each case as a native test and as a test of the module.
 macro_rules! cases {
@@ -46,6 +62,11 @@ cases![
     an_application_that_copies_an_id_keeps_its_trace,
     a_stranger_brings_no_trace_in,
     b3_is_translated,
+    the_conformance_cases_pass,
+    a_context_is_left_and_restored,
+    a_limit_may_force_sampling,
+    an_injected_fault_may_force_sampling,
+    a_rollback_may_force_sampling,
     a_limit_is_exact_over_the_workers,
     a_grpc_call_is_refused_in_grpc,
     limits_are_charged_all_or_none,
@@ -73,6 +94,20 @@ cases![
     injection_stops_in_all_workers_while_the_upstream_fails,
     grpc_failures_are_seen_in_trailers,
     own_faults_are_no_failures_of_the_upstream,
+    a_trace_is_faulted_alike_everywhere,
+    a_delay_is_drawn_from_its_distribution,
+    a_request_may_ask_for_a_fault,
+    a_request_is_given_no_more_than_is_written,
+    active_faults_are_capped_over_the_workers,
+    a_replaced_answer_has_a_slot_until_its_end,
+    an_answer_is_replaced,
+    a_fault_of_another_hop_is_no_failure,
+    what_envoy_says_itself_is_not_replaced,
+    answers_need_not_be_marked,
+    an_abort_may_be_a_reset,
+    only_the_named_are_faulted,
+    every_request_is_counted_once,
+    a_host_that_is_not_reached_any_more_is_reported,
     a_bad_policy_is_refused_and_the_old_one_serves_on,
     stages_follow_the_wall_clock,
     a_cap_on_exposure_is_exact,
@@ -85,6 +120,10 @@ cases![
     in_shadow_nothing_changes,
     slowness_is_evidence,
     garbage_is_no_verdict,
+    a_decision_is_carried_and_followed,
+    a_canary_that_failed_here_is_not_followed_into,
+    a_decision_at_another_weight_is_no_evidence,
+    an_application_that_loses_the_decision_gets_it_back,
     hostile_requests_are_routed_like_any_other,
 ];
 
@@ -250,10 +289,17 @@ fn a_stranger_brings_no_trace_in(start: Start) {
     let trace = r#", "trace": {"edge": "restartExternal", "tracestate": {"key": "acme"}, "direction": "inbound"}"#;
     let mut proxy = start(&policy("", trace));
     for (tracestate, is_ours) in [("acme=1", true), ("a=1", false)] {
-        let sent = [("traceparent", TRACEPARENT), ("tracestate", tracestate), ("baggage", "a=1"), ("x-b3-flags", "1")];
+        let sent = [
+            ("traceparent", TRACEPARENT),
+            ("tracestate", tracestate),
+            ("baggage", "a=1"),
+            ("uberctx-a", "1"),
+            ("x-b3-flags", "1"),
+        ];
         let headers = exchange(&mut *proxy, 0, &sent, "200").continued();
         assert_eq!(value(&headers, "traceparent").unwrap()[..36] == TRACEPARENT[..36], is_ours);
         assert_eq!(value(&headers, "baggage").is_some(), is_ours);
+        assert_eq!(value(&headers, "uberctx-a").is_some(), is_ours);
         assert_eq!(value(&headers, "x-b3-flags"), None);
     }
     assert_eq!(proxy.metric("trimtab.policy.p.trace.restarted"), 1);
@@ -482,7 +528,8 @@ fn hostile_requests_are_routed_like_any_other(start: Start) {
         "canary": {"destination": "v2", "rollout": "r",
                    "key": [{"cookie": "c"}, {"queryParam": "q"}, {"pathSegment": 3}, {"sourceAddress": {}}, {"header": "x-a"}]},
         "rateLimits": [{"name": "l", "limit": {"requestsPerUnit": 1000, "unit": "second"}, "key": [{"header": "x-a"}, {"cookie": "c"}]}],
-        "fault": {"abort": {"percentage": {"value": 0}, "httpStatus": 500}}}"#;
+        "fault": {"headerControl": true, "source": {"properties": {"no.such.attribute": {"regex": ".*"}}},
+                  "delay": {"percentage": {"value": 100}, "fixedDelay": "1s"}, "abort": {"percentage": {"value": 100}}}}"#;
     let mut proxy = start(&policy(everything, r#", "trace": {}"#));
     let large = vec![b'x'; 60_000];
     let names: Vec<String> = (0..100).map(|n| format!("x-header-{n}")).collect();
@@ -496,9 +543,17 @@ fn hostile_requests_are_routed_like_any_other(start: Start) {
         vec![(":path", b"http://example.com/absolute?q=")],
         vec![(":path", b"/x\xff\xfe?q=\xff&=&&;#"), ("x-a", b"\xff\x00\xfe")],
         vec![(":path", b"?"), ("x-a", b""), ("x-a", b""), ("cookie", b"c"), ("cookie", b"=;;c=\xff")],
+        vec![
+            (":path", b"/"),
+            ("x-envoy-fault-delay-request", b"\xff\x00"),
+            ("x-envoy-fault-delay-request-percentage", &large),
+            ("x-envoy-fault-abort-request", b"-1"),
+            ("x-envoy-fault-abort-grpc-request", b"99999999999999999999999"),
+        ],
         vec![(":path", b"/"), ("x-a", &large), ("cookie", &large), ("traceparent", &large), ("tracestate", &large)],
         many,
     ];
+    proxy.set_property("no.such.attribute", b"there is");
     for request in requests {
         let (stream, outcome) = proxy.request(0, &request);
         let headers = outcome.continued();

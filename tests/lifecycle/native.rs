@@ -1,19 +1,19 @@
 //! The filter on the simulated host: what `host/proxy_wasm.rs` does for Envoy, done here for a clock that stands still.
 
-use crate::proxy::{Headers, Outcome, Proxy, Reply, StreamId, has_body};
+use crate::proxy::{ENVIRONMENT, Headers, Outcome, Proxy, Reply, StreamId, has_body};
 use std::collections::HashMap;
 use std::time::Duration;
 use trimtab::fault::HeldStreams;
-use trimtab::filter::{Exchange, Filter, Verdict};
+use trimtab::filter::{Exchange, Filter, Hold, Verdict};
 use trimtab::host::sim::Sim;
-use trimtab::host::{Host, StateStore, Version};
+use trimtab::host::{Host, Properties, StateStore, Version};
 use trimtab::http::{HeaderMutation, LocalReply, encode_headers};
 use trimtab::policy::Policy;
 
 #[derive(Default)]
 struct Worker {
     filter: Option<Filter>,
-    held: HeldStreams<Option<LocalReply>>,
+    held: HeldStreams<Box<Hold>>,
     next_stream: u32,
     streams: HashMap<u32, Stream>,
 }
@@ -40,7 +40,7 @@ impl Native {
 impl Proxy for Native {
     fn update(&mut self, policy: &str) -> Result<(), String> {
         for worker in &mut self.workers {
-            let (policy, _) = Policy::from_json(policy.as_bytes())
+            let (policy, _) = Policy::from_json(policy.as_bytes(), &environment)
                 .map_err(|told| told.iter().map(|told| format!("policy refused: {told}\n")).collect::<String>())?;
             worker.filter = Some(Filter::new(policy, &self.host));
         }
@@ -54,7 +54,8 @@ impl Proxy for Native {
         worker.next_stream += 1;
         let may_hold = worker.held.has_room();
         let filter = worker.filter.as_mut().expect("a policy is loaded");
-        let decision = filter.on_request(&self.host, &encode_headers(headers), has_body(headers), may_hold);
+        let block = encode_headers(headers);
+        let decision = filter.on_request(&self.host, &block, has_body(headers), may_hold);
         let mut headers: Vec<(Vec<u8>, Vec<u8>)> =
             headers.iter().map(|(name, value)| (name.as_bytes().to_vec(), value.to_vec())).collect();
         decision.mutations.iter().for_each(|mutation| mutation.apply(&mut headers));
@@ -63,8 +64,9 @@ impl Proxy for Native {
         let outcome = match decision.verdict {
             Verdict::Continue => Outcome::Continued(headers.clone()),
             Verdict::Answer(reply) => Outcome::Answered(answer(reply)),
-            Verdict::Delay(delay, then) => {
-                worker.held.hold(id, self.host.now() + delay, then);
+            Verdict::Reset => Outcome::Reset,
+            Verdict::Delay(hold) => {
+                worker.held.hold(id, self.host.now() + hold.delay, hold);
                 Outcome::Held
             }
         };
@@ -77,23 +79,25 @@ impl Proxy for Native {
         let worker = &mut self.workers[stream.worker];
         let exchange = &mut worker.streams.get_mut(&stream.id).expect("the stream is open").exchange;
         let filter = worker.filter.as_mut().unwrap();
-        let mut changed: Vec<(Vec<u8>, Vec<u8>)> =
-            headers.iter().map(|(name, value)| (name.as_bytes().to_vec(), value.as_bytes().to_vec())).collect();
-        let change = &mut |mutation: HeaderMutation<'static>| mutation.apply(&mut changed);
-        filter.on_response(&self.host, exchange, &|name| find(headers, name), change);
-        changed.into_iter().map(|(name, value)| (String::from_utf8(name).unwrap(), value)).collect()
+        changed(headers, |change| filter.on_response(&self.host, exchange, &|name| find(headers, name), change))
     }
 
-    fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]) {
+    fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]) -> Headers {
         let worker = &mut self.workers[stream.worker];
         let exchange = &mut worker.streams.get_mut(&stream.id).expect("the stream is open").exchange;
-        worker.filter.as_mut().unwrap().on_response_trailers(&self.host, exchange, &|name| find(trailers, name));
+        let filter = worker.filter.as_mut().unwrap();
+        changed(trailers, |change| {
+            filter.on_response_trailers(&self.host, exchange, &|name| find(trailers, name), change);
+        })
     }
 
     fn end(&mut self, stream: StreamId) {
         let worker = &mut self.workers[stream.worker];
-        worker.streams.remove(&stream.id);
-        worker.held.forget(stream.id);
+        let ended = worker.streams.remove(&stream.id);
+        let held = worker.held.forget(stream.id);
+        let filter = worker.filter.as_ref().unwrap();
+        let slots = [ended.and_then(|stream| stream.exchange.slot), held.and_then(|hold| hold.slot)];
+        slots.into_iter().flatten().for_each(|slot| filter.free(slot, &self.host));
     }
 
     fn advance(&mut self, time: Duration) {
@@ -107,12 +111,17 @@ impl Proxy for Native {
                 if let Some(filter) = &mut worker.filter {
                     filter.on_tick(&self.host);
                 }
-                while let Some((id, then)) = worker.held.take_due(self.host.now()) {
+                while let Some((id, hold)) = worker.held.take_due(self.host.now()) {
                     if let Some(stream) = worker.streams.get_mut(&id) {
-                        stream.outcome = match then {
-                            Some(reply) => Outcome::Answered(answer(reply)),
-                            None => Outcome::Continued(stream.headers.clone()),
+                        stream.outcome = match hold.then {
+                            Verdict::Answer(reply) => Outcome::Answered(answer(reply)),
+                            Verdict::Reset => Outcome::Reset,
+                            Verdict::Continue => Outcome::Continued(stream.headers.clone()),
+                            Verdict::Delay(_) => panic!("a delay follows a delay"),
                         };
+                    }
+                    if let (Some(slot), Some(filter)) = (hold.slot, &worker.filter) {
+                        filter.free(slot, &self.host);
                     }
                 }
             }
@@ -131,6 +140,10 @@ impl Proxy for Native {
         self.host.set_property(path, value);
     }
 
+    fn left(&mut self, _: StreamId, name: &str) -> Option<Vec<u8>> {
+        self.host.property(&[name])
+    }
+
     fn write_shared(&mut self, key: &str, value: &[u8]) {
         let version = self.host.get(key).map_or(Version::ABSENT, |(_, version)| version);
         self.host.set(key, value, version).expect("nobody else writes");
@@ -139,6 +152,20 @@ impl Proxy for Native {
     fn metric(&mut self, name: &str) -> u64 {
         self.host.metric(name)
     }
+}
+
+/// The same variable as the module's virtual machine has.
+fn environment(name: &str) -> Option<Vec<u8>> {
+    let (known, value) = ENVIRONMENT;
+    (name == known).then(|| value.as_bytes().to_vec())
+}
+
+/// `headers` as they are after the mutations that `act` asks for.
+fn changed(headers: &[(&str, &str)], act: impl FnOnce(&mut dyn FnMut(HeaderMutation<'static>))) -> Headers {
+    let mut all: Vec<(Vec<u8>, Vec<u8>)> =
+        headers.iter().map(|(name, value)| (name.as_bytes().to_vec(), value.as_bytes().to_vec())).collect();
+    act(&mut |mutation| mutation.apply(&mut all));
+    all.into_iter().map(|(name, value)| (String::from_utf8(name).unwrap(), value)).collect()
 }
 
 fn find(headers: &[(&str, &str)], name: &str) -> Option<Vec<u8>> {

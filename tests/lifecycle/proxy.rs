@@ -5,6 +5,9 @@ use std::time::Duration;
 /// A header, as bytes: HTTP does not promise text.
 pub type Headers = Vec<(String, Vec<u8>)>;
 
+/// What both proxies have in their environment.
+pub const ENVIRONMENT: (&str, &str) = ("TRIMTAB_COHORT_KEY", "a key of more than thirty-two bytes");
+
 /// What became of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -14,6 +17,8 @@ pub enum Outcome {
     Held,
     /// It was answered.
     Answered(Reply),
+    /// It was reset.
+    Reset,
 }
 
 /// An answer that the filter gave.
@@ -44,11 +49,11 @@ pub trait Proxy {
     /// Sends the head of a request to a worker.
     fn request(&mut self, worker: usize, headers: &[(&str, &[u8])]) -> (StreamId, Outcome);
 
-    /// Sends the head of the upstream's response; what the client gets of it.
+    /// Sends the head of the upstream's response, and returns what the client gets.
     fn response(&mut self, stream: StreamId, headers: &[(&str, &str)]) -> Headers;
 
-    /// Sends the trailers of the upstream's response.
-    fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]);
+    /// Sends the trailers of the upstream's response, and returns what the client gets.
+    fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]) -> Headers;
 
     /// Ends a stream: its response is complete, or its client has gone.
     fn end(&mut self, stream: StreamId);
@@ -64,6 +69,9 @@ pub trait Proxy {
 
     /// A property of the streams to come; its path is joined by dots.
     fn set_property(&mut self, path: &str, value: &[u8]);
+
+    /// What the filter has left with a stream under `name`.
+    fn left(&mut self, stream: StreamId, name: &str) -> Option<Vec<u8>>;
 
     /// Writes a shared word, as a neighbour could.
     fn write_shared(&mut self, key: &str, value: &[u8]);

@@ -1,9 +1,9 @@
 //! The module that ships, in a virtual machine for each worker.
 
-use crate::proxy::{Headers, Outcome, Proxy, Reply, StreamId, has_body};
+use crate::proxy::{ENVIRONMENT, Headers, Outcome, Proxy, Reply, StreamId, has_body};
 use std::sync::LazyLock;
 use std::time::Duration;
-use trimtab_vm::{Action, Refused, RootId, Vm, World, advance};
+use trimtab_vm::{Action, Options, Refused, RootId, Vm, World, advance};
 
 static MODULE: LazyLock<trimtab_vm::Module> = LazyLock::new(|| {
     let path = std::env::var("TRIMTAB_WASM")
@@ -26,7 +26,9 @@ impl Module {
     pub fn start(policy: &str) -> Box<dyn Proxy> {
         let world = World::new(1);
         let workers = (0..2).map(|_| {
-            let mut vm = Vm::new(&world, &MODULE).expect("the module starts");
+            let (name, value) = ENVIRONMENT;
+            let options = Options { environment: vec![(name.into(), value.into())], ..Options::default() };
+            let mut vm = Vm::with_options(&world, &MODULE, options).expect("the module starts");
             let root = vm.start_plugin("trimtab", policy).expect("the case's policy is valid");
             Worker { vm, root, streams: Vec::new() }
         });
@@ -76,9 +78,10 @@ impl Proxy for Module {
         pairs(vm.stream(stream).response_headers())
     }
 
-    fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]) {
+    fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]) -> Headers {
         let (vm, stream) = self.stream(stream);
         vm.response_trailers(stream, trailers).unwrap_or_else(|trap| panic!("{trap}"));
+        pairs(vm.stream(stream).response_trailers())
     }
 
     fn end(&mut self, stream: StreamId) {
@@ -100,6 +103,7 @@ impl Proxy for Module {
         let (vm, stream) = self.stream(stream);
         let stream = vm.stream(stream);
         match (stream.reply(), stream.request_action()) {
+            _ if stream.is_reset() => Outcome::Reset,
             (Some(reply), _) => Outcome::Answered(Reply {
                 status: reply.status,
                 details: reply.details.clone(),
@@ -114,6 +118,12 @@ impl Proxy for Module {
 
     fn set_property(&mut self, path: &str, value: &[u8]) {
         self.world.set_property(path, value);
+    }
+
+    fn left(&mut self, stream: StreamId, name: &str) -> Option<Vec<u8>> {
+        let (vm, stream) = self.stream(stream);
+        let written = vm.stream(stream).written_properties();
+        written.iter().rev().find(|(known, _)| known == name).map(|(_, value)| value.clone())
     }
 
     fn write_shared(&mut self, key: &str, value: &[u8]) {

@@ -17,7 +17,7 @@ use std::time::SystemTime;
 use trimtab::canary::{Choice, Split, Term, Why};
 use trimtab::decimal::Decimal;
 use trimtab::document::quoted;
-use trimtab::fault::{Abort, DrawnFrom, Fault, Withheld};
+use trimtab::fault::{Abort, Delay, Draw, DrawnFrom, Fault, Status, Withheld};
 use trimtab::filter::{Decision, Filter, Reasons, Verdict};
 use trimtab::host::Properties;
 use trimtab::host::sim::Sim;
@@ -27,8 +27,8 @@ use trimtab::matcher::Condition;
 use trimtab::policy::{Policy, Route};
 use trimtab::ratelimit::{Admission, Limit, OnMissing, Reason, Remark};
 use trimtab::trace::w3c::{Flags, Invalid, format_traceparent};
-use trimtab::trace::{self, Arrived, Continuation};
-use trimtab::units::{Fraction, nanoseconds, point};
+use trimtab::trace::{self, Arrived, Continuation, Edge};
+use trimtab::units::{Fraction, Wall, nanoseconds, parse_instant, point};
 
 #[derive(Args)]
 pub(crate) struct Explain {
@@ -55,6 +55,10 @@ pub(crate) struct Explain {
     #[arg(long = "property", value_name = "PATH=VALUE", value_parser = Property::parse)]
     properties: Vec<Property>,
 
+    /// When the request comes, such as 2026-11-21T09:00:00Z; now where this is not written
+    #[arg(long, value_name = "INSTANT", value_parser = instant)]
+    at: Option<Wall>,
+
     /// Draws what is random; the same seed draws the same
     #[arg(long)]
     seed: Option<u64>,
@@ -62,6 +66,10 @@ pub(crate) struct Explain {
     /// `json`: one object
     #[arg(long, value_enum, default_value_t)]
     format: Format,
+}
+
+fn instant(text: &str) -> Result<Wall, &'static str> {
+    parse_instant(text).ok_or("write an RFC 3339 instant, such as 2026-11-21T09:00:00Z")
 }
 
 impl Explain {
@@ -102,8 +110,9 @@ impl Explain {
         // Small enough to be typed again.
         let seed = self.seed.unwrap_or_else(|| RandomState::new().hash_one(0) % 1_000_000);
         let host = Sim::new(seed);
-        if let Ok(now) = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH) {
-            host.set_wall(nanoseconds(now));
+        let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map(nanoseconds);
+        if let Some(at) = self.at.or_else(|| now().ok()) {
+            host.set_wall(at);
         }
         for property in &self.properties {
             host.set_property(&property.path, property.value.as_bytes());
@@ -157,6 +166,8 @@ struct Story<'s> {
 /// One kind of fault of a route, and what was drawn.
 struct Dice {
     fault: String,
+    /// Whether the request asks for it, where it has to.
+    is_asked: bool,
     share: Fraction,
     drawn: bool,
     /// Where the trace id stands, if it decides.
@@ -217,32 +228,49 @@ impl Story<'_> {
         let context = self.reasons.trace.as_ref().map(|continuation| continuation.context);
         let context = context.or_else(|| trace::extract(&self.request).ok().flatten());
         let trace_id = context.map(|context| context.trace_id).filter(|_| fault.drawn_from == DrawnFrom::TraceId);
-        let draws = trace_id.map(|id| fault.draws(Some(id), || 0));
-        let place = |draw: u64| Fraction::from_ppm(point(draw));
-        let delay = fault.delay.map(|(share, delay)| Dice {
-            fault: format!("delay {}", duration(delay)),
-            share,
+        let place = |what| fault.number(what, trace_id).map(|draw| Fraction::from_ppm(point(draw)));
+        let asked = fault.asked(&self.request);
+        let most = |asked: Option<Fraction>| asked.unwrap_or(Fraction::WHOLE);
+        let delay = fault.delay.as_ref().map(|(share, delay)| Dice {
+            fault: match (delay, self.reasons.drawn.delay) {
+                (_, Some(drawn)) => format!("delay {}", duration(drawn)),
+                (Delay::Fixed(time), None) => format!("delay {}", duration(*time)),
+                (Delay::Distribution(_), None) => format!("delay up to {}", duration(delay.longest())),
+            },
+            share: most(asked.map(|asked| asked.delay_share)).min(*share),
+            is_asked: asked.is_none_or(|asked| asked.delay.is_some()),
             drawn: self.reasons.drawn.delay.is_some(),
-            place: draws.map(|draws| place(draws.delay)),
+            place: place(Draw::Delay),
         });
         let abort = fault.abort.map(|(share, abort)| Dice {
-            fault: match abort {
-                Abort::Http(status) => format!("abort {status}"),
-                Abort::Grpc(code) => format!("abort grpc {code}"),
+            fault: match self.reasons.drawn.abort.unwrap_or(abort) {
+                Abort::Answer(status) => format!("abort {}", status_in_words(status)),
+                Abort::Reset => "abort by reset".to_owned(),
+                Abort::Asked => "abort".to_owned(),
             },
-            share,
+            share: most(asked.map(|asked| asked.abort_share)).min(share),
+            is_asked: asked.is_none_or(|asked| asked.abort.is_some()),
             drawn: self.reasons.drawn.abort.is_some(),
-            place: draws.map(|draws| place(draws.abort)),
+            place: place(Draw::Abort),
         });
-        delay.into_iter().chain(abort).collect()
+        // Who is aborted has no answer to replace.
+        let response = fault.response.filter(|_| self.reasons.drawn.abort.is_none()).map(|(share, status)| Dice {
+            fault: format!("response {}", status_in_words(status)),
+            share,
+            is_asked: true,
+            drawn: self.reasons.drawn.response.is_some(),
+            place: place(Draw::Response),
+        });
+        delay.into_iter().chain(abort).chain(response).collect()
     }
 
     /// Whether another seed could tell another story.
     fn is_random(&self) -> bool {
         let by_trace_id = |fault: &Fault| self.dice(fault).iter().all(|dice| dice.place.is_some());
+        let is_drawn = self.reasons.withheld != Some(Withheld::NotAimed);
         self.reasons.trace.is_some()
             || matches!(self.reasons.choice, Some(Choice { why: Why::Drawn { .. }, .. }))
-            || self.route().and_then(|route| route.fault.as_ref()).is_some_and(|fault| !by_trace_id(fault))
+            || self.route().and_then(|route| route.fault.as_ref()).is_some_and(|fault| is_drawn && !by_trace_id(fault))
     }
 
     /// The destination, as people call it; the route's own where it names none.
@@ -254,9 +282,9 @@ impl Story<'_> {
 
     /// The answer that is given in the upstream's place.
     fn reply(&self) -> Option<&LocalReply> {
-        match &self.verdict {
-            Verdict::Answer(reply) | Verdict::Delay(_, Some(reply)) => Some(reply),
-            Verdict::Continue | Verdict::Delay(_, None) => None,
+        match self.verdict.last() {
+            Verdict::Answer(reply) => Some(reply),
+            _ => None,
         }
     }
 }
@@ -288,25 +316,42 @@ impl Story<'_> {
 
     fn tell_trace(&self, table: &mut Table) {
         table.section("trace");
-        let Some(Continuation { arrived, from, root, context, .. }) = &self.reasons.trace else {
-            table.row(
-                "left alone",
-                if self.policy.trace.is_some() { "edge: ignore" } else { "the policy has no trace block" },
-            );
+        let Some(continuation @ Continuation { arrived, from, root, context, .. }) = &self.reasons.trace else {
+            let why = match self.policy.trace.as_ref().map(|trace| trace.edge) {
+                None => "the policy has no trace block",
+                Some(Edge::Restore) => "edge: restore, and no earlier filter has left a context",
+                Some(_) => "edge: ignore",
+            };
+            table.row("left alone", why);
             return;
         };
         let arrival = match arrived {
             Arrived::Valid => format!("a valid {} arrived", from.map_or("context", |from| from.describe())),
             Arrived::Missing => "no traceparent arrived".to_owned(),
+            Arrived::Decided => "an earlier filter has decided".to_owned(),
             Arrived::Invalid(invalid) => format!("the traceparent is invalid: {}", describe_invalid(*invalid)),
         };
         let sampled = if context.flags.contains(Flags::SAMPLED) { "sampled" } else { "not sampled" };
-        if *root {
+        let decided = |by: String| match continuation.is_forced() {
+            true => "sampled, for what was done to the request (force)".to_owned(),
+            false => format!("{sampled}{by}"),
+        };
+        if *arrived == Arrived::Decided {
+            table.row("goes on", format!("{arrival}; {sampled}"));
+        } else if *root {
             let restarted = if *arrived == Arrived::Valid { ", but edge is restart" } else { "" };
             let share = self.policy.trace.as_ref().map_or(Fraction::NONE, |trace| trace.sampling);
-            table.row("begins here", format!("{arrival}{restarted}; its id is drawn; {sampled} ({share} are)"));
+            let decided = decided(format!(" ({share} are)"));
+            table.row("begins here", format!("{arrival}{restarted}; its id is drawn; {decided}"));
         } else {
-            table.row("goes on", format!("{arrival}; its new parent id is drawn; {sampled}, as the caller decided"));
+            let decided = decided(", as the caller decided".to_owned());
+            table.row("goes on", format!("{arrival}; its new parent id is drawn; {decided}"));
+        }
+        let left = self.policy.trace.as_ref().map(|trace| trace.filter_state).unwrap_or_default();
+        for (is_left, what) in [(left.trace_id, "wasm.trimtab.trace_id"), (left.context, "wasm.trimtab.context")] {
+            if is_left {
+                table.row("is left", format!("in filter state, as {what}"));
+            }
         }
     }
 
@@ -402,6 +447,7 @@ impl Story<'_> {
             let when = match share.term {
                 Term::NotStarted => " until its start time",
                 Term::Stage(_) => " in this stage",
+                Term::Carried => " there",
                 Term::Route | Term::Exhausted | Term::Held | Term::RolledBack => "",
             };
             Some(format!("{} has those below {weight}{when}", destination.label()))
@@ -425,6 +471,11 @@ impl Story<'_> {
                 let place = Fraction::from_ppm(place);
                 format!("{absent}drawn at {place}; {}", trial.unwrap_or_else(shares))
             }
+            Why::Carried { place } => {
+                let rollout = split.canary.as_ref().map_or("", |canary| &canary.rollout);
+                let place = Fraction::from_ppm(place);
+                format!("an earlier hop found it at {place} of {rollout}; {}", trial.unwrap_or_default())
+            }
         };
         table.row(self.destination(), why);
     }
@@ -436,15 +487,21 @@ impl Story<'_> {
             table.row("none", "a limit refused the request before");
             return;
         }
-        for Dice { fault, share, drawn, place } in self.dice(fault) {
+        if self.reasons.withheld == Some(Withheld::NotAimed) {
+            table.row("none", "it is aimed at other sources, destinations, hosts or attempts");
+            return;
+        }
+        for Dice { fault, is_asked, share, drawn, place } in self.dice(fault) {
             let outcome = match (drawn, self.reasons.withheld) {
-                (false, _) => "no",
+                (false, _) | (true, Some(Withheld::NotAimed | Withheld::NotDrawn)) => "no",
                 (true, None) => "yes",
                 (true, Some(Withheld::Shadow)) => "only counted, mode is shadow",
                 (true, Some(Withheld::Suspended)) => "withheld, the guard has suspended it",
                 (true, Some(Withheld::Overflow)) => "withheld, too many requests are held",
+                (true, Some(Withheld::MaxActive)) => "withheld, maxActive requests are faulted already",
             };
             let why = match place {
+                _ if !is_asked => "the request does not ask for it".to_owned(),
                 Some(place) => format!("the trace id stands at {place}; below {share} it happens"),
                 None => format!("drawn at random, {share} of requests"),
             };
@@ -481,15 +538,16 @@ impl Story<'_> {
             let grpc = reply.grpc_status.map(|code| format!(", grpc-status {code}")).unwrap_or_default();
             format!("{}{grpc} ({})", reply.status, reply.details)
         };
-        match &self.verdict {
-            Verdict::Continue => table.row("continues", format!("to {}", self.destination())),
-            Verdict::Delay(time, None) => {
-                table.row("continues", format!("to {}, {} later", self.destination(), duration(*time)));
+        let later = match &self.verdict {
+            Verdict::Delay(hold) => format!(", {} later", duration(hold.delay)),
+            _ => String::new(),
+        };
+        match self.verdict.last() {
+            Verdict::Answer(reply) => table.row("answered", format!("{}{later}", answered(reply))),
+            Verdict::Reset => table.row("reset", format!("without an answer{later}")),
+            Verdict::Continue | Verdict::Delay(_) => {
+                table.row("continues", format!("to {}{later}", self.destination()));
             }
-            Verdict::Delay(time, Some(reply)) => {
-                table.row("answered", format!("{}, {} later", answered(reply), duration(*time)));
-            }
-            Verdict::Answer(reply) => table.row("answered", answered(reply)),
         }
     }
 }
@@ -563,6 +621,7 @@ impl Story<'_> {
             Why::Only => ("only", None),
             Why::Cohort { place } => ("cohort", Some(place)),
             Why::Drawn { place } => ("drawn", Some(place)),
+            Why::Carried { place } => ("carried", Some(place)),
         };
         let key = self.cohort_key(split).map(|(source, value)| json!({"source": source, "value": value}));
         Some(json!({
@@ -590,17 +649,23 @@ impl Story<'_> {
             Withheld::Suspended => "suspended",
             Withheld::Shadow => "shadow",
             Withheld::Overflow => "overflow",
+            Withheld::NotAimed => "not_aimed",
+            Withheld::NotDrawn => "not_drawn",
+            Withheld::MaxActive => "max_active",
         });
         let dice: Vec<Value> = self.dice(fault).into_iter().map(dice).collect();
         Some(json!({"draws": dice, "withheld": withheld, "guard": "armed"}))
     }
 
     fn json_verdict(&self) -> Value {
-        let (action, delay) = match &self.verdict {
-            Verdict::Continue => ("continue", None),
-            Verdict::Delay(time, None) => ("continue", Some(*time)),
-            Verdict::Delay(time, Some(_)) => ("answer", Some(*time)),
-            Verdict::Answer(_) => ("answer", None),
+        let delay = match &self.verdict {
+            Verdict::Delay(hold) => Some(hold.delay),
+            _ => None,
+        };
+        let action = match self.verdict.last() {
+            Verdict::Continue | Verdict::Delay(_) => "continue",
+            Verdict::Answer(_) => "answer",
+            Verdict::Reset => "reset",
         };
         let reply = self.reply().map(|reply| {
             json!({
@@ -615,10 +680,18 @@ impl Story<'_> {
     }
 }
 
+fn status_in_words(status: Status) -> String {
+    match status {
+        Status::Http(status) => status.to_string(),
+        Status::Grpc(code) => format!("grpc {code}"),
+    }
+}
+
 fn json_trace(continuation: &Continuation) -> Value {
     let (arrived, reason) = match continuation.arrived {
         Arrived::Valid => ("valid", None),
         Arrived::Missing => ("missing", None),
+        Arrived::Decided => ("decided", None),
         Arrived::Invalid(invalid) => ("invalid", Some(describe_invalid(invalid))),
     };
     json!({

@@ -244,7 +244,7 @@ impl Candidate {
     pub(crate) fn judge(self) -> (Option<Policy>, Vec<Finding>) {
         let node = self.policy.to_node();
         let mut findings = self.findings;
-        let (policy, diagnostics) = match Policy::from_node(&node) {
+        let (policy, diagnostics) = match Policy::from_node(&node, &environment) {
             Ok((policy, warnings)) => (Some(policy), warnings),
             Err(diagnostics) => (None, diagnostics),
         };
@@ -264,6 +264,13 @@ impl Candidate {
         let policy = policy.filter(|_| !findings.iter().any(Finding::is_error));
         (policy, findings)
     }
+}
+
+/// The environment that a policy names variables of. The proxy's is not known here, so what is not set here is taken to
+/// be set there.
+fn environment(name: &str) -> Option<Vec<u8>> {
+    const STAND_IN: &[u8] = b"this stands in for a key of the proxy";
+    Some(std::env::var(name).map_or(STAND_IN.to_vec(), String::into_bytes))
 }
 
 /// How long `node` is as compact JSON, which is what the module is given.

@@ -1,7 +1,7 @@
 //! B3 in one header: `b3: {trace id}-{span id}-{0, 1 or d}-{parent span id}`, or the decision alone.
 
-use super::{Parsed, Read, Write, bit, decision};
-use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push, push_hex};
+use super::{Parsed, Read, Write, bit, context, decision};
+use crate::trace::w3c::{Flags, Invalid, TraceContext, push, push_hex};
 
 pub(super) const HEADERS: [&str; 1] = ["b3"];
 
@@ -17,7 +17,7 @@ pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
     if fields.next().is_some_and(|grandparent| grandparent.len() != 16) || fields.next().is_some() {
         return Err(Invalid::Shape);
     }
-    Ok(Some(TraceContext { trace_id: padded_id(trace_id)?, parent_id: padded_id(parent_id)?, flags }))
+    context(trace_id, parent_id, flags)
 }
 
 fn state(value: &[u8]) -> Result<Flags, Invalid> {

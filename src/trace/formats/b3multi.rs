@@ -1,7 +1,7 @@
 //! B3 in several headers. Debug implies sampled, so only one of the two is written; neither leaves the decision open.
 
-use super::{Parsed, Read, Write, bit, decision};
-use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push_hex};
+use super::{Parsed, Read, Write, bit, context, decision};
+use crate::trace::w3c::{Flags, Invalid, TraceContext, push_hex};
 
 pub(super) const HEADERS: [&str; 5] =
     ["x-b3-traceid", "x-b3-spanid", "x-b3-sampled", "x-b3-flags", "x-b3-parentspanid"];
@@ -16,7 +16,7 @@ pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
     };
     match (read(0)?, read(1)?) {
         (Some(trace_id), Some(parent_id)) if matches!(trace_id.len(), 16 | 32) && parent_id.len() == 16 => {
-            Ok(Some(TraceContext { trace_id: padded_id(trace_id)?, parent_id: padded_id(parent_id)?, flags }))
+            context(trace_id, parent_id, flags)
         }
         (None, None) if flags == Flags::UNDECIDED => Ok(None),
         (None, None) => decision(flags),

@@ -2,7 +2,7 @@
 //! the flags. A decision is always there.
 
 use super::{Parsed, Read, Write};
-use crate::trace::w3c::{Flags, Invalid, TraceContext};
+use crate::trace::w3c::{Flags, Invalid, TraceContext, push};
 
 pub(super) const HEADERS: [&str; 1] = ["grpc-trace-bin"];
 
@@ -43,11 +43,9 @@ pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
 
 pub(super) fn write(context: &TraceContext, write: Write<'_>) {
     let mut bytes = Vec::with_capacity(LENGTH);
-    bytes.extend([0, 0]);
-    bytes.extend(context.trace_id);
-    bytes.push(1);
-    bytes.extend(context.parent_id);
-    bytes.extend([2, u8::from(context.flags.sampled())]);
+    for part in [&[0, 0], &context.trace_id[..], &[1], &context.parent_id, &[2, u8::from(context.flags.sampled())]] {
+        push(&mut bytes, part);
+    }
     let mut text = Vec::with_capacity(39);
     for chunk in bytes.chunks(3) {
         let word = chunk.iter().zip([16, 8, 0]).fold(0, |word, (byte, shift)| word | u32::from(*byte) << shift);

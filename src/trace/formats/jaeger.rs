@@ -1,7 +1,7 @@
 //! Jaeger: `uber-trace-id: {trace id}:{span id}:{parent, given up, 0}:{flags}`, ids without leading zeros, the colons
 //! percent-encoded by some clients. The first bit of the flags is sampled, the second debug.
 
-use super::{Parsed, Read, Write, bit};
+use super::{Parsed, Read, Write, bit, context};
 use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push, push_hex};
 
 pub(super) const HEADERS: [&str; 1] = ["uber-trace-id"];
@@ -30,7 +30,7 @@ pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
         (true, _) => Flags::SAMPLED.with(Flags::DEBUG),
         (false, sampled) => Flags::decided(Some(sampled)),
     };
-    Ok(Some(TraceContext { trace_id: padded_id(trace_id)?, parent_id: padded_id(parent_id)?, flags }))
+    context(trace_id, parent_id, flags)
 }
 
 pub(super) fn write(context: &TraceContext, write: Write<'_>) {

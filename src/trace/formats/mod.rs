@@ -16,7 +16,7 @@ mod jaeger;
 mod ottrace;
 mod xray;
 
-use super::w3c::{Flags, Invalid, TraceContext, format_traceparent, parse_traceparent};
+use super::w3c::{Flags, Invalid, TraceContext, format_traceparent, padded_id, parse_traceparent};
 
 /// The value of the header at a place; more than one value is an error.
 pub type Read<'r, 'a> = &'r dyn Fn(usize) -> Result<Option<&'a [u8]>, Invalid>;
@@ -116,6 +116,12 @@ impl Format {
 /// A decision that came without ids.
 fn decision(flags: Flags) -> Parsed {
     Ok(Some(TraceContext { trace_id: [0; 16], parent_id: [0; 8], flags }))
+}
+
+/// A context whose ids are written in digits, be they too few.
+#[inline(never)]
+fn context(trace_id: &[u8], parent_id: &[u8], flags: Flags) -> Parsed {
+    Ok(Some(TraceContext { trace_id: padded_id(trace_id)?, parent_id: padded_id(parent_id)?, flags }))
 }
 
 /// `0` or `1`.

@@ -1,13 +1,13 @@
 //! OpenTracing's basic tracers: ids in hexadecimal, of the trace id only the low half.
 
-use super::{Parsed, Read, Write};
-use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push_hex};
+use super::{Parsed, Read, Write, context};
+use crate::trace::w3c::{Flags, Invalid, TraceContext, push_hex};
 
 pub(super) const HEADERS: [&str; 3] = ["ot-tracer-traceid", "ot-tracer-spanid", "ot-tracer-sampled"];
 
 pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
     let (trace_id, parent_id) = match (read(0)?, read(1)?) {
-        (Some(trace_id), Some(parent_id)) => (padded_id(trace_id)?, padded_id(parent_id)?),
+        (Some(trace_id), Some(parent_id)) => (trace_id, parent_id),
         (None, None) => return Ok(None),
         _ => return Err(Invalid::Shape),
     };
@@ -17,7 +17,7 @@ pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
         None => None,
         Some(_) => return Err(Invalid::Shape),
     };
-    Ok(Some(TraceContext { trace_id, parent_id, flags: Flags::decided(sampled) }))
+    context(trace_id, parent_id, Flags::decided(sampled))
 }
 
 pub(super) fn write(context: &TraceContext, write: Write<'_>) {
