@@ -44,6 +44,13 @@ struct WorkerState {
     trials: Vec<Trial>,
 }
 
+/// What a worker keeps for limits.
+#[derive(Debug)]
+struct Limiter {
+    secret: Secret,
+    leases: Leases,
+}
+
 /// A request as it arrived.
 #[derive(Clone, Copy)]
 struct Arrival<'a> {
@@ -52,13 +59,6 @@ struct Arrival<'a> {
     carried: &'a Carried,
     /// Whether another stream can be delayed.
     may_hold: bool,
-}
-
-/// What a worker keeps for limits.
-#[derive(Debug)]
-struct Limiter {
-    secret: Secret,
-    leases: Leases,
 }
 
 /// What is to be done with a request, and why.
@@ -568,6 +568,14 @@ impl Filter {
         status: u16,
         grpc_status: Option<u16>,
     ) {
+        if exchange.holds()
+            && let Some(limited) = &mut exchange.limited
+            && let Some(route) = self.policy.routes.get(limited.route)
+        {
+            let status = grpc_status.map_or(status, |code| http_from_grpc(u8::try_from(code).unwrap_or(u8::MAX)));
+            let status = if header(MARK).is_some() { None } else { Some(status) };
+            settle(&route.limits, &std::mem::take(&mut limited.held), status, host.now(), host);
+        }
         let failed = is_failure(status, grpc_status);
         // A fault of another Trimtab on the way, such as an upstream filter of this Envoy, is nobody's failure.
         if failed && header(MARK).is_some() {
@@ -579,13 +587,6 @@ impl Filter {
             if failed {
                 host.add(meters.failures, 1);
             }
-        }
-        if exchange.holds()
-            && let Some(limited) = &mut exchange.limited
-            && let Some(route) = self.policy.routes.get(limited.route)
-        {
-            let status = grpc_status.map_or(status, |code| http_from_grpc(u8::try_from(code).unwrap_or(u8::MAX)));
-            settle(&route.limits, &std::mem::take(&mut limited.held), Some(status), host.now(), host);
         }
         // Somebody's limit says nothing of the version that answered.
         let is_limited = status == 429 || grpc_status == Some(8);
@@ -630,7 +631,7 @@ impl Filter {
 /// Whether something was done to a request that its trace has to tell, whatever samplers say.
 fn is_forced(force: Force, policy: &Policy, reasons: &Reasons, host: &impl Host) -> bool {
     let is_faulted = || !reasons.drawn.is_none() && reasons.withheld.is_none();
-    let is_limited = |admission: &Admission| {
+    let is_limited = |admission: &Box<Admission>| {
         let would_refuse = |remark: &Remark| matches!(remark, Remark::WouldRefuse(_));
         admission.refused.is_some() || admission.remarks.iter().any(would_refuse)
     };
@@ -645,7 +646,7 @@ fn is_forced(force: Force, policy: &Policy, reasons: &Reasons, host: &impl Host)
         Some(place < due.weight.ppm())
     };
     (force.fault && is_faulted())
-        || (force.rate_limit && reasons.admission.as_deref().is_some_and(is_limited))
+        || (force.rate_limit && reasons.admission.as_ref().is_some_and(is_limited))
         || (force.rollback && is_moved() == Some(true))
 }
 
