@@ -5,21 +5,24 @@
 //! values: only this file knows in which order, and the comments say why.
 
 mod trial;
+mod watch;
 
 use crate::canary::{Choice, Share};
-use crate::fault::{Fault, Injection, State, Watch, Withheld};
+use crate::fault::{Injection, Withheld};
 use crate::host::{Change, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request};
-use crate::outlier::{Totals, is_failure};
+use crate::outlier::{is_failure, is_outage};
 use crate::policy::{Policy, Route, TargetId};
 use crate::ratelimit::{Admission, Leases, Secret, admit, return_leases};
-use crate::telemetry::{DestinationMeters, Meters, Stand};
+use crate::telemetry::{Meters, Stand};
 use crate::trace::w3c::TraceContext;
 use crate::trace::{self, Continuation, Direction, Notes, Response};
-use crate::units::Fraction;
+use crate::units::{Fraction, Monotonic};
 use trial::{JUDGE_PERIOD, Trial};
+use watch::{Post, Watch};
 
 pub use trial::Sample;
+pub use watch::Experiment;
 
 /// A policy at work in one worker.
 #[derive(Debug)]
@@ -34,7 +37,7 @@ pub struct Filter {
 struct WorkerState {
     secret: Secret,
     leases: Leases,
-    /// For each route, a watch on each of its targets; none where the route injects no fault.
+    /// For each route, a watch on each of its destinations; none where the route injects no fault.
     watches: Vec<Vec<Watch>>,
     /// For each route, what this worker remembers of its trial.
     trials: Vec<Trial>,
@@ -82,6 +85,12 @@ pub struct Reasons {
 pub struct Exchange {
     /// Whose answer is awaited; `None` where nobody wants to know.
     pub observed: Option<TargetId>,
+    /// When it was sent, where a guard asks how long its answer takes.
+    since: Option<Monotonic>,
+    /// How long the head of the answer took.
+    took: Option<u64>,
+    /// Which experiment faults it, if one does.
+    pub experiment: Option<Experiment>,
     /// What the answer is to a judge.
     pub sample: Option<Sample>,
     pub is_grpc: bool,
@@ -103,18 +112,8 @@ impl Filter {
     pub fn new(policy: Policy, host: &impl Host) -> Filter {
         let meters = Meters::define(&policy, host);
         let secret = agree_on_secret(&policy, host);
-        let watch = |fault: &Fault, target: &TargetId| {
-            let totals = meters.targets.get(target.0).map_or(Totals::default(), |target| target.totals(host));
-            Watch::new(fault.guard, host.now(), totals)
-        };
-        let watches = policy
-            .routes
-            .iter()
-            .map(|route| match &route.fault {
-                Some(fault) => route.targets.iter().map(|target| watch(fault, target)).collect(),
-                None => Vec::new(),
-            })
-            .collect();
+        let routes = policy.routes.iter().zip(&meters.routes);
+        let watches = routes.map(|(route, meters)| watch::watches(&policy, route, meters, host)).collect();
         let stands = policy.routes.iter().zip(&meters.routes).map(|(route, meters)| Stand::new(route, meters));
         let trials =
             stands.map(|stand| stand.map_or_else(Trial::default, |stand| Trial::take_up(&stand, host))).collect();
@@ -232,22 +231,26 @@ impl WorkerState {
         if let (Some(fault), Some(faults)) = (&route.fault, &meters.faults) {
             let inbound = || trace::extract(request).ok().flatten();
             let context = reasons.trace.as_ref().map(|continuation| continuation.context).or_else(inbound);
-            reasons.drawn = fault.draw(fault.draws(context.map(|context| context.trace_id), || host.random()));
+            let draws = fault.draws(context.map(|context| context.trace_id), || host.random());
+            reasons.drawn = fault.draw(draws);
             if !reasons.drawn.is_none() {
+                let post = Post { fault, meters, sent_to };
                 let watch = watches.get_mut(index).and_then(|watches| watches.get_mut(chosen));
-                let name = destination.map_or(&*route.name, |(destination, _)| destination.label());
-                let is_unwell = watch.is_none_or(|watch| is_suspended(watch, sent_to, &route.name, name, host));
-                reasons.withheld = if is_unwell {
-                    Some(Withheld::Suspended)
-                } else if fault.shadow {
-                    Some(Withheld::Shadow)
-                } else if reasons.drawn.delay.is_some() && !may_hold {
-                    Some(Withheld::Overflow)
-                } else {
-                    None
+                let overflows = reasons.drawn.delay.is_some() && !may_hold;
+                reasons.withheld = match watch {
+                    None => Some(Withheld::Suspended),
+                    Some(watch) => match watch.withholds(&post, draws, host) {
+                        Some(withheld) => Some(withheld),
+                        None if fault.shadow => Some(Withheld::Shadow),
+                        None if overflows => Some(Withheld::Overflow),
+                        // Last, because it is spent.
+                        None if reasons.drawn.abort.is_some() && !watch.spend(&post, host) => Some(Withheld::Budget),
+                        None => None,
+                    },
                 };
                 faults.count(&reasons.drawn, reasons.withheld, host);
                 if reasons.withheld.is_none() {
+                    exchange.experiment = Some(Experiment { route: index as u32, destination: chosen as u32 });
                     let reply = reasons.drawn.abort.map(|abort| abort.reply(exchange.is_grpc));
                     *verdict = match (reasons.drawn.delay, reply) {
                         (Some(delay), reply) => Verdict::Delay(delay, reply),
@@ -265,7 +268,10 @@ impl WorkerState {
 
         // Only a request that nothing was done to tells how its target is.
         if *verdict == Verdict::Continue {
-            exchange.observed = route.targets.get(chosen).copied().filter(|target| policy.is_watched(*target));
+            exchange.observed = route.targets.get(chosen).copied();
+            let watched = exchange.observed.and_then(|target| policy.watched(target));
+            exchange.observed = exchange.observed.filter(|_| watched.is_some());
+            exchange.since = watched.filter(|target| !target.edges.is_empty()).map(|_| host.now());
         } else {
             exchange.sample = None;
         }
@@ -295,6 +301,7 @@ impl Filter {
         if let Some(sample) = &mut exchange.sample {
             sample.answered(|| host.now());
         }
+        exchange.took = exchange.since.take().map(|since| host.now().saturating_sub(since));
         let grpc_status = if exchange.is_grpc { number(header("grpc-status")) } else { None };
         if exchange.is_grpc && status == 200 && grpc_status.is_none() {
             return; // the trailers will tell
@@ -312,10 +319,9 @@ impl Filter {
     fn observe(&mut self, host: &impl Host, exchange: &mut Exchange, status: u16, grpc_status: Option<u16>) {
         let failed = is_failure(status, grpc_status);
         if let Some(meters) = exchange.observed.take().and_then(|target| self.meters.targets.get(target.0)) {
-            host.add(meters.requests, 1);
-            if failed {
-                host.add(meters.failures, 1);
-            }
+            let details = || host.property(&["response", "code_details"]);
+            let is_outage = status == 503 && details().is_some_and(|details| is_outage(&details));
+            meters.count(failed, is_outage, exchange.took, host);
         }
         // Somebody's limit says nothing of the version that answered.
         let is_limited = status == 429 || grpc_status == Some(8);
@@ -333,10 +339,10 @@ impl Filter {
     pub fn on_tick(&mut self, host: &impl Host) {
         let now = host.now();
         return_leases(&mut self.worker.leases, |id| self.policy.limit(id), now, host);
-        for (route, watches) in self.policy.routes.iter().zip(&mut self.worker.watches) {
-            for (target, watch) in route.targets.iter().zip(watches) {
-                if let Some(meters) = self.meters.targets.get(target.0) {
-                    watch.mark(now, || meters.totals(host));
+        for (index, watches) in self.worker.watches.iter_mut().enumerate() {
+            for (destination, watch) in watches.iter_mut().enumerate() {
+                if let Some(post) = Post::new(&self.policy, &self.meters, index, destination) {
+                    watch.tick(&post, host);
                 }
             }
         }
@@ -349,43 +355,19 @@ impl Filter {
     }
 
     /// How often [`Filter::on_tick`] is to be called, in nanoseconds; `None` where nothing changes with time.
-    pub fn tick_period(&self) -> Option<u64> {
-        let windows = self.worker.watches.iter().flatten().map(Watch::step).min();
+    /// `is_holding` says whether a stream is held.
+    pub fn tick_period(&self, is_holding: bool) -> Option<u64> {
+        let watches = self.worker.watches.iter().flatten().map(|watch| watch.period(is_holding)).min();
         let leases = self.policy.has_leases().then_some(Leases::TICK);
         let is_judged = self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some());
-        windows.into_iter().chain(leases).chain(is_judged.then_some(JUDGE_PERIOD)).min()
+        watches.into_iter().chain(leases).chain(is_judged.then_some(JUDGE_PERIOD)).min()
     }
-}
 
-/// Whether the target is unwell by the judgement of `watch`, or was a short while ago by any worker's. `route` and
-/// `destination` are for the log.
-fn is_suspended(
-    watch: &mut Watch,
-    meters: &DestinationMeters,
-    route: &str,
-    destination: &str,
-    host: &impl Host,
-) -> bool {
-    const MILLISECOND: u64 = 1_000_000;
-    let until = host.value(meters.suspended_until).saturating_mul(MILLISECOND);
-    match watch.judge(host.now(), meters.target.totals(host), until) {
-        State::Suspended { .. } => true,
-        State::Tripped { recent, until } => {
-            host.set_gauge(meters.suspended_until, until.div_ceil(MILLISECOND));
-            let Totals { requests, failures } = recent;
-            log::warn!(
-                "route {route}: fault injection suspended: {failures} of {requests} requests to {destination} failed \
-                 without a fault of ours"
-            );
-            true
-        }
-        State::Armed => {
-            if until > 0 {
-                host.set_gauge(meters.suspended_until, 0);
-                log::info!("route {route}: fault injection resumed: {destination} is well again");
-            }
-            false
-        }
+    /// Whether a stream that `experiment` holds has to be let go, unfaulted: it was suspended, or is over.
+    pub fn ends_faults(&self, experiment: Experiment) -> bool {
+        let watches = self.worker.watches.get(experiment.route as usize);
+        let watch = watches.and_then(|watches| watches.get(experiment.destination as usize));
+        watch.is_none_or(Watch::ends_faults)
     }
 }
 

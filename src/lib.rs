@@ -65,6 +65,7 @@ pub mod policy;
 pub mod random;
 pub mod ratelimit;
 pub mod route_table;
+pub mod slo;
 pub mod telemetry;
 pub mod trace;
 pub mod units;

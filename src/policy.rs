@@ -8,6 +8,7 @@ use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
 use crate::matcher::{Condition, RequestMatch};
 use crate::ratelimit::{self, Limit};
 use crate::route_table::RouteTable;
+use crate::slo::Slo;
 use crate::trace::Trace;
 use std::borrow::Cow;
 
@@ -49,6 +50,7 @@ pub struct Route {
     pub targets: Vec<TargetId>,
     pub fault: Option<Fault>,
     pub limits: Vec<Limit>,
+    pub slo: Slo,
 }
 
 /// What requests are sent to: a destination, or a route without one.
@@ -57,6 +59,8 @@ pub struct Target {
     pub name: Box<str>,
     /// Whether a guard wants to know how it answers.
     pub watched: bool,
+    /// The times, in nanoseconds, past which a guard calls its answers slow; each once.
+    pub edges: Vec<u64>,
 }
 
 /// An index into [`Policy::targets`].
@@ -143,9 +147,9 @@ impl Policy {
         })
     }
 
-    /// Whether a guard wants to know how `target` answers.
-    pub fn is_watched(&self, target: TargetId) -> bool {
-        self.targets.get(target.0).is_some_and(|target| target.watched)
+    /// The target, where a guard wants to know how it answers.
+    pub fn watched(&self, target: TargetId) -> Option<&Target> {
+        self.targets.get(target.0).filter(|target| target.watched)
     }
 
     /// Names `destination` in the steering header; with none, a client's own value is dropped. A header that is right
@@ -261,7 +265,8 @@ impl Reading {
         let matches: Vec<RequestMatch> =
             matches.iter().filter_map(|entry| RequestMatch::read(entry, &mut self.header_names)).collect();
         let split = Split::read(fields, &self.state_prefix, &self.steering, &mut self.header_names);
-        let fault = fields.optional("fault").and_then(|value| Fault::read(&value, name));
+        let slo = fields.optional("slo").and_then(|value| Slo::read(&value)).unwrap_or_default();
+        let fault = fields.optional("fault").and_then(|value| Fault::read(&value, name, &slo));
         let limits = fields
             .optional("rateLimits")
             .map(|value| {
@@ -269,7 +274,7 @@ impl Reading {
                 ratelimit::read(&value, first, &self.state_prefix, &label(name), &mut self.header_names)
             })
             .unwrap_or_default();
-        for field in ["slo", "outlierDetection", "circuitBreaker"] {
+        for field in ["outlierDetection", "circuitBreaker"] {
             fields.not_yet(field);
         }
         for field in [
@@ -287,8 +292,8 @@ impl Reading {
         ] {
             fields.refuse(field, "keep it in the VirtualService, on the route that matches the steering header");
         }
-        let targets = self.targets(name, split.as_ref(), fault.is_some());
-        Some(Route { name: name.into(), matches, split, targets, fault, limits })
+        let targets = self.targets(name, split.as_ref(), fault.as_ref());
+        Some(Route { name: name.into(), matches, split, targets, fault, limits, slo })
     }
 
     /// The rollout that `route` shares with an earlier one, where one of the two has to have it for itself.
@@ -299,7 +304,7 @@ impl Reading {
         others.into_iter().any(shares).then_some(&*canary.rollout)
     }
 
-    fn targets(&mut self, route: &str, split: Option<&Split>, watched: bool) -> Vec<TargetId> {
+    fn targets(&mut self, route: &str, split: Option<&Split>, fault: Option<&Fault>) -> Vec<TargetId> {
         let names: Vec<String> = match split {
             Some(split) => split
                 .destinations
@@ -311,17 +316,18 @@ impl Reading {
                 .collect(),
             None => vec![format!("route.{route}")],
         };
-        names.into_iter().map(|name| self.target(&name, watched)).collect()
+        names.into_iter().map(|name| self.target(&name, fault)).collect()
     }
 
-    fn target(&mut self, name: &str, watched: bool) -> TargetId {
+    fn target(&mut self, name: &str, fault: Option<&Fault>) -> TargetId {
         let found = self.targets.iter().position(|target| &*target.name == name);
         let index = found.unwrap_or_else(|| {
-            self.targets.push(Target { name: name.into(), watched: false });
+            self.targets.push(Target { name: name.into(), watched: false, edges: Vec::new() });
             self.targets.len() - 1
         });
-        if let Some(target) = self.targets.get_mut(index) {
-            target.watched |= watched;
+        if let (Some(target), Some(fault)) = (self.targets.get_mut(index), fault) {
+            target.watched = true;
+            target.edges.extend(fault.guard.latency_p95.filter(|edge| !target.edges.contains(edge)));
         }
         TargetId(index)
     }

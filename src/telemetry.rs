@@ -6,7 +6,7 @@
 //! metric is atomic and far cheaper than a shared word.
 
 use crate::canary::{Arm, Canary, Counts, Finding, Question, Share, Split, Term, Verdict, decibans};
-use crate::fault::{Injection, Withheld};
+use crate::fault::{Injection, Phase, State, Withheld};
 use crate::host::{MetricId, Metrics};
 use crate::outlier::Totals;
 use crate::policy::{Policy, Route, label};
@@ -78,13 +78,25 @@ pub struct RouteMeters {
 }
 
 /// The metrics of one destination of a route.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct DestinationMeters {
     pub requests: MetricId,
     pub target: TargetMeters,
-    /// Until when injection is suspended, in milliseconds of the monotonic clock; 0 where it is not. All workers share
-    /// it, so a suspension that one of them begins holds for all.
-    pub suspended_until: MetricId,
+    /// Answers that were slower than the route's guard wants, where it asks for that.
+    slow: Option<MetricId>,
+    /// Where the route injects faults.
+    guard: Option<GuardMeters>,
+}
+
+/// Where an experiment stands.
+#[derive(Clone, Copy, Debug)]
+struct GuardMeters {
+    /// 0 armed, 1 suspended, 2 probing, 3 latched.
+    state: MetricId,
+    /// How often it was suspended.
+    suspensions: MetricId,
+    /// Until when at least, in milliseconds of the monotonic clock; 0 where it is not.
+    suspended_until: MetricId,
 }
 
 /// The state of one rollout. All workers share it.
@@ -136,10 +148,14 @@ pub struct ArmMeters {
 }
 
 /// What is observed of one target, from requests that were not faulted.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct TargetMeters {
     pub requests: MetricId,
     pub failures: MetricId,
+    /// Requests for which there was no host, or no room.
+    pub outages: MetricId,
+    /// Answers that took longer than so many nanoseconds.
+    pub slow: Vec<(u64, MetricId)>,
 }
 
 /// The faults of one route, and why there were none.
@@ -148,6 +164,9 @@ pub struct FaultMeters {
     delays: MetricId,
     aborts: MetricId,
     suspended: MetricId,
+    probing: MetricId,
+    expired: MetricId,
+    budget: MetricId,
     shadow: MetricId,
     overflow: MetricId,
 }
@@ -208,10 +227,14 @@ impl Meters {
             .targets
             .iter()
             .map(|target| {
+                let edges = &target.edges;
                 let target = label(&target.name);
+                let counter = |name: &str| counter(&format!("target.{target}.{name}"));
                 TargetMeters {
-                    requests: counter(&format!("target.{target}.requests")),
-                    failures: counter(&format!("target.{target}.failures")),
+                    requests: counter("requests"),
+                    failures: counter("failures"),
+                    outages: counter("outages"),
+                    slow: edges.iter().map(|edge| (*edge, counter(&format!("slow_{}us", edge / 1_000)))).collect(),
                 }
             })
             .collect();
@@ -298,8 +321,16 @@ impl RouteMeters {
                 .zip(targets)
                 .map(|(subset, target)| DestinationMeters {
                     requests: counter(&format!("{subset}requests")),
-                    target: *target,
-                    suspended_until: metrics.gauge(&format!("{prefix}.{subset}fault.suspended_until_ms")),
+                    slow: route.fault.as_ref().and_then(|fault| {
+                        let edge = fault.guard.latency_p95?;
+                        target.slow.iter().find(|(known, _)| *known == edge).map(|(_, metric)| *metric)
+                    }),
+                    target: target.clone(),
+                    guard: route.fault.as_ref().map(|_| {
+                        let [state, suspensions, suspended_until] = ["state", "suspensions", "suspended_until_ms"]
+                            .map(|name| metrics.gauge(&format!("{prefix}.{subset}fault.{name}")));
+                        GuardMeters { state, suspensions, suspended_until }
+                    }),
                 })
                 .collect(),
             rollout: route.split.as_ref().and_then(|split| {
@@ -309,12 +340,20 @@ impl RouteMeters {
                 delays: counter("fault.delays"),
                 aborts: counter("fault.aborts"),
                 suspended: counter("fault.suspended"),
+                probing: counter("fault.probing"),
+                expired: counter("fault.expired"),
+                budget: counter("fault.budget"),
                 shadow: counter("fault.shadow"),
                 overflow: counter("fault.overflow"),
             }),
             refused: route.limits.iter().map(|limit| counter(&format!("limit.{}.refused", limit.name))).collect(),
             state,
         }
+    }
+
+    /// How many requests the route has sent on or faulted so far.
+    pub fn requests(&self, metrics: &impl Metrics) -> u64 {
+        self.destinations.iter().map(|destination| metrics.value(destination.requests)).sum()
     }
 
     /// Counts what the limits said of a request.
@@ -527,6 +566,9 @@ impl FaultMeters {
     pub fn count(&self, drawn: &Injection, withheld: Option<Withheld>, metrics: &impl Metrics) {
         match withheld {
             Some(Withheld::Suspended) => metrics.add(self.suspended, 1),
+            Some(Withheld::Probing) => metrics.add(self.probing, 1),
+            Some(Withheld::Expired) => metrics.add(self.expired, 1),
+            Some(Withheld::Budget) => metrics.add(self.budget, 1),
             Some(Withheld::Shadow) => metrics.add(self.shadow, 1),
             Some(Withheld::Overflow) => metrics.add(self.overflow, 1),
             None => {
@@ -541,10 +583,46 @@ impl FaultMeters {
     }
 }
 
-impl TargetMeters {
-    /// What has been observed so far, all workers together.
+impl DestinationMeters {
+    /// What has been observed so far of the destination, all workers together, from whatever route.
     pub fn totals(&self, metrics: &impl Metrics) -> Totals {
-        Totals { requests: metrics.value(self.requests), failures: metrics.value(self.failures) }
+        Totals {
+            requests: metrics.value(self.target.requests),
+            failures: metrics.value(self.target.failures),
+            outages: metrics.value(self.target.outages),
+            slow: self.slow.map_or(0, |slow| metrics.value(slow)),
+        }
+    }
+
+    /// Shows where the experiment stands.
+    pub fn show(&self, state: State, metrics: &impl Metrics) {
+        const MILLISECOND: u64 = 1_000_000;
+        let Some(guard) = &self.guard else { return };
+        let until = match state.phase {
+            Phase::Suspended(until) => until.div_ceil(MILLISECOND),
+            _ => 0,
+        };
+        metrics.set_gauge(guard.suspended_until, until);
+        metrics.set_gauge(guard.suspensions, u64::from(state.suspensions));
+        metrics.set_gauge(guard.state, u64::from(state.phase.number()));
+    }
+}
+
+impl TargetMeters {
+    /// Counts an answer that was observed, and how many nanoseconds it took where somebody asks.
+    pub fn count(&self, failed: bool, is_outage: bool, took: Option<u64>, metrics: &impl Metrics) {
+        metrics.add(self.requests, 1);
+        if failed {
+            metrics.add(self.failures, 1);
+        }
+        if is_outage {
+            metrics.add(self.outages, 1);
+        }
+        for (edge, slow) in &self.slow {
+            if took.is_some_and(|took| took > *edge) {
+                metrics.add(*slow, 1);
+            }
+        }
     }
 }
 

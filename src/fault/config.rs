@@ -3,6 +3,7 @@
 use super::guard::Guard;
 use super::policy::{Abort, DrawnFrom, Fault};
 use crate::document::{Fields, Value};
+use crate::slo::Slo;
 use crate::units::{Fraction, nanoseconds, read_duration};
 use std::time::Duration;
 use xxhash_rust::xxh64::xxh64;
@@ -31,8 +32,8 @@ const GRPC_CODES: [&str; 17] = [
 const LEAST_DELAY: Duration = Duration::from_millis(1);
 
 impl Fault {
-    /// Reads the block of the route called `route`.
-    pub fn read(value: &Value<'_>, route: &str) -> Option<Fault> {
+    /// Reads the block of the route called `route`, whose objective is `slo`.
+    pub fn read(value: &Value<'_>, route: &str, slo: &Slo) -> Option<Fault> {
         let mut fields = value.object()?;
         let delay = fields.optional("delay").and_then(|value| read_delay(&value));
         let abort = fields.optional("abort").and_then(|value| read_abort(&value));
@@ -40,8 +41,8 @@ impl Fault {
         let drawn_from = fields
             .optional("key")
             .and_then(|value| value.one_of(&[("traceId", DrawnFrom::TraceId), ("random", DrawnFrom::Random)]));
-        let guard = fields.optional("guard").map_or(Some(Guard::default()), |value| read_guard(&value));
-        for field in ["headerControl", "maxActive", "until", "lease", "response", "target"] {
+        let guard = Guard::read(&mut fields, slo);
+        for field in ["headerControl", "maxActive", "response", "target"] {
             fields.not_yet(field);
         }
         if delay.is_none() && abort.is_none() && !value_has(&mut fields, ["delay", "abort"]) {
@@ -53,7 +54,7 @@ impl Fault {
             abort,
             drawn_from: drawn_from.unwrap_or(DrawnFrom::TraceId),
             shadow: shadow.unwrap_or(false),
-            guard: guard?,
+            guard,
             salt: xxh64(route.as_bytes(), 0),
         })
     }
@@ -119,29 +120,6 @@ fn read_grpc_status(value: &Value<'_>) -> Option<Abort> {
     code.map(|code| Abort::Grpc(code as u8))
 }
 
-fn read_guard(value: &Value<'_>) -> Option<Guard> {
-    let mut fields = value.object()?;
-    let mut guard = Guard::default();
-    let least = Duration::from_secs(1);
-    if let Some(value) = fields.optional("errorRate") {
-        guard.error_rate = Fraction::read(&value)?;
-    }
-    if let Some(value) = fields.optional("minRequests") {
-        guard.min_requests = value.integer(1..=1_000_000)?;
-    }
-    if let Some(value) = fields.optional("window") {
-        guard.window = nanoseconds(read_duration(&value, least)?);
-    }
-    if let Some(value) = fields.optional("holdDown") {
-        guard.hold_down = nanoseconds(read_duration(&value, least)?);
-    }
-    for field in ["ejectedPercent", "latencyP95", "budget", "onUnknown", "admin"] {
-        fields.not_yet(field);
-    }
-    fields.end();
-    Some(guard)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -151,7 +129,7 @@ mod tests {
     fn read(text: &str) -> (Option<Fault>, Vec<String>) {
         let node = Node::from_json(text.as_bytes()).unwrap();
         let report = Report::default();
-        let fault = Fault::read(&Value::root(&node, &report), "r");
+        let fault = Fault::read(&Value::root(&node, &report), "r", &Slo::default());
         (fault, report.into_diagnostics().iter().map(ToString::to_string).collect())
     }
 

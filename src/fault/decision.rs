@@ -22,8 +22,14 @@ pub struct Injection {
 /// Why a fault that was drawn is not injected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Withheld {
-    /// The target is unwell.
+    /// The target is unwell, or was so too often.
     Suspended,
+    /// The target was unwell: a tenth is injected, and this is not of it.
+    Probing,
+    /// The experiment is over, or its lease was not renewed.
+    Expired,
+    /// The failures that it may inject are spent.
+    Budget,
     /// The policy only wants to know.
     Shadow,
     /// Too many streams are held already.

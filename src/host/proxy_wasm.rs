@@ -8,7 +8,7 @@
 
 use super::{Conflict, Host, MetricId, Metrics, Properties, StateStore, Version};
 use crate::fault::HeldStreams;
-use crate::filter::{Exchange, Filter, Verdict};
+use crate::filter::{Exchange, Experiment, Filter, Verdict};
 use crate::http::{HeaderMutation, LocalReply, encode_headers};
 use crate::policy::Policy;
 use crate::random::split_mix;
@@ -229,7 +229,14 @@ impl Host for Envoy {
 struct Worker {
     envoy: Envoy,
     filter: RefCell<Option<Filter>>,
-    held: RefCell<HeldStreams<Option<LocalReply>>>,
+    held: RefCell<HeldStreams<Held>>,
+}
+
+/// What is to become of a held stream.
+struct Held {
+    /// Who holds it.
+    experiment: Option<Experiment>,
+    then: Option<LocalReply>,
 }
 
 impl Worker {
@@ -238,7 +245,7 @@ impl Worker {
         const MILLISECOND: u64 = 1_000_000;
         let now = self.envoy.now();
         let due = self.held.borrow().next_due().map(|due| due.saturating_sub(now));
-        let windows = self.filter.borrow().as_ref().and_then(Filter::tick_period);
+        let windows = self.filter.borrow().as_ref().and_then(|filter| filter.tick_period(due.is_some()));
         let period = match (due, windows) {
             (Some(due), Some(windows)) => Some(due.min(windows)),
             (due, windows) => due.or(windows),
@@ -247,20 +254,35 @@ impl Worker {
         unsafe { proxy_set_tick_period_milliseconds(u32::try_from(period).unwrap_or(u32::MAX)) };
     }
 
-    /// Lets go of every stream whose delay is over.
+    /// Lets go of every stream whose delay is over, or whose experiment may inject nothing any more: unfaulted then.
     fn release(&self) {
         let now = self.envoy.now();
+        let ended = match self.filter.borrow().as_ref() {
+            Some(filter) => {
+                let is_ended = |held: &Held| held.experiment.is_some_and(|experiment| filter.ends_faults(experiment));
+                self.held.borrow_mut().take_all(is_ended)
+            }
+            None => Vec::new(),
+        };
+        for (stream, _) in ended {
+            resume(stream, None);
+        }
         loop {
-            let Some((stream, then)) = self.held.borrow_mut().take_due(now) else { return };
-            if unsafe { proxy_set_effective_context(stream) } != OK {
-                continue;
-            }
-            match then {
-                Some(reply) => answer(&reply),
-                None => {
-                    unsafe { proxy_continue_stream(StreamType::HttpRequest) };
-                }
-            }
+            let Some((stream, held)) = self.held.borrow_mut().take_due(now) else { return };
+            resume(stream, held.then);
+        }
+    }
+}
+
+/// Answers a held stream, or lets it go on.
+fn resume(stream: u32, reply: Option<LocalReply>) {
+    if unsafe { proxy_set_effective_context(stream) } != OK {
+        return;
+    }
+    match reply {
+        Some(reply) => answer(&reply),
+        None => {
+            unsafe { proxy_continue_stream(StreamType::HttpRequest) };
         }
     }
 }
@@ -363,7 +385,8 @@ impl HttpContext for Stream {
             }
             Verdict::Delay(delay, then) => {
                 let until = worker.envoy.now().saturating_add(delay);
-                worker.held.borrow_mut().hold(self.id, until, then);
+                let held = Held { experiment: self.exchange.experiment, then };
+                worker.held.borrow_mut().hold(self.id, until, held);
                 self.is_held = true;
                 worker.schedule();
                 Action::Pause

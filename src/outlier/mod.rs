@@ -7,6 +7,14 @@ mod window;
 
 pub use window::{Totals, Window};
 
+/// Whether Envoy gave the answer itself because there was no host to ask, or too many requests waited already: what it
+/// says in `response.code_details`.
+pub fn is_outage(details: &[u8]) -> bool {
+    [&b"no_healthy_upstream"[..], b"upstream_reset_before_response_started{overflow}"]
+        .iter()
+        .any(|outage| details.starts_with(outage))
+}
+
 /// Whether an answer is a failure of the upstream, as Envoy's outlier detection sees it: a 5xx, or a gRPC status that
 /// maps to one (gRPC over HTTP/2, "Mapping to HTTP status": UNKNOWN, DEADLINE_EXCEEDED, UNIMPLEMENTED, INTERNAL,
 /// UNAVAILABLE, DATA_LOSS).

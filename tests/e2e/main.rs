@@ -3,6 +3,7 @@
 
 mod canary;
 mod fault;
+mod guard;
 mod hostile;
 mod ratelimit;
 mod trace;

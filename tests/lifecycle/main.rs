@@ -2,6 +2,7 @@
 //! simulated host and in the module that ships.
 
 mod canary;
+mod guard;
 mod native;
 mod proxy;
 mod wasm;
@@ -11,6 +12,12 @@ use canary::{
     a_reported_failure_keeps_its_weight_and_enters_no_stage, a_stage_may_wait_for_evidence, garbage_is_no_verdict,
     grpc_failures_are_evidence, in_shadow_nothing_changes, slowness_is_evidence, stages_follow_the_wall_clock,
     the_worker_that_saw_the_last_failure_sends_no_other, what_is_no_fault_of_the_canary_is_no_evidence,
+};
+use guard::{
+    a_budget_is_exact_over_the_workers, an_experiment_ends_in_time, garbage_is_no_permission,
+    held_requests_are_let_go_when_the_upstream_fails, injection_comes_back_by_a_tenth,
+    injection_stops_in_all_workers_while_the_upstream_fails, slow_answers_and_outages_stop_it_too,
+    the_last_suspension_is_for_good,
 };
 use proxy::{Headers, Outcome, Proxy, exchange, get, value};
 use std::time::Duration;
@@ -48,6 +55,13 @@ cases![
     a_client_may_leave_while_it_is_held,
     an_abort_speaks_the_clients_protocol,
     injection_stops_in_all_workers_while_the_upstream_fails,
+    injection_comes_back_by_a_tenth,
+    the_last_suspension_is_for_good,
+    held_requests_are_let_go_when_the_upstream_fails,
+    slow_answers_and_outages_stop_it_too,
+    an_experiment_ends_in_time,
+    a_budget_is_exact_over_the_workers,
+    garbage_is_no_permission,
     grpc_failures_are_seen_in_trailers,
     own_faults_are_no_failures_of_the_upstream,
     a_bad_policy_is_refused_and_the_old_one_serves_on,
@@ -388,23 +402,6 @@ fn guarded() -> String {
 
 fn is_faulted(proxy: &mut dyn Proxy, worker: usize) -> bool {
     matches!(exchange(proxy, worker, &[("x-fault", "")], "200"), Outcome::Answered(_))
-}
-
-fn injection_stops_in_all_workers_while_the_upstream_fails(start: Start) {
-    let mut proxy = start(&guarded());
-    for n in 0..8 {
-        exchange(&mut *proxy, 0, &[], if n < 2 { "500" } else { "200" });
-    }
-    assert!(is_faulted(&mut *proxy, 0), "8 requests are too few to tell");
-    exchange(&mut *proxy, 0, &[], "200");
-    exchange(&mut *proxy, 1, &[], "200");
-    assert!(!is_faulted(&mut *proxy, 1), "2 of 10 failed, half of them seen by the other worker");
-    assert!(!is_faulted(&mut *proxy, 0));
-    proxy.advance(Duration::from_millis(29_900));
-    assert!(!is_faulted(&mut *proxy, 0), "held down for 30 seconds");
-    proxy.advance(Duration::from_millis(200));
-    assert!(is_faulted(&mut *proxy, 0) && is_faulted(&mut *proxy, 1), "the failures have left the window");
-    assert_eq!(proxy.metric("trimtab.policy.p.route.experiment.fault.suspended"), 3);
 }
 
 fn grpc_failures_are_seen_in_trailers(start: Start) {

@@ -4,7 +4,7 @@ use crate::proxy::{Headers, Outcome, Proxy, Reply, StreamId};
 use std::collections::HashMap;
 use std::time::Duration;
 use trimtab::fault::HeldStreams;
-use trimtab::filter::{Exchange, Filter, Verdict};
+use trimtab::filter::{Exchange, Experiment, Filter, Verdict};
 use trimtab::host::sim::Sim;
 use trimtab::host::{Host, StateStore, Version};
 use trimtab::http::{LocalReply, encode_headers};
@@ -13,7 +13,7 @@ use trimtab::policy::Policy;
 #[derive(Default)]
 struct Worker {
     filter: Option<Filter>,
-    held: HeldStreams<Option<LocalReply>>,
+    held: HeldStreams<(Option<Experiment>, Option<LocalReply>)>,
     next_stream: u32,
     streams: HashMap<u32, Stream>,
 }
@@ -64,7 +64,7 @@ impl Proxy for Native {
             Verdict::Continue => Outcome::Continued(headers.clone()),
             Verdict::Answer(reply) => Outcome::Answered(answer(reply)),
             Verdict::Delay(delay, then) => {
-                worker.held.hold(id, self.host.now() + delay, then);
+                worker.held.hold(id, self.host.now() + delay, (decision.exchange.experiment, then));
                 Outcome::Held
             }
         };
@@ -101,8 +101,15 @@ impl Proxy for Native {
             for worker in &mut self.workers {
                 if let Some(filter) = &mut worker.filter {
                     filter.on_tick(&self.host);
+                    let is_ended =
+                        |(experiment, _): &(Option<Experiment>, _)| experiment.is_some_and(|it| filter.ends_faults(it));
+                    for (id, _) in worker.held.take_all(is_ended) {
+                        if let Some(stream) = worker.streams.get_mut(&id) {
+                            stream.outcome = Outcome::Continued(stream.headers.clone());
+                        }
+                    }
                 }
-                while let Some((id, then)) = worker.held.take_due(self.host.now()) {
+                while let Some((id, (_, then))) = worker.held.take_due(self.host.now()) {
                     if let Some(stream) = worker.streams.get_mut(&id) {
                         stream.outcome = match then {
                             Some(reply) => Outcome::Answered(answer(reply)),

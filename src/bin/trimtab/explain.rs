@@ -17,7 +17,7 @@ use std::time::SystemTime;
 use trimtab::canary::{Choice, Split, Term, Why};
 use trimtab::decimal::Decimal;
 use trimtab::document::quoted;
-use trimtab::fault::{Abort, DrawnFrom, Fault, Withheld};
+use trimtab::fault::{Abort, DrawnFrom, Fault, Guard, Withheld};
 use trimtab::filter::{Decision, Filter, Reasons, Verdict};
 use trimtab::host::Properties;
 use trimtab::host::sim::Sim;
@@ -393,6 +393,9 @@ impl Story<'_> {
                 (true, None) => "yes",
                 (true, Some(Withheld::Shadow)) => "only counted, mode is shadow",
                 (true, Some(Withheld::Suspended)) => "withheld, the guard has suspended it",
+                (true, Some(Withheld::Probing)) => "withheld, only a tenth is injected while probing",
+                (true, Some(Withheld::Expired)) => "withheld, the experiment is over or its lease not renewed",
+                (true, Some(Withheld::Budget)) => "withheld, the error budget allows no failure yet",
                 (true, Some(Withheld::Overflow)) => "withheld, too many requests are held",
             };
             let why = match place {
@@ -401,12 +404,24 @@ impl Story<'_> {
             };
             table.row(fault, format!("{outcome}: {why}"));
         }
-        let guard = fault.guard;
+        table.row("guard", self.guard(&fault.guard));
+    }
+
+    /// What the guard does, and what else ends or limits the experiment.
+    fn guard(&self, guard: &Guard) -> String {
         let window = duration(guard.window);
-        table.row(
-            "guard",
-            format!("armed: trips at {} failures among {} or more in {window}", guard.error_rate, guard.min_requests),
-        );
+        let mut told =
+            format!("armed: trips at {} failures among {} or more in {window}", guard.error_rate, guard.min_requests);
+        if let Some(limit) = guard.latency_p95 {
+            told.push_str(&format!(", or a 95th percentile over {}", duration(limit)));
+        }
+        if let Some(spacing) = guard.spacing {
+            told.push_str(&format!("; aborts at most one in {spacing} requests"));
+        }
+        if let Some(experiment) = &guard.experiment {
+            told.push_str(&format!("; its state is kept as {experiment}"));
+        }
+        told
     }
 
     fn tell_headers(&self, table: &mut Table) {
@@ -530,6 +545,9 @@ impl Story<'_> {
         };
         let withheld = self.reasons.withheld.map(|withheld| match withheld {
             Withheld::Suspended => "suspended",
+            Withheld::Probing => "probing",
+            Withheld::Expired => "expired",
+            Withheld::Budget => "budget",
             Withheld::Shadow => "shadow",
             Withheld::Overflow => "overflow",
         });

@@ -285,8 +285,8 @@ async fn guarded_experiment(stage: &Stage) -> Outcome {
         expect(before.total() < 200, "a suspension within 200 requests", &before)?;
     }
     terminal.saw(&format!("v2 fails every other time: {before}"))?;
-    let line = stage.envoy.wait_for_log("fault injection suspended").await;
-    let told = line.find("fault injection suspended").map_or(&*line, |start| &line[start..]);
+    let line = stage.envoy.wait_for_log("fault guard: ").await;
+    let told = line.find("fault guard: ").map_or(&*line, |start| &line[start..]);
     terminal.saw(&format!("Envoy's log: {told}"))?;
     let suspended_at = Instant::now();
 

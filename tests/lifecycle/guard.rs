@@ -1,0 +1,200 @@
+//! Experiments that stop: when the target is unwell, when their time is over, when their budget is spent.
+
+use crate::proxy::{Outcome, Proxy, exchange, get};
+use crate::{Start, policy};
+use std::time::Duration;
+
+const ABORT: &str = r#""abort": {"percentage": {"value": 100}, "httpStatus": 503}"#;
+const GUARD: &str = r#""guard": {"errorRate": "20%", "minRequests": 10, "window": "10s", "holdDown": "30s"}"#;
+const EXPERIMENT: &str = "trimtab.policy.p.route.experiment";
+const SECOND: Duration = Duration::from_secs(1);
+
+/// Faults requests with `x-fault` only; the others are the control sample.
+fn experiment(fault: &str, more: &str) -> String {
+    policy(
+        &format!(
+            r#"{{"name": "experiment", "match": [{{"headers": {{"x-fault": {{}}}}}}],
+                 "route": [{{"destination": {{"host": "h", "subset": "v1"}}}}],
+                 "fault": {{{fault}}}{more}}},
+               {{"name": "default", "route": [{{"destination": {{"host": "h", "subset": "v1"}}}}]}}"#
+        ),
+        "",
+    )
+}
+
+fn guarded() -> String {
+    experiment(&format!("{ABORT}, {GUARD}"), "")
+}
+
+fn is_faulted(proxy: &mut dyn Proxy, worker: usize) -> bool {
+    matches!(exchange(proxy, worker, &[("x-fault", "")], "200"), Outcome::Answered(_))
+}
+
+/// Sends requests that are never faulted, in turn to both workers.
+fn control(proxy: &mut dyn Proxy, count: usize, status: &str) {
+    for n in 0..count {
+        exchange(proxy, n % 2, &[], status).continued();
+    }
+}
+
+fn state(proxy: &mut dyn Proxy) -> u64 {
+    proxy.metric(&format!("{EXPERIMENT}.subset.v1.fault.state"))
+}
+
+pub fn injection_stops_in_all_workers_while_the_upstream_fails(start: Start) {
+    let mut proxy = start(&guarded());
+    control(&mut *proxy, 2, "500");
+    control(&mut *proxy, 6, "200");
+    assert!(is_faulted(&mut *proxy, 0), "8 requests are too few to tell");
+    control(&mut *proxy, 2, "200");
+    assert!(!is_faulted(&mut *proxy, 1), "2 of 10 failed, half of them seen by the other worker");
+    assert!(!is_faulted(&mut *proxy, 0));
+    proxy.advance(Duration::from_millis(29_900));
+    control(&mut *proxy, 20, "200");
+    assert!(!is_faulted(&mut *proxy, 0), "held down for 30 seconds");
+    assert_eq!(state(&mut *proxy), 1);
+    assert_eq!(proxy.metric(&format!("{EXPERIMENT}.fault.suspended")), 3);
+}
+
+pub fn injection_comes_back_by_a_tenth(start: Start) {
+    let mut proxy = start(&guarded());
+    control(&mut *proxy, 10, "500");
+    assert!(!is_faulted(&mut *proxy, 0));
+    proxy.advance(60 * SECOND);
+    assert!(!is_faulted(&mut *proxy, 0), "without answers nothing is known");
+    control(&mut *proxy, 9, "200");
+    proxy.advance(SECOND);
+    assert_eq!(state(&mut *proxy), 2, "a tick was enough to see that all is well");
+    let probed = (0..1000).filter(|n| is_faulted(&mut *proxy, n % 2)).count();
+    assert!((62..=138).contains(&probed), "{probed} of 1000 were faulted, expected a tenth");
+    assert_eq!(proxy.metric(&format!("{EXPERIMENT}.fault.probing")), 1000 - probed as u64);
+
+    control(&mut *proxy, 1000, "500");
+    assert!((0..100).all(|n| !is_faulted(&mut *proxy, n % 2)), "it is unwell again");
+    proxy.advance(59 * SECOND);
+    control(&mut *proxy, 20, "200");
+    assert_eq!(state(&mut *proxy), 1, "twice as long as before");
+    proxy.advance(2 * SECOND);
+    assert_eq!(state(&mut *proxy), 2);
+    for _ in 0..11 {
+        control(&mut *proxy, 10, "200");
+        proxy.advance(SECOND);
+    }
+    assert_eq!(state(&mut *proxy), 0, "armed after a window without an alarm");
+    assert!((0..100).all(|n| is_faulted(&mut *proxy, n % 2)));
+    assert_eq!(proxy.metric(&format!("{EXPERIMENT}.subset.v1.fault.suspensions")), 2);
+}
+
+pub fn the_last_suspension_is_for_good(start: Start) {
+    let mut latching = experiment(&format!(r#"{ABORT}, "guard": {{"minRequests": 10, "latchAfter": 1}}"#), "");
+    let mut proxy = start(&latching);
+    control(&mut *proxy, 20, "500");
+    assert!(!is_faulted(&mut *proxy, 0));
+    assert_eq!(state(&mut *proxy), 3);
+    for _ in 0..400 {
+        proxy.advance(SECOND);
+        control(&mut *proxy, 20, "200");
+    }
+    assert!(!is_faulted(&mut *proxy, 1));
+    proxy.update(&latching).unwrap();
+    assert!(!is_faulted(&mut *proxy, 1), "an update changes nothing");
+    latching = latching.replace(r#""abort""#, r#""experiment": "another", "abort""#);
+    proxy.update(&latching).unwrap();
+    assert!(is_faulted(&mut *proxy, 1), "another experiment has another state");
+}
+
+pub fn held_requests_are_let_go_when_the_upstream_fails(start: Start) {
+    let delay = r#""delay": {"percentage": {"value": 100}, "fixedDelay": "24h"}"#;
+    let mut proxy = start(&experiment(&format!("{delay}, {ABORT}, {GUARD}"), ""));
+    let held: Vec<_> = (0..20).map(|n| get(&mut *proxy, n % 2, "/", &[("x-fault", "")])).collect();
+    assert!(held.iter().all(|(_, outcome)| *outcome == Outcome::Held));
+    proxy.advance(SECOND);
+    control(&mut *proxy, 10, "500");
+    assert_eq!(proxy.outcome(held[0].0), Outcome::Held, "it is seen at the next tick");
+    proxy.advance(Duration::from_millis(200));
+    for (stream, _) in held {
+        proxy.outcome(stream).continued();
+        proxy.end(stream);
+    }
+}
+
+pub fn slow_answers_and_outages_stop_it_too(start: Start) {
+    let slow = r#""guard": {"latencyP95": "100ms", "minRequests": 20}"#;
+    let mut proxy = start(&experiment(&format!("{ABORT}, {slow}"), ""));
+    let answer = |proxy: &mut dyn Proxy, milliseconds| {
+        let (stream, _) = get(proxy, 0, "/", &[]);
+        proxy.advance(Duration::from_millis(milliseconds));
+        proxy.response(stream, &[(":status", "200")]);
+        proxy.end(stream);
+    };
+    (0..19).for_each(|_| answer(&mut *proxy, 100));
+    answer(&mut *proxy, 101);
+    assert!(is_faulted(&mut *proxy, 0), "1 of 20 is slower than 100 ms: the 95th percentile is not");
+    answer(&mut *proxy, 101);
+    assert!(!is_faulted(&mut *proxy, 0));
+
+    let mut proxy = start(&guarded());
+    proxy.set_property("response.code_details", b"no_healthy_upstream");
+    control(&mut *proxy, 1, "503");
+    assert!(!is_faulted(&mut *proxy, 1), "one request without a host is enough");
+}
+
+pub fn an_experiment_ends_in_time(start: Start) {
+    for (fault, begin, end) in [
+        (r#""until": "2025-01-01T00:10:00Z""#, 0, 600),
+        (r#""lease": {"renewed": "2025-01-01T00:01:00Z", "duration": "10m"}"#, 60, 660),
+        (
+            r#""lease": {"renewed": "2025-01-01T00:01:00Z", "duration": "10m"}, "until": "2025-01-01T00:05:00Z""#,
+            60,
+            300,
+        ),
+    ] {
+        let delay = r#""delay": {"percentage": {"value": 100}, "fixedDelay": "24h"}"#;
+        let mut proxy = start(&experiment(&format!("{delay}, {fault}"), ""));
+        let mut second = 0;
+        let mut last = None;
+        for (at, runs) in [(begin, true), (end - 1, true), (end, false)] {
+            if at > 0 && second == 0 {
+                let (stream, outcome) = get(&mut *proxy, 0, "/", &[("x-fault", "")]);
+                assert_eq!(outcome == Outcome::Held, begin == 0, "{fault} at the beginning");
+                proxy.end(stream);
+            }
+            proxy.advance((at - second) * SECOND);
+            second = at;
+            let (stream, outcome) = get(&mut *proxy, 1, "/", &[("x-fault", "")]);
+            assert_eq!(outcome == Outcome::Held, runs, "{fault} after {at} s");
+            last = if runs { Some(stream) } else { last };
+        }
+        proxy.advance(SECOND);
+        proxy.outcome(last.unwrap()).continued();
+        assert!(proxy.metric(&format!("{EXPERIMENT}.fault.expired")) > 0);
+    }
+}
+
+pub fn a_budget_is_exact_over_the_workers(start: Start) {
+    // A quarter of one in ten: one failure in forty requests.
+    let budgeted =
+        experiment(&format!(r#"{ABORT}, "guard": {{"budget": "25%"}}"#), r#", "slo": {"availability": "90%"}"#);
+    let mut proxy = start(&budgeted);
+    let mut faulted = Vec::new();
+    for n in 1..=400 {
+        if n == 130 {
+            proxy.update(&budgeted).unwrap();
+        }
+        if is_faulted(&mut *proxy, n % 2) {
+            faulted.push(n);
+        }
+    }
+    assert_eq!(faulted, [40, 80, 120, 160, 200, 240, 280, 320, 360, 400]);
+    assert_eq!(proxy.metric(&format!("{EXPERIMENT}.fault.budget")), 390);
+}
+
+pub fn garbage_is_no_permission(start: Start) {
+    let mut proxy = start(&guarded());
+    assert!(is_faulted(&mut *proxy, 0));
+    for garbage in [&b""[..], b"\x01", b"\x02\0\0\0\0\0\0\0\0\0\0\0", b"\x01\x09\0\0\0\0\0\0\0\0\0\0"] {
+        proxy.write_shared("trimtab/1/p/guard/experiment//h_v1", garbage);
+        assert!(!is_faulted(&mut *proxy, 1), "{garbage:?}");
+        assert!(!is_faulted(&mut *proxy, 0), "{garbage:?}");
+    }
+}
