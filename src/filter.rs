@@ -4,6 +4,8 @@
 //! what is to be done; they change nothing themselves but shared words and metrics. The features decide from plain
 //! values: only this file knows in which order, and the comments say why.
 
+mod hosts;
+mod poll;
 mod trial;
 mod watch;
 
@@ -11,13 +13,15 @@ use crate::canary::{Choice, Share};
 use crate::fault::{Injection, Withheld};
 use crate::host::{Change, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request};
-use crate::outlier::{is_failure, is_outage};
+use crate::outlier::{answer, is_failure, is_outage};
 use crate::policy::{Policy, Route, TargetId};
 use crate::ratelimit::{Admission, Leases, Secret, admit, return_leases};
 use crate::telemetry::{Meters, Stand};
 use crate::trace::w3c::TraceContext;
 use crate::trace::{self, Continuation, Direction, Notes, Response};
 use crate::units::{Fraction, Monotonic};
+use hosts::Hosts;
+use poll::Poll;
 use trial::{JUDGE_PERIOD, Trial};
 use watch::{Post, Watch};
 
@@ -39,6 +43,9 @@ struct WorkerState {
     leases: Leases,
     /// For each route, a watch on each of its destinations; none where the route injects no fault.
     watches: Vec<Vec<Watch>>,
+    /// In the order of the policy's targets, what is learned of their hosts; none where nobody asks.
+    hosts: Vec<Option<Hosts>>,
+    polls: Vec<Poll>,
     /// For each route, what this worker remembers of its trial.
     trials: Vec<Trial>,
 }
@@ -117,7 +124,9 @@ impl Filter {
         let stands = policy.routes.iter().zip(&meters.routes).map(|(route, meters)| Stand::new(route, meters));
         let trials =
             stands.map(|stand| stand.map_or_else(Trial::default, |stand| Trial::take_up(&stand, host))).collect();
-        let worker = WorkerState { secret, leases: Leases::default(), watches, trials };
+        let hosts = policy.targets.iter().map(|target| Hosts::new(&policy, target)).collect();
+        let polls = poll::polls(&policy, host);
+        let worker = WorkerState { secret, leases: Leases::default(), watches, hosts, polls, trials };
         Filter { policy, meters, worker }
     }
 
@@ -175,7 +184,7 @@ impl WorkerState {
         continuation: Option<Continuation>,
         may_hold: bool,
     ) -> Decision<'p> {
-        let WorkerState { secret, leases, watches, trials } = self;
+        let WorkerState { secret, leases, watches, trials, .. } = self;
         let mut decision = Decision::default();
         let Decision { verdict, mutations, exchange, reasons } = &mut decision;
         exchange.is_grpc = request.is_grpc();
@@ -318,10 +327,16 @@ impl Filter {
 
     fn observe(&mut self, host: &impl Host, exchange: &mut Exchange, status: u16, grpc_status: Option<u16>) {
         let failed = is_failure(status, grpc_status);
-        if let Some(meters) = exchange.observed.take().and_then(|target| self.meters.targets.get(target.0)) {
-            let details = || host.property(&["response", "code_details"]);
-            let is_outage = status == 503 && details().is_some_and(|details| is_outage(&details));
-            meters.count(failed, is_outage, exchange.took, host);
+        if let Some(target) = exchange.observed.take()
+            && let Some(meters) = self.meters.targets.get(target.0)
+        {
+            // Who answered is asked only where it was a failure.
+            let details = if status >= 500 { host.property(&["response", "code_details"]) } else { None };
+            meters.count(failed, details.as_deref().is_some_and(is_outage), exchange.took, host);
+            if let Some(Some(hosts)) = self.worker.hosts.get_mut(target.0) {
+                let is_local = details.is_some_and(|details| details != b"via_upstream");
+                hosts.note(answer(status, grpc_status, is_local), host);
+            }
         }
         // Somebody's limit says nothing of the version that answered.
         let is_limited = status == 429 || grpc_status == Some(8);
@@ -346,6 +361,7 @@ impl Filter {
                 }
             }
         }
+        self.worker.polls.iter_mut().for_each(|poll| poll.tick(host));
         for ((route, meters), trial) in self.policy.routes.iter().zip(&self.meters.routes).zip(&mut self.worker.trials)
         {
             if let Some(stand) = Stand::new(route, meters) {
@@ -354,13 +370,20 @@ impl Filter {
         }
     }
 
+    /// Learns from the answer to a call that the filter has sent; `body` is `None` where it was too long to be read.
+    pub fn on_call_answered(&mut self, host: &impl Host, call: u32, status: Option<Vec<u8>>, body: Option<&[u8]>) {
+        let status = number(status).unwrap_or(0);
+        self.worker.polls.iter_mut().for_each(|poll| poll.answered(call, status, body, host));
+    }
+
     /// How often [`Filter::on_tick`] is to be called, in nanoseconds; `None` where nothing changes with time.
     /// `is_holding` says whether a stream is held.
     pub fn tick_period(&self, is_holding: bool) -> Option<u64> {
         let watches = self.worker.watches.iter().flatten().map(|watch| watch.period(is_holding)).min();
         let leases = self.policy.has_leases().then_some(Leases::TICK);
         let is_judged = self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some());
-        watches.into_iter().chain(leases).chain(is_judged.then_some(JUDGE_PERIOD)).min()
+        let polls = self.worker.polls.iter().map(Poll::period);
+        watches.into_iter().chain(polls).chain(leases).chain(is_judged.then_some(JUDGE_PERIOD)).min()
     }
 
     /// Whether a stream that `experiment` holds has to be let go, unfaulted: it was suspended, or is over.

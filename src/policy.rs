@@ -3,9 +3,10 @@
 use crate::canary::{Canary, Destination, Split, Steering};
 use crate::diagnostic::{Diagnostic, Report, Severity};
 use crate::document::{Fields, Node, Value, quoted};
-use crate::fault::Fault;
+use crate::fault::{Admin, Fault};
 use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
 use crate::matcher::{Condition, RequestMatch};
+use crate::outlier::Detection;
 use crate::ratelimit::{self, Limit};
 use crate::route_table::RouteTable;
 use crate::slo::Slo;
@@ -61,6 +62,17 @@ pub struct Target {
     pub watched: bool,
     /// The times, in nanoseconds, past which a guard calls its answers slow; each once.
     pub edges: Vec<u64>,
+    /// What makes its hosts outliers, where a guard wants to know.
+    pub detection: Option<Detection>,
+    /// Where to ask Envoy which of them are ejected.
+    pub admin: Option<Admin>,
+}
+
+impl Target {
+    /// Whether anything is learned of its single hosts.
+    pub fn knows_hosts(&self) -> bool {
+        self.detection.is_some() || self.admin.is_some()
+    }
 }
 
 /// An index into [`Policy::targets`].
@@ -116,11 +128,11 @@ impl Policy {
         let steering_header = header_names.intern(&steering.header)?;
         let trace = fields.optional("trace").and_then(|value| Trace::read(&value, &state_prefix, &mut header_names));
         let (labels, routes, targets) = (Vec::new(), Vec::new(), Vec::new());
-        let mut reading = Reading { labels, state_prefix, steering, header_names, routes, targets };
+        let detection = fields.optional("outlierDetection").and_then(|value| Detection::read(&value));
+        let mut reading = Reading { labels, state_prefix, steering, header_names, routes, targets, detection };
         if let Some(routes) = fields.optional("routes") {
             reading.routes(&routes);
         }
-        fields.not_yet("outlierDetection");
         for (field, why) in [
             ("http", "write its entries under routes"),
             ("spec", "write the fields of spec at the top of the document"),
@@ -214,6 +226,8 @@ struct Reading {
     header_names: HeaderNames,
     routes: Vec<Route>,
     targets: Vec<Target>,
+    /// What makes outliers where a route does not say.
+    detection: Option<Detection>,
 }
 
 impl Reading {
@@ -223,11 +237,16 @@ impl Reading {
             value.error(format!("{} routes", items.len()), format!("a policy has at most {MAX_ROUTES}"));
             return;
         }
+        let mut detections = Vec::new();
         for (index, item) in items.iter().enumerate() {
             let Some(mut fields) = item.object() else { continue };
+            let detection = fields.optional("outlierDetection");
             let route = self.route(index, &mut fields);
             fields.end();
             let Some(route) = route else { continue };
+            if let Some(value) = detection {
+                detections.push((value, route.targets.clone()));
+            }
             let label = label(&route.name);
             let known = self.labels.binary_search(&label);
             if let Err(place) = known {
@@ -248,6 +267,29 @@ impl Reading {
                 );
             }
             self.routes.push(route);
+        }
+        for (value, targets) in detections {
+            self.detect(&value, &targets);
+        }
+        for target in self.targets.iter_mut().filter(|target| target.watched) {
+            target.detection = target.detection.or(self.detection);
+        }
+    }
+
+    /// Reads a route's own `outlierDetection`, once it is known which of its `targets` a guard looks at.
+    fn detect(&mut self, value: &Value<'_>, targets: &[TargetId]) {
+        let Some(detection) = Detection::read(value) else { return };
+        let mut is_used = false;
+        for TargetId(index) in targets {
+            let Some(target) = self.targets.get_mut(*index).filter(|target| target.watched) else { continue };
+            is_used = true;
+            if target.detection.is_some_and(|known| known != detection) {
+                value.error(format!("a second outlierDetection for {}", quoted(&target.name)), "write it on one route");
+            }
+            target.detection = Some(detection);
+        }
+        if !is_used {
+            value.warning("nobody looks at its hosts", "write it where a fault is injected: its guard does");
         }
     }
 
@@ -274,7 +316,7 @@ impl Reading {
                 ratelimit::read(&value, first, &self.state_prefix, &label(name), &mut self.header_names)
             })
             .unwrap_or_default();
-        for field in ["outlierDetection", "circuitBreaker"] {
+        for field in ["circuitBreaker"] {
             fields.not_yet(field);
         }
         for field in [
@@ -322,11 +364,18 @@ impl Reading {
     fn target(&mut self, name: &str, fault: Option<&Fault>) -> TargetId {
         let found = self.targets.iter().position(|target| &*target.name == name);
         let index = found.unwrap_or_else(|| {
-            self.targets.push(Target { name: name.into(), watched: false, edges: Vec::new() });
+            self.targets.push(Target {
+                name: name.into(),
+                watched: false,
+                edges: Vec::new(),
+                detection: None,
+                admin: None,
+            });
             self.targets.len() - 1
         });
         if let (Some(target), Some(fault)) = (self.targets.get_mut(index), fault) {
             target.watched = true;
+            target.admin = target.admin.take().or_else(|| fault.guard.admin.clone());
             target.edges.extend(fault.guard.latency_p95.filter(|edge| !target.edges.contains(edge)));
         }
         TargetId(index)

@@ -156,6 +156,8 @@ pub struct TargetMeters {
     pub outages: MetricId,
     /// Answers that took longer than so many nanoseconds.
     pub slow: Vec<(u64, MetricId)>,
+    /// The share of its hosts that are ejected, in parts per million, where anybody knows.
+    pub ejected: Option<MetricId>,
 }
 
 /// The faults of one route, and why there were none.
@@ -164,6 +166,7 @@ pub struct FaultMeters {
     delays: MetricId,
     aborts: MetricId,
     suspended: MetricId,
+    unknown: MetricId,
     probing: MetricId,
     expired: MetricId,
     budget: MetricId,
@@ -228,12 +231,15 @@ impl Meters {
             .iter()
             .map(|target| {
                 let edges = &target.edges;
-                let target = label(&target.name);
-                let counter = |name: &str| counter(&format!("target.{target}.{name}"));
+                let name = label(&target.name);
+                let counter = |what: &str| counter(&format!("target.{name}.{what}"));
                 TargetMeters {
                     requests: counter("requests"),
                     failures: counter("failures"),
                     outages: counter("outages"),
+                    ejected: target
+                        .knows_hosts()
+                        .then(|| metrics.gauge(&format!("{prefix}.target.{name}.ejected_ppm"))),
                     slow: edges.iter().map(|edge| (*edge, counter(&format!("slow_{}us", edge / 1_000)))).collect(),
                 }
             })
@@ -340,6 +346,7 @@ impl RouteMeters {
                 delays: counter("fault.delays"),
                 aborts: counter("fault.aborts"),
                 suspended: counter("fault.suspended"),
+                unknown: counter("fault.unknown"),
                 probing: counter("fault.probing"),
                 expired: counter("fault.expired"),
                 budget: counter("fault.budget"),
@@ -566,6 +573,7 @@ impl FaultMeters {
     pub fn count(&self, drawn: &Injection, withheld: Option<Withheld>, metrics: &impl Metrics) {
         match withheld {
             Some(Withheld::Suspended) => metrics.add(self.suspended, 1),
+            Some(Withheld::Unknown) => metrics.add(self.unknown, 1),
             Some(Withheld::Probing) => metrics.add(self.probing, 1),
             Some(Withheld::Expired) => metrics.add(self.expired, 1),
             Some(Withheld::Budget) => metrics.add(self.budget, 1),

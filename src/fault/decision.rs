@@ -24,6 +24,8 @@ pub struct Injection {
 pub enum Withheld {
     /// The target is unwell, or was so too often.
     Suspended,
+    /// It cannot be learned how the target is.
+    Unknown,
     /// The target was unwell: a tenth is injected, and this is not of it.
     Probing,
     /// The experiment is over, or its lease was not renewed.

@@ -1,7 +1,7 @@
 //! Reads what keeps an experiment safe: its `guard`, its name, and its end.
 
 use super::budget::spacing;
-use super::guard::Guard;
+use super::guard::{Admin, Guard};
 use crate::document::{Fields, Value};
 use crate::slo::Slo;
 use crate::units::{Fraction, Wall, nanoseconds, read_duration, read_instant};
@@ -58,11 +58,27 @@ impl Guard {
                 value.error("a budget that lets nothing fail", "write more than 0%, of an availability below 100%");
             }
         }
-        for field in ["onUnknown", "admin"] {
-            fields.not_yet(field);
+        self.admin = fields.optional("admin").and_then(|value| read_admin(&value));
+        let on_unknown = fields.optional("onUnknown");
+        if let (Some(value), None) = (&on_unknown, &self.admin) {
+            value.warning("onUnknown without admin", "nothing can be unknown: write admin, or remove it");
         }
+        let continues = on_unknown.and_then(|value| value.one_of(&[("suspend", false), ("continue", true)]));
+        self.continues_unknown = continues.unwrap_or(false);
         fields.end();
     }
+}
+
+fn read_admin(value: &Value<'_>) -> Option<Admin> {
+    const USUAL: Duration = Duration::from_secs(5);
+    let mut fields = value.object()?;
+    let cluster = fields.required("cluster").and_then(|value| value.text());
+    let interval = match fields.optional("interval") {
+        Some(value) => read_duration(&value, LEAST),
+        None => Some(USUAL),
+    };
+    fields.end();
+    Some(Admin { cluster: cluster?.into(), interval: nanoseconds(interval?) })
 }
 
 /// `{renewed, duration}`: from when until when the lease runs. It is counted from an instant that is written, not from

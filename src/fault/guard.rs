@@ -37,6 +37,19 @@ pub struct Guard {
     pub term: Option<(Wall, Wall)>,
     /// How many requests have to come for each failure that is injected.
     pub spacing: Option<u64>,
+    /// Where to ask Envoy itself which hosts are ejected.
+    pub admin: Option<Admin>,
+    /// Whether injection goes on while it cannot be learned which hosts are ejected.
+    pub continues_unknown: bool,
+}
+
+/// The way to Envoy's admin endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Admin {
+    /// A cluster that leads there.
+    pub cluster: Box<str>,
+    /// Nanoseconds from one question to the next. An answer that is three times as old says nothing any more.
+    pub interval: u64,
 }
 
 impl Default for Guard {
@@ -52,6 +65,8 @@ impl Default for Guard {
             experiment: None,
             term: None,
             spacing: None,
+            admin: None,
+            continues_unknown: false,
         }
     }
 }

@@ -14,6 +14,6 @@ mod policy;
 
 pub use budget::spend;
 pub use decision::{Draws, Injection, Withheld};
-pub use guard::{Cause, Evidence, Guard, Phase, State};
+pub use guard::{Admin, Cause, Evidence, Guard, Phase, State};
 pub use held::{HeldStreams, MAX_HELD};
 pub use policy::{Abort, DrawnFrom, Fault};

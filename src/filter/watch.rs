@@ -4,12 +4,13 @@
 //! fault and at its ticks, judges by the totals that all workers count together, and writes a new state by
 //! compare-and-swap: whoever comes first logs the change. A word that cannot be written lets nothing be injected.
 
+use super::poll::sighting_word;
 use crate::fault::{Cause, Draws, Evidence, Fault, Guard, Phase, State, Withheld, spend};
 use crate::host::{Change, Host, update};
-use crate::outlier::Window;
-use crate::policy::{Policy, Route, label};
+use crate::outlier::{Sighting, Window, health};
+use crate::policy::{Policy, Route, Target, label};
 use crate::telemetry::{DestinationMeters, Meters, RouteMeters};
-use crate::units::Monotonic;
+use crate::units::{Fraction, Monotonic};
 use xxhash_rust::xxh64::xxh64;
 
 /// How often, while a stream is held, a worker looks whether it has to be let go; in nanoseconds.
@@ -34,6 +35,12 @@ pub(super) struct Watch {
     window: Window,
     phase: Phase,
     is_over: bool,
+    is_unknown: bool,
+    /// The share of hosts that were ejected when it looked last.
+    ejected: Fraction,
+    /// The keys of the shared words about the target's hosts: what was observed, and what Envoy said.
+    observed: Option<String>,
+    sighting: Option<String>,
     look_again: Monotonic,
 }
 
@@ -59,14 +66,18 @@ pub(super) fn watches(policy: &Policy, route: &Route, meters: &RouteMeters, host
         if !route.slo.owner.is_empty() {
             name.push_str(&format!(" owner={:?}", route.slo.owner));
         }
-        let target_name = policy.targets.get(target.0).map_or("", |target| &*target.name);
+        let target = policy.targets.get(target.0)?;
         let mut watch = Watch {
-            word: format!("{}/{}", word(policy, route, "guard"), label(target_name)),
+            word: format!("{}/{}", word(policy, route, "guard"), label(&target.name)),
             budget: word(policy, route, "budget"),
             name,
             window: Window::new(fault.guard.window, host.now(), sent_to.totals(host)),
             phase: Phase::Armed,
             is_over: false,
+            is_unknown: false,
+            ejected: Fraction::NONE,
+            observed: target.detection.map(|_| outliers_word(policy, target)),
+            sighting: fault.guard.admin.as_ref().map(|_| sighting_word(policy, target)),
             look_again: 0,
         };
         watch.look(&post, host);
@@ -78,6 +89,11 @@ pub(super) fn watches(policy: &Policy, route: &Route, meters: &RouteMeters, host
         let _ = spend(host, &word(policy, route, "budget"), u64::MAX, meters.requests(host));
     }
     watches
+}
+
+/// The key of the shared table of the hosts of `target`.
+pub(super) fn outliers_word(policy: &Policy, target: &Target) -> String {
+    format!("{}outlier/{}", policy.state_prefix, label(&target.name))
 }
 
 /// The key of an experiment's shared word for `what`.
@@ -112,7 +128,7 @@ impl Watch {
 
     /// Whether a fault that goes on must be ended.
     pub fn ends_faults(&self) -> bool {
-        self.is_over || matches!(self.phase, Phase::Suspended(_) | Phase::Latched)
+        self.is_over || self.is_unknown || matches!(self.phase, Phase::Suspended(_) | Phase::Latched)
     }
 
     /// Why a fault that was drawn must not be injected now, if it must not.
@@ -122,8 +138,9 @@ impl Watch {
             return Some(Withheld::Expired);
         }
         match self.phase {
-            Phase::Armed => None,
             Phase::Suspended(_) | Phase::Latched => Some(Withheld::Suspended),
+            _ if self.is_unknown => Some(Withheld::Unknown),
+            Phase::Armed => None,
             Phase::Probing(_) => {
                 // A new number from those that selected the request: its retries get the same.
                 let draw = xxh64(&(draws.delay ^ draws.abort.rotate_left(1)).to_le_bytes(), post.fault.salt);
@@ -153,12 +170,14 @@ impl Watch {
         self.is_over = post.is_over(host);
         let totals = post.sent_to.totals(host);
         self.window.mark(now, || totals);
+        let guard = post.guard();
+        self.look_at_hosts(post, now, host);
         let evidence = Evidence {
             recent: self.window.recent(now, totals),
             is_full: self.window.is_full(now),
-            ..Evidence::default()
+            ejected: self.ejected,
+            is_unknown: self.is_unknown,
         };
-        let guard = post.guard();
         let known = self.phase;
         let looked = update(host, &self.word, |found| {
             let (state, next) = match found.map(State::decode) {
@@ -182,6 +201,25 @@ impl Watch {
         if let Some((was, cause)) = change {
             self.log(was, state, cause, &evidence, now);
         }
+    }
+
+    /// Learns which share of the hosts is ejected: the larger of what was observed and what Envoy said.
+    fn look_at_hosts(&mut self, post: &Post<'_>, now: Monotonic, host: &impl Host) {
+        let mut ejected = Fraction::NONE;
+        if let Some(word) = &self.observed {
+            ejected = health(host, word, now).ejected_share();
+        }
+        if let (Some(word), Some(admin)) = (&self.sighting, &post.guard().admin) {
+            let sighting = host.get(word).and_then(|(word, _)| Sighting::decode(&word));
+            // Seen by another worker a moment after this one has read the clock, it is not old.
+            let known = sighting.filter(|seen| now.saturating_sub(seen.at) <= admin.interval.saturating_mul(3));
+            self.is_unknown = known.is_none() && !post.guard().continues_unknown;
+            ejected = ejected.max(known.map_or(Fraction::NONE, |seen| seen.health.ejected_share()));
+        }
+        if let Some(gauge) = post.sent_to.target.ejected.filter(|_| ejected != self.ejected) {
+            host.set_gauge(gauge, u64::from(ejected.ppm()));
+        }
+        self.ejected = ejected;
     }
 
     #[cold]

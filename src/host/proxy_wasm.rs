@@ -6,10 +6,11 @@
 //! in cost between this filter and one that reads single headers.
 #![allow(unsafe_code)]
 
-use super::{Conflict, Host, MetricId, Metrics, Properties, StateStore, Version};
+use super::{Calls, Conflict, Host, MetricId, Metrics, Properties, StateStore, Version};
 use crate::fault::HeldStreams;
 use crate::filter::{Exchange, Experiment, Filter, Verdict};
 use crate::http::{HeaderMutation, LocalReply, encode_headers};
+use crate::outlier::MAX_ANSWER_BYTES;
 use crate::policy::Policy;
 use crate::random::split_mix;
 use crate::units::{Monotonic, Wall};
@@ -17,6 +18,7 @@ use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::{Action, BufferType, ContextType, LogLevel, MapType, MetricType, StreamType};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::time::Duration;
 
 proxy_wasm::main! {{
     proxy_wasm::set_log_level(LogLevel::Info);
@@ -201,6 +203,16 @@ impl Properties for Envoy {
     }
 }
 
+impl Calls for Envoy {
+    /// Through the SDK: it hands over only the answers to calls that it has made itself. It panics on no status that
+    /// Envoy returns here.
+    fn http_get(&self, cluster: &str, path: &str, timeout: u64) -> Option<u32> {
+        let headers = vec![(":method", "GET"), (":path", path), (":authority", "trimtab")];
+        let timeout = Duration::from_nanos(timeout);
+        proxy_wasm::hostcalls::dispatch_http_call(cluster, headers, None, Vec::new(), timeout).ok()
+    }
+}
+
 impl Host for Envoy {
     fn now(&self) -> Monotonic {
         let mut now = 0;
@@ -293,7 +305,20 @@ struct Root {
     worker: Rc<Worker>,
 }
 
-impl Context for Root {}
+impl Context for Root {
+    fn on_http_call_response(&mut self, call: u32, _: usize, size: usize, _: usize) {
+        let body = || {
+            fetch(|data, length| unsafe {
+                proxy_get_buffer_bytes(BufferType::HttpCallResponseBody, 0, size, data, length)
+            })
+        };
+        let status = header(MapType::HttpCallResponseHeaders, ":status");
+        let body = if size <= MAX_ANSWER_BYTES { Some(body().unwrap_or_default()) } else { None };
+        if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
+            filter.on_call_answered(&self.worker.envoy, call, status, body.as_deref());
+        }
+    }
+}
 
 impl RootContext for Root {
     fn on_configure(&mut self, size: usize) -> bool {

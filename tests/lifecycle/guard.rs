@@ -198,3 +198,114 @@ pub fn garbage_is_no_permission(start: Start) {
         assert!(!is_faulted(&mut *proxy, 0), "{garbage:?}");
     }
 }
+
+/// A host of the target answers with `status`.
+fn answer_from(proxy: &mut dyn Proxy, address: &str, worker: usize, status: &str) {
+    proxy.set_property("upstream.address", address.as_bytes());
+    exchange(proxy, worker, &[], status).continued();
+}
+
+const EJECTED: &str = "trimtab.policy.p.target.h_v1.ejected_ppm";
+
+pub fn an_outlier_stops_injection_and_comes_back(start: Start) {
+    let never = r#""guard": {"errorRate": "100%", "minRequests": 1, "window": "10s", "ejectedPercent": "20%"}"#;
+    let detection = r#", "outlierDetection": {"consecutive5xxErrors": 3, "interval": "1s", "baseEjectionTime": "30s"}"#;
+    let mut proxy = start(&experiment(&format!("{ABORT}, {never}"), detection));
+    proxy.set_property("upstream.num_endpoints", &4_u64.to_le_bytes());
+    proxy.set_property("response.code_details", b"via_upstream");
+    answer_from(&mut *proxy, "10.0.0.2:80", 0, "200");
+    for status in ["500", "500", "200", "500", "500"] {
+        answer_from(&mut *proxy, "10.0.0.1:80", 0, status);
+        answer_from(&mut *proxy, "10.0.0.2:80", 1, "200");
+    }
+    assert!(is_faulted(&mut *proxy, 0), "no host has failed three times in a row");
+    answer_from(&mut *proxy, "10.0.0.1:80", 1, "500");
+    assert!(!is_faulted(&mut *proxy, 0), "one host of four is out, by what both workers saw");
+    assert_eq!(proxy.metric(EJECTED), 250_000);
+    proxy.advance(29 * SECOND);
+    assert_eq!(proxy.metric(EJECTED), 250_000);
+    proxy.advance(2 * SECOND);
+    assert_eq!(proxy.metric(EJECTED), 0, "its time is over");
+    answer_from(&mut *proxy, "10.0.0.1:80", 0, "200");
+    proxy.advance(2 * SECOND);
+    assert_eq!(state(&mut *proxy), 2, "probing");
+}
+
+/// What Envoy's admin endpoint says of a cluster with so many hosts, the first of them ejected.
+fn clusters(name: &str, hosts: usize, ejected: usize) -> String {
+    let host = |n| format!(r#"{{"address": {{}}, "health_status": {{"failed_outlier_check": {}}}}}"#, n < ejected);
+    let hosts: Vec<String> = (0..hosts).map(host).collect();
+    format!(r#"{{"cluster_statuses": [{{"name": "{name}", "host_statuses": [{}]}}]}}"#, hosts.join(", "))
+}
+
+fn asking(more: &str) -> String {
+    let admin = r#""admin": {"cluster": "prometheus_stats", "interval": "5s"}"#;
+    experiment(&format!(r#"{ABORT}, "guard": {{{admin}, "window": "10s"{more}}}"#), "")
+}
+
+/// Lets an interval pass, in which one worker asks for all, and answers it.
+fn tell(proxy: &mut dyn Proxy, answer: Option<(&str, &[u8])>) {
+    proxy.advance(5 * SECOND);
+    let calls = proxy.calls();
+    assert_eq!(calls.len(), 1, "one worker asks for all: {calls:?}");
+    assert_eq!(calls[0].cluster, "prometheus_stats");
+    assert_eq!(calls[0].path, "/clusters?format=json&filter=%5E(outbound.80.v1.h)%24");
+    proxy.answer_call(&calls[0], answer);
+}
+
+pub fn envoys_own_ejections_stop_it(start: Start) {
+    let mut proxy = start(&asking(""));
+    proxy.add_cluster("prometheus_stats");
+    assert!(!is_faulted(&mut *proxy, 0), "nothing is known yet");
+    proxy.set_property("xds.cluster_name", b"outbound|80|v1|h");
+    exchange(&mut *proxy, 0, &[], "200");
+    tell(&mut *proxy, Some(("200", clusters("outbound|80|v1|h", 3, 0).as_bytes())));
+    assert!(is_faulted(&mut *proxy, 0) && is_faulted(&mut *proxy, 1), "all workers know from the one that asked");
+    tell(&mut *proxy, Some(("200", clusters("outbound|80|v1|h", 3, 1).as_bytes())));
+    assert!(!is_faulted(&mut *proxy, 0) && !is_faulted(&mut *proxy, 1), "within one poll");
+    assert_eq!(state(&mut *proxy), 1);
+    assert_eq!(proxy.metric(EJECTED), 333_333);
+    assert_eq!(proxy.metric(&format!("{EXPERIMENT}.fault.unknown")), 1);
+}
+
+pub fn an_answer_that_says_nothing_permits_nothing(start: Start) {
+    let good = clusters("outbound|80|v1|h", 3, 0);
+    let truncated = &good.as_bytes()[..good.len() - 1];
+    let huge = format!("{good}{}", " ".repeat(2 << 20));
+    let other = clusters("outbound|80|v2|h", 3, 0);
+    let empty = clusters("outbound|80|v1|h", 0, 0);
+    let bad: [Option<(&str, &[u8])>; 8] = [
+        None,
+        Some(("503", b"no healthy upstream")),
+        Some(("200", b"")),
+        Some(("200", b"\xff\x00 not JSON")),
+        Some(("200", truncated)),
+        Some(("200", huge.as_bytes())),
+        Some(("200", other.as_bytes())),
+        Some(("200", empty.as_bytes())),
+    ];
+    for (more, expected) in [("", false), (r#", "onUnknown": "continue""#, true)] {
+        let mut proxy = start(&asking(more));
+        proxy.add_cluster("prometheus_stats");
+        proxy.set_property("xds.cluster_name", b"outbound|80|v1|h");
+        exchange(&mut *proxy, 0, &[], "200");
+        for answer in bad {
+            tell(&mut *proxy, answer);
+            assert_eq!(is_faulted(&mut *proxy, 1), expected, "{more} after {:.40?}", answer);
+            assert_eq!(proxy.metric("trimtab.policy.p.admin.prometheus_stats.unknown"), 1);
+        }
+        tell(&mut *proxy, Some(("200", good.as_bytes())));
+        assert!(is_faulted(&mut *proxy, 1), "{more}");
+        assert_eq!(proxy.metric("trimtab.policy.p.admin.prometheus_stats.unknown"), 0);
+        // No answer any more: what was learned grows old.
+        proxy.advance(14 * SECOND);
+        assert!(is_faulted(&mut *proxy, 0), "not too old yet");
+        proxy.advance(2 * SECOND);
+        assert_eq!(is_faulted(&mut *proxy, 0), expected, "too old");
+    }
+    let mut proxy = start(&asking(""));
+    exchange(&mut *proxy, 0, &[], "200");
+    proxy.advance(60 * SECOND);
+    assert_eq!(proxy.calls(), [], "an unknown cluster cannot be called");
+    assert!(!is_faulted(&mut *proxy, 0));
+}

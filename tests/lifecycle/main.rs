@@ -14,7 +14,8 @@ use canary::{
     the_worker_that_saw_the_last_failure_sends_no_other, what_is_no_fault_of_the_canary_is_no_evidence,
 };
 use guard::{
-    a_budget_is_exact_over_the_workers, an_experiment_ends_in_time, garbage_is_no_permission,
+    a_budget_is_exact_over_the_workers, an_answer_that_says_nothing_permits_nothing, an_experiment_ends_in_time,
+    an_outlier_stops_injection_and_comes_back, envoys_own_ejections_stop_it, garbage_is_no_permission,
     held_requests_are_let_go_when_the_upstream_fails, injection_comes_back_by_a_tenth,
     injection_stops_in_all_workers_while_the_upstream_fails, slow_answers_and_outages_stop_it_too,
     the_last_suspension_is_for_good,
@@ -62,6 +63,9 @@ cases![
     an_experiment_ends_in_time,
     a_budget_is_exact_over_the_workers,
     garbage_is_no_permission,
+    an_outlier_stops_injection_and_comes_back,
+    envoys_own_ejections_stop_it,
+    an_answer_that_says_nothing_permits_nothing,
     grpc_failures_are_seen_in_trailers,
     own_faults_are_no_failures_of_the_upstream,
     a_bad_policy_is_refused_and_the_old_one_serves_on,

@@ -1,6 +1,6 @@
 //! The filter on the simulated host: what `host/proxy_wasm.rs` does for Envoy, done here for a clock that stands still.
 
-use crate::proxy::{Headers, Outcome, Proxy, Reply, StreamId};
+use crate::proxy::{Call, Headers, Outcome, Proxy, Reply, StreamId};
 use std::collections::HashMap;
 use std::time::Duration;
 use trimtab::fault::HeldStreams;
@@ -8,6 +8,7 @@ use trimtab::filter::{Exchange, Experiment, Filter, Verdict};
 use trimtab::host::sim::Sim;
 use trimtab::host::{Host, StateStore, Version};
 use trimtab::http::{LocalReply, encode_headers};
+use trimtab::outlier::MAX_ANSWER_BYTES;
 use trimtab::policy::Policy;
 
 #[derive(Default)]
@@ -27,11 +28,12 @@ struct Stream {
 pub struct Native {
     host: Sim,
     workers: [Worker; 2],
+    calls: Vec<Call>,
 }
 
 impl Native {
     pub fn start(policy: &str) -> Box<dyn Proxy> {
-        let mut native = Native { host: Sim::new(1), workers: Default::default() };
+        let mut native = Native { host: Sim::new(1), workers: Default::default(), calls: Vec::new() };
         native.update(policy).expect("the case's policy is valid");
         Box::new(native)
     }
@@ -98,9 +100,15 @@ impl Proxy for Native {
             let step = left.min(TICK);
             left -= step;
             self.host.advance(step);
-            for worker in &mut self.workers {
+            for (at, worker) in self.workers.iter_mut().enumerate() {
                 if let Some(filter) = &mut worker.filter {
                     filter.on_tick(&self.host);
+                    self.calls.extend(self.host.take_calls().into_iter().map(|call| Call {
+                        worker: at,
+                        number: call.number,
+                        cluster: call.cluster,
+                        path: call.path,
+                    }));
                     let is_ended =
                         |(experiment, _): &(Option<Experiment>, _)| experiment.is_some_and(|it| filter.ends_faults(it));
                     for (id, _) in worker.held.take_all(is_ended) {
@@ -127,6 +135,23 @@ impl Proxy for Native {
 
     fn set_property(&mut self, path: &str, value: &[u8]) {
         self.host.set_property(path, value);
+    }
+
+    fn add_cluster(&mut self, name: &str) {
+        self.host.add_cluster(name);
+    }
+
+    fn calls(&mut self) -> Vec<Call> {
+        self.calls.clone()
+    }
+
+    fn answer_call(&mut self, call: &Call, answer: Option<(&str, &[u8])>) {
+        self.calls.retain(|waiting| waiting != call);
+        let filter = self.workers[call.worker].filter.as_mut().unwrap();
+        let status = answer.map(|(status, _)| status.as_bytes().to_vec());
+        let body = answer.map_or(&b""[..], |(_, body)| body);
+        let body = (body.len() <= MAX_ANSWER_BYTES).then_some(body);
+        filter.on_call_answered(&self.host, call.number, status, body);
     }
 
     fn write_shared(&mut self, key: &str, value: &[u8]) {

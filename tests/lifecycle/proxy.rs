@@ -33,6 +33,15 @@ pub struct StreamId {
     pub id: u32,
 }
 
+/// A call of the filter to another cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Call {
+    pub worker: usize,
+    pub number: u32,
+    pub cluster: String,
+    pub path: String,
+}
+
 /// A proxy of two workers with one policy, on a clock that only [`Proxy::advance`] moves.
 pub trait Proxy {
     /// Replaces the policy in all workers, as a configuration update does.
@@ -61,6 +70,15 @@ pub trait Proxy {
 
     /// A property of the streams to come; its path is joined by dots.
     fn set_property(&mut self, path: &str, value: &[u8]);
+
+    /// Makes a cluster known, so that it can be called.
+    fn add_cluster(&mut self, name: &str);
+
+    /// The calls that the filter has sent and that wait for their answer.
+    fn calls(&mut self) -> Vec<Call>;
+
+    /// Answers a call; with `None`, by a reset.
+    fn answer_call(&mut self, call: &Call, answer: Option<(&str, &[u8])>);
 
     /// Writes a shared word, as a neighbour could.
     fn write_shared(&mut self, key: &str, value: &[u8]);

@@ -393,6 +393,7 @@ impl Story<'_> {
                 (true, None) => "yes",
                 (true, Some(Withheld::Shadow)) => "only counted, mode is shadow",
                 (true, Some(Withheld::Suspended)) => "withheld, the guard has suspended it",
+                (true, Some(Withheld::Unknown)) => "withheld, Envoy has not told yet which hosts are ejected",
                 (true, Some(Withheld::Probing)) => "withheld, only a tenth is injected while probing",
                 (true, Some(Withheld::Expired)) => "withheld, the experiment is over or its lease not renewed",
                 (true, Some(Withheld::Budget)) => "withheld, the error budget allows no failure yet",
@@ -545,6 +546,7 @@ impl Story<'_> {
         };
         let withheld = self.reasons.withheld.map(|withheld| match withheld {
             Withheld::Suspended => "suspended",
+            Withheld::Unknown => "unknown",
             Withheld::Probing => "probing",
             Withheld::Expired => "expired",
             Withheld::Budget => "budget",
