@@ -4,6 +4,7 @@
 //! what is to be done; they change nothing themselves but shared words and metrics. The features decide from plain
 //! values: only this file knows in which order, and the comments say why.
 
+mod circuit;
 mod hosts;
 mod poll;
 mod trial;
@@ -20,11 +21,13 @@ use crate::telemetry::{Meters, Stand};
 use crate::trace::w3c::TraceContext;
 use crate::trace::{self, Continuation, Direction, Notes, Response};
 use crate::units::{Fraction, Monotonic};
+use circuit::{Circuit, Fuse};
 use hosts::Hosts;
 use poll::Poll;
 use trial::{JUDGE_PERIOD, Trial};
 use watch::{Post, Watch};
 
+pub use circuit::Passage;
 pub use trial::Sample;
 pub use watch::Experiment;
 
@@ -46,6 +49,8 @@ struct WorkerState {
     /// In the order of the policy's targets, what is learned of their hosts; none where nobody asks.
     hosts: Vec<Option<Hosts>>,
     polls: Vec<Poll>,
+    /// For each route with a circuit breaker, what this worker remembers of it.
+    circuits: Vec<Option<Circuit>>,
     /// For each route, what this worker remembers of its trial.
     trials: Vec<Trial>,
 }
@@ -85,6 +90,8 @@ pub struct Reasons {
     pub drawn: Injection,
     /// Why they were not injected.
     pub withheld: Option<Withheld>,
+    /// For how many nanoseconds the circuit breaker refuses.
+    pub broken: Option<u64>,
 }
 
 /// What is remembered of a request until its response.
@@ -98,6 +105,8 @@ pub struct Exchange {
     took: Option<u64>,
     /// Which experiment faults it, if one does.
     pub experiment: Option<Experiment>,
+    /// How it passed a circuit breaker, which wants to know how it fares.
+    passage: Option<Passage>,
     /// What the answer is to a judge.
     pub sample: Option<Sample>,
     pub is_grpc: bool,
@@ -107,7 +116,7 @@ pub struct Exchange {
 
 impl Exchange {
     fn is_awaited(&self) -> bool {
-        self.observed.is_some() || self.sample.is_some()
+        self.observed.is_some() || self.sample.is_some() || self.passage.is_some()
     }
 }
 
@@ -126,7 +135,9 @@ impl Filter {
             stands.map(|stand| stand.map_or_else(Trial::default, |stand| Trial::take_up(&stand, host))).collect();
         let hosts = policy.targets.iter().map(|target| Hosts::new(&policy, target)).collect();
         let polls = poll::polls(&policy, host);
-        let worker = WorkerState { secret, leases: Leases::default(), watches, hosts, polls, trials };
+        let fuses = policy.routes.iter().zip(&meters.routes).map(|(route, meters)| Fuse::new(route, meters));
+        let circuits = fuses.map(|fuse| fuse.map(|fuse| Circuit::new(&fuse, host))).collect();
+        let worker = WorkerState { secret, leases: Leases::default(), watches, hosts, polls, circuits, trials };
         Filter { policy, meters, worker }
     }
 
@@ -216,6 +227,19 @@ impl WorkerState {
             }
         }
 
+        // The breaker after the limits, because a probe that a limit refuses shows nothing.
+        if let Some(fuse) = Fuse::new(route, meters) {
+            match fuse.admit(index, host) {
+                Ok(passage) => exchange.passage = Some(passage),
+                Err(wait) => {
+                    *verdict = Verdict::Answer(fuse.breaker.refusal(&route.name, wait, exchange.is_grpc));
+                    mutations.clear();
+                    reasons.broken = Some(wait);
+                    return decision;
+                }
+            }
+        }
+
         // The destination before the fault, because the fault's guard looks at the one that was chosen.
         let trial = Stand::new(route, meters).zip(trials.get_mut(index));
         let destination = route.split.as_ref().and_then(|split| {
@@ -236,8 +260,10 @@ impl WorkerState {
         let Some(sent_to) = meters.destinations.get(chosen) else { return decision };
         host.add(sent_to.requests, 1);
 
-        // The fault last: what is injected replaces what would have happened otherwise.
-        if let (Some(fault), Some(faults)) = (&route.fault, &meters.faults) {
+        // The fault last: what is injected replaces what would have happened otherwise. A probe of the breaker is spared,
+        // because it has to show how the target is.
+        let is_probe = exchange.passage.is_some_and(|passage| passage.probe.is_some());
+        if let (Some(fault), Some(faults), false) = (&route.fault, &meters.faults, is_probe) {
             let inbound = || trace::extract(request).ok().flatten();
             let context = reasons.trace.as_ref().map(|continuation| continuation.context).or_else(inbound);
             let draws = fault.draws(context.map(|context| context.trace_id), || host.random());
@@ -283,6 +309,7 @@ impl WorkerState {
             exchange.since = watched.filter(|target| !target.edges.is_empty()).map(|_| host.now());
         } else {
             exchange.sample = None;
+            exchange.passage = None;
         }
         decision
     }
@@ -338,6 +365,13 @@ impl Filter {
                 hosts.note(answer(status, grpc_status, is_local), host);
             }
         }
+        if let Some(passage) = exchange.passage.take()
+            && let Some(route) = self.policy.routes.get(passage.route())
+            && let Some(fuse) = self.meters.routes.get(passage.route()).and_then(|meters| Fuse::new(route, meters))
+            && let Some(Some(circuit)) = self.worker.circuits.get_mut(passage.route())
+        {
+            circuit.learn(&fuse, passage, failed, host);
+        }
         // Somebody's limit says nothing of the version that answered.
         let is_limited = status == 429 || grpc_status == Some(8);
         if let Some(sample) = exchange.sample.take().filter(|_| !is_limited)
@@ -362,6 +396,12 @@ impl Filter {
             }
         }
         self.worker.polls.iter_mut().for_each(|poll| poll.tick(host));
+        let routes = self.policy.routes.iter().zip(&self.meters.routes);
+        for ((route, meters), circuit) in routes.zip(&mut self.worker.circuits) {
+            if let (Some(fuse), Some(circuit)) = (Fuse::new(route, meters), circuit) {
+                circuit.tick(&fuse, host);
+            }
+        }
         for ((route, meters), trial) in self.policy.routes.iter().zip(&self.meters.routes).zip(&mut self.worker.trials)
         {
             if let Some(stand) = Stand::new(route, meters) {
@@ -383,7 +423,8 @@ impl Filter {
         let leases = self.policy.has_leases().then_some(Leases::TICK);
         let is_judged = self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some());
         let polls = self.worker.polls.iter().map(Poll::period);
-        watches.into_iter().chain(polls).chain(leases).chain(is_judged.then_some(JUDGE_PERIOD)).min()
+        let circuits = self.worker.circuits.iter().flatten().map(Circuit::period);
+        watches.into_iter().chain(polls).chain(circuits).chain(leases).chain(is_judged.then_some(JUDGE_PERIOD)).min()
     }
 
     /// Whether a stream that `experiment` holds has to be let go, unfaulted: it was suspended, or is over.

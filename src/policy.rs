@@ -1,5 +1,6 @@
 //! The policy document: read strictly, and compiled to what a request needs.
 
+use crate::breaker::Breaker;
 use crate::canary::{Canary, Destination, Split, Steering};
 use crate::diagnostic::{Diagnostic, Report, Severity};
 use crate::document::{Fields, Node, Value, quoted};
@@ -51,6 +52,7 @@ pub struct Route {
     pub targets: Vec<TargetId>,
     pub fault: Option<Fault>,
     pub limits: Vec<Limit>,
+    pub breaker: Option<Breaker>,
     pub slo: Slo,
 }
 
@@ -316,9 +318,8 @@ impl Reading {
                 ratelimit::read(&value, first, &self.state_prefix, &label(name), &mut self.header_names)
             })
             .unwrap_or_default();
-        for field in ["circuitBreaker"] {
-            fields.not_yet(field);
-        }
+        let breaker =
+            fields.optional("circuitBreaker").and_then(|value| Breaker::read(&value, &self.state_prefix, &label(name)));
         for field in [
             "mirror",
             "mirrors",
@@ -335,7 +336,7 @@ impl Reading {
             fields.refuse(field, "keep it in the VirtualService, on the route that matches the steering header");
         }
         let targets = self.targets(name, split.as_ref(), fault.as_ref());
-        Some(Route { name: name.into(), matches, split, targets, fault, limits, slo })
+        Some(Route { name: name.into(), matches, split, targets, fault, limits, breaker, slo })
     }
 
     /// The rollout that `route` shares with an earlier one, where one of the two has to have it for itself.

@@ -72,6 +72,8 @@ pub struct RouteMeters {
     pub rollout: Option<RolloutMeters>,
     /// Where the route injects faults.
     pub faults: Option<FaultMeters>,
+    /// Where the route has a circuit breaker.
+    pub breaker: Option<BreakerMeters>,
     /// In the order of the route's limits: the requests refused, or in shadow those that would have been.
     refused: Vec<MetricId>,
     state: StateMeters,
@@ -172,6 +174,18 @@ pub struct FaultMeters {
     budget: MetricId,
     shadow: MetricId,
     overflow: MetricId,
+}
+
+/// The circuit breaker of one route.
+#[derive(Clone, Copy, Debug)]
+pub struct BreakerMeters {
+    /// 0 closed, 1 open, 2 half-open.
+    pub state: MetricId,
+    /// Requests that were answered in the target's place.
+    pub refused: MetricId,
+    /// Answers of the target.
+    requests: MetricId,
+    failures: MetricId,
 }
 
 /// What requests arrived with, and what was done about it.
@@ -352,6 +366,12 @@ impl RouteMeters {
                 budget: counter("fault.budget"),
                 shadow: counter("fault.shadow"),
                 overflow: counter("fault.overflow"),
+            }),
+            breaker: route.breaker.as_ref().map(|_| BreakerMeters {
+                state: metrics.gauge(&format!("{prefix}.breaker.state")),
+                refused: counter("breaker.refused"),
+                requests: counter("breaker.requests"),
+                failures: counter("breaker.failures"),
             }),
             refused: route.limits.iter().map(|limit| counter(&format!("limit.{}.refused", limit.name))).collect(),
             state,
@@ -613,6 +633,22 @@ impl DestinationMeters {
         metrics.set_gauge(guard.suspended_until, until);
         metrics.set_gauge(guard.suspensions, u64::from(state.suspensions));
         metrics.set_gauge(guard.state, u64::from(state.phase.number()));
+    }
+}
+
+impl BreakerMeters {
+    /// What was answered so far, all workers together.
+    pub fn totals(&self, metrics: &impl Metrics) -> Totals {
+        let (requests, failures) = (metrics.value(self.requests), metrics.value(self.failures));
+        Totals { requests, failures, ..Totals::default() }
+    }
+
+    /// Counts an answer.
+    pub fn count(&self, failed: bool, metrics: &impl Metrics) {
+        metrics.add(self.requests, 1);
+        if failed {
+            metrics.add(self.failures, 1);
+        }
     }
 }
 

@@ -1,8 +1,10 @@
 //! Experiments that stop and come back by themselves, in all workers at once.
 
-use crate::world::{Setup, World, policy};
+use crate::world::{Setup, World, listener, policy};
 use tokio::task::JoinSet;
-use trimtab_testbed::{Behaviour, Client, Request, eventually, needs_envoy};
+use trimtab_testbed::{
+    Behaviour, Bootstrap, Client, Envoy, Relay, Request, Upstream, cluster, cluster_of, eventually, needs_envoy,
+};
 
 const STATE: &str = "route.experiment.subset.v1.fault.state";
 
@@ -142,5 +144,149 @@ async fn a_budget_is_exact_with_four_workers() {
         "{injected} of 800 were injected, expected at most one in forty, and hardly less"
     );
     assert_eq!(world.metric("route.experiment.fault.aborts").await, injected as u64);
+    world.assert_no_trap().await;
+}
+
+/// An Envoy whose cluster v1 has three hosts, and a way to its own admin endpoint.
+struct Hosts {
+    envoy: Envoy,
+    hosts: Vec<Upstream>,
+    admin: Relay,
+}
+
+impl Hosts {
+    async fn start(policy: &str, outlier_detection: serde_json::Value) -> Hosts {
+        let mut hosts = Vec::new();
+        for n in 0..3 {
+            hosts.push(Upstream::start(&format!("host-{n}")).await);
+        }
+        let addresses: Vec<_> = hosts.iter().map(Upstream::address).collect();
+        let mut v1 = cluster_of("v1", &addresses);
+        v1["outlier_detection"] = outlier_detection;
+        let admin = Relay::start().await;
+        let bootstrap = Bootstrap::new()
+            .listener(listener(policy))
+            .cluster(v1)
+            .cluster(cluster("prometheus_stats", admin.address()));
+        let envoy = Envoy::options().concurrency(4).start(&bootstrap).await;
+        Hosts { envoy, hosts, admin }
+    }
+
+    fn client(&self) -> Client {
+        Client::http1(self.envoy.address("inbound")).without_reuse()
+    }
+
+    async fn metric(&self, name: &str) -> u64 {
+        let name = format!("wasmcustom.trimtab.policy.user-service.{name}");
+        self.envoy.stat(&name).await.unwrap_or_else(|| panic!("no metric {name}"))
+    }
+}
+
+/// No rate of failures trips this guard: hosts do.
+const HOSTS_ONLY: &str = r#""errorRate": "100%", "minRequests": 1000000, "window": "1s", "ejectedPercent": "10%""#;
+
+#[tokio::test]
+async fn a_host_that_fails_stops_injection() {
+    needs_envoy!();
+    let detection = r#", "outlierDetection": {"consecutive5xxErrors": 3, "baseEjectionTime": "1h"}"#;
+    let policy = guarded(&format!(r#"{ABORT}, "guard": {{{HOSTS_ONLY}}}"#), detection);
+    let world = Hosts::start(&policy, serde_json::json!({"consecutive_5xx": 1_000_000})).await;
+    let client = world.client();
+    for _ in 0..30 {
+        assert_eq!(client.send(Request::get("/")).await.status, 200);
+    }
+    assert_eq!(faulted(&client, 20).await, 20);
+    world.hosts[1].set_behaviour(Behaviour::echo().status(500));
+    let mut failures = 0;
+    while failures < 3 {
+        failures += usize::from(client.send(Request::get("/")).await.status == 500);
+    }
+    assert_eq!(faulted(&client, 20).await, 0, "in every worker, after three failures of one host in a row");
+    assert_eq!(world.metric("target.user-service_v1.ejected_ppm").await, 333_333);
+    let address = format!("host={:?} ejected=1 hosts=3", world.hosts[1].address().to_string());
+    world.envoy.wait_for_log(&address).await;
+}
+
+#[tokio::test]
+async fn an_ejection_of_envoys_stops_injection_within_one_poll() {
+    needs_envoy!();
+    let admin = r#""admin": {"cluster": "prometheus_stats", "interval": "1s"}"#;
+    let policy = guarded(&format!(r#"{ABORT}, "guard": {{{HOSTS_ONLY}, {admin}}}"#), "");
+    let detection = serde_json::json!({
+        "consecutive_5xx": 3, "base_ejection_time": "3600s", "interval": "0.1s", "max_ejection_percent": 100,
+    });
+    let world = Hosts::start(&policy, detection).await;
+    let client = world.client();
+    // Nothing answers at first: unknown, and nothing is injected.
+    client.send(Request::get("/")).await;
+    world.envoy.wait_for_log("hosts=unknown").await;
+    assert_eq!(faulted(&client, 20).await, 0, "what is not known permits nothing");
+    world.admin.lead_to(world.envoy.admin_address());
+    eventually("the first answer of the admin endpoint", async || (faulted(&client, 1).await == 1).then_some(())).await;
+    assert_eq!(faulted(&client, 20).await, 20);
+
+    world.hosts[2].set_behaviour(Behaviour::echo().status(500));
+    let ejections = "cluster.v1.outlier_detection.ejections_active";
+    while world.envoy.stat(ejections).await != Some(1) {
+        client.send(Request::get("/")).await;
+    }
+    let polls = async || world.envoy.stat("cluster.prometheus_stats.upstream_rq_200").await.unwrap_or(0);
+    let before = polls().await;
+    eventually("the suspension", async || (world.metric(STATE).await == 1).then_some(())).await;
+    let asked = polls().await - before;
+    assert_eq!(faulted(&client, 40).await, 0, "in every worker");
+    // One that was under way when the host was ejected, and one more while the state was asked for.
+    assert!((1..=3).contains(&asked), "the suspension came {asked} polls after the ejection");
+    world.envoy.wait_for_log("cause=ejected").await;
+    let seconds = world.envoy.stat("server.uptime").await.unwrap_or(0);
+    let polls = polls().await;
+    assert!(polls <= seconds + 2, "{polls} polls in {seconds} s: one worker asks for all four");
+}
+
+#[tokio::test]
+async fn an_admin_endpoint_that_talks_nonsense_permits_nothing() {
+    needs_envoy!();
+    let admin = r#""admin": {"cluster": "prometheus_stats", "interval": "1s"}"#;
+    let policy = guarded(&format!(r#"{ABORT}, "guard": {{{HOSTS_ONLY}, {admin}}}"#), "");
+    let world = Hosts::start(&policy, serde_json::json!({})).await;
+    let liar = Upstream::start("admin").await;
+    world.admin.lead_to(liar.address());
+    let client = world.client();
+    client.send(Request::get("/")).await;
+    let truncated = r#"{"cluster_statuses": [{"name": "v1", "host_statuses": [{"health_status": {}}]}"#;
+    for behaviour in [
+        Behaviour::echo(),
+        Behaviour::echo().body(truncated),
+        Behaviour::echo().body_size(8 << 20),
+        Behaviour::echo().status(500),
+        Behaviour::reset(),
+        Behaviour::silent(),
+    ] {
+        liar.set_behaviour(behaviour.clone());
+        liar.clear();
+        // Once it is asked a second time, it was heard once.
+        eventually("the second poll", async || (liar.count() >= 2).then_some(())).await;
+        assert_eq!(faulted(&client, 10).await, 0, "{behaviour:?}");
+    }
+    assert_eq!(world.envoy.log().matches("hosts=unknown").count(), 1, "{}", world.envoy.log_tail());
+    liar.set_behaviour(Behaviour::echo().body(format!("{truncated}]}}")));
+    eventually("an answer that can be read", async || (faulted(&client, 1).await == 1).then_some(())).await;
+    for needle in ["wasm_fail_stream", "panicked", "Function: proxy_on"] {
+        assert!(!world.envoy.log().contains(needle), "{needle}\n{}", world.envoy.log_tail());
+    }
+}
+
+#[tokio::test]
+async fn an_unknown_admin_cluster_is_logged_once() {
+    needs_envoy!();
+    let admin = r#""admin": {"cluster": "nowhere", "interval": "1s"}"#;
+    let world = World::start(&guarded(&format!(r#"{ABORT}, "guard": {{{HOSTS_ONLY}, {admin}}}"#), "")).await;
+    let client = world.spreading_client();
+    client.send(Request::get("/")).await;
+    world.envoy.wait_for_log("cluster=\"nowhere\" hosts=unknown: it cannot be called").await;
+    let uptime = world.envoy.stat("server.uptime").await.unwrap_or(0);
+    world.envoy.wait_for_stat("server.uptime", |now| now >= uptime + 3).await;
+    assert_eq!(world.envoy.log().matches("hosts=unknown").count(), 1, "{}", world.envoy.log_tail());
+    assert_eq!(faulted(&client, 10).await, 0);
     world.assert_no_trap().await;
 }

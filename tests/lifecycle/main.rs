@@ -1,12 +1,17 @@
 //! The lifecycle table: what happens to requests, from their head to their end. Every case runs twice, natively on the
 //! simulated host and in the module that ships.
 
+mod breaker;
 mod canary;
 mod guard;
 mod native;
 mod proxy;
 mod wasm;
 
+use breaker::{
+    a_breaker_opens_in_all_workers, a_probe_is_not_faulted, a_probe_whose_client_left_does_not_keep_it_open,
+    garbage_opens_nothing, half_open_lets_exactly_so_many_through, own_answers_do_not_open_a_breaker,
+};
 use canary::{
     a_cap_on_exposure_is_exact, a_failing_canary_is_rolled_back_in_all_workers_for_good,
     a_reported_failure_keeps_its_weight_and_enters_no_stage, a_stage_may_wait_for_evidence, garbage_is_no_verdict,
@@ -66,6 +71,12 @@ cases![
     an_outlier_stops_injection_and_comes_back,
     envoys_own_ejections_stop_it,
     an_answer_that_says_nothing_permits_nothing,
+    a_breaker_opens_in_all_workers,
+    half_open_lets_exactly_so_many_through,
+    a_probe_whose_client_left_does_not_keep_it_open,
+    own_answers_do_not_open_a_breaker,
+    a_probe_is_not_faulted,
+    garbage_opens_nothing,
     grpc_failures_are_seen_in_trailers,
     own_faults_are_no_failures_of_the_upstream,
     a_bad_policy_is_refused_and_the_old_one_serves_on,

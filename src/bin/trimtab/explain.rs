@@ -14,6 +14,7 @@ use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::path::PathBuf;
 use std::time::SystemTime;
+use trimtab::breaker::Breaker;
 use trimtab::canary::{Choice, Split, Term, Why};
 use trimtab::decimal::Decimal;
 use trimtab::document::quoted;
@@ -260,6 +261,7 @@ impl Story<'_> {
         self.tell_trace(&mut table);
         self.tell_routes(&mut table);
         self.tell_limits(&mut table);
+        self.tell_breaker(&mut table);
         self.tell_destination(&mut table);
         self.tell_fault(&mut table);
         self.tell_headers(&mut table);
@@ -380,11 +382,33 @@ impl Story<'_> {
         table.row(self.destination(), why);
     }
 
+    fn tell_breaker(&self, table: &mut Table) {
+        let Some(breaker) = self.route().and_then(|route| route.breaker.as_ref()) else { return };
+        table.section("breaker");
+        if self.reasons.admission.as_ref().is_some_and(|admission| admission.refused.is_some()) {
+            table.row("none", "a limit refused the request before");
+            return;
+        }
+        let state = if self.reasons.broken.is_some() { "open" } else { "closed" };
+        let Breaker { threshold, volume, window, reset, probes, .. } = breaker;
+        let (window, reset) = (duration(*window), duration(*reset));
+        table.row(
+            state,
+            format!(
+                "opens at {threshold}% failures among {volume} or more in {window}, for {reset}; then probes {probes}"
+            ),
+        );
+    }
+
     fn tell_fault(&self, table: &mut Table) {
         let Some(fault) = self.route().and_then(|route| route.fault.as_ref()) else { return };
         table.section("fault");
         if self.reasons.admission.as_ref().is_some_and(|admission| admission.refused.is_some()) {
             table.row("none", "a limit refused the request before");
+            return;
+        }
+        if self.reasons.broken.is_some() {
+            table.row("none", "the circuit breaker refused the request before");
             return;
         }
         for Dice { fault, share, drawn, place } in self.dice(fault) {
