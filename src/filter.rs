@@ -37,6 +37,9 @@ pub struct Filter {
     policy: Policy,
     meters: Meters,
     worker: WorkerState,
+    /// How often to tick, and how often while a stream is held.
+    period: Option<u64>,
+    held_period: Option<u64>,
 }
 
 /// What a worker keeps from one request to the next.
@@ -138,7 +141,10 @@ impl Filter {
         let fuses = policy.routes.iter().zip(&meters.routes).map(|(route, meters)| Fuse::new(route, meters));
         let circuits = fuses.map(|fuse| fuse.map(|fuse| Circuit::new(&fuse, host))).collect();
         let worker = WorkerState { secret, leases: Leases::default(), watches, hosts, polls, circuits, trials };
-        Filter { policy, meters, worker }
+        let mut filter = Filter { policy, meters, worker, period: None, held_period: None };
+        filter.period = filter.period(false);
+        filter.held_period = filter.period(true);
+        filter
     }
 
     pub fn policy(&self) -> &Policy {
@@ -147,7 +153,7 @@ impl Filter {
 
     /// Decides on a request from its serialised headers. `may_hold` says whether another stream can be delayed.
     pub fn on_request<'p>(&'p mut self, host: &impl Host, headers: &[u8], may_hold: bool) -> Decision<'p> {
-        let Filter { policy, meters, worker } = self;
+        let Filter { policy, meters, worker, .. } = self;
         let policy: &'p Policy = policy;
         let mut request = Request::parse(headers, &policy.header_names);
         if policy.reads_route_name {
@@ -419,6 +425,11 @@ impl Filter {
     /// How often [`Filter::on_tick`] is to be called, in nanoseconds; `None` where nothing changes with time.
     /// `is_holding` says whether a stream is held.
     pub fn tick_period(&self, is_holding: bool) -> Option<u64> {
+        if is_holding { self.held_period } else { self.period }
+    }
+
+    /// [`Filter::tick_period`], which stays as it is.
+    fn period(&self, is_holding: bool) -> Option<u64> {
         let watches = self.worker.watches.iter().flatten().map(|watch| watch.period(is_holding)).min();
         let leases = self.policy.has_leases().then_some(Leases::TICK);
         let is_judged = self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some());
@@ -427,11 +438,23 @@ impl Filter {
         watches.into_iter().chain(polls).chain(circuits).chain(leases).chain(is_judged.then_some(JUDGE_PERIOD)).min()
     }
 
-    /// Whether a stream that `experiment` holds has to be let go, unfaulted: it was suspended, or is over.
+    /// Whether a stream that `experiment` holds has to be let go, unfaulted: it was suspended, or is over. So it stood at
+    /// the last tick.
     pub fn ends_faults(&self, experiment: Experiment) -> bool {
         let watches = self.worker.watches.get(experiment.route as usize);
         let watch = watches.and_then(|watches| watches.get(experiment.destination as usize));
         watch.is_none_or(Watch::ends_faults)
+    }
+
+    /// Whether the abort that follows a delay of `experiment` may still be injected now.
+    pub fn may_abort(&mut self, host: &impl Host, experiment: Experiment) -> bool {
+        let Experiment { route, destination } = experiment;
+        let (route, destination) = (route as usize, destination as usize);
+        let post = Post::new(&self.policy, &self.meters, route, destination);
+        let watch = self.worker.watches.get_mut(route).and_then(|watches| watches.get_mut(destination));
+        let (Some(post), Some(watch)) = (post, watch) else { return false };
+        watch.look(&post, host);
+        !watch.ends_faults()
     }
 }
 

@@ -183,6 +183,12 @@ impl Policy {
         }
     }
 
+    /// The key of the shared word for `what` of `whom`, which is a name of any kind.
+    #[inline(never)]
+    pub fn word(&self, what: &str, whom: &str) -> String {
+        [&*self.state_prefix, what, &label(whom)].concat()
+    }
+
     /// The limit with the id `id`.
     pub fn limit(&self, id: usize) -> Option<&Limit> {
         self.routes.iter().flat_map(|route| &route.limits).nth(id)
@@ -336,6 +342,14 @@ impl Reading {
             fields.refuse(field, "keep it in the VirtualService, on the route that matches the steering header");
         }
         let targets = self.targets(name, split.as_ref(), fault.as_ref());
+        if let Some(admin) = fault.as_ref().and_then(|fault| fault.guard.admin.as_ref()) {
+            let known = targets.iter().filter_map(|target| self.targets.get(target.0)?.admin.as_ref());
+            if known.into_iter().any(|known| known.cluster != admin.cluster) {
+                fields
+                    .value()
+                    .error("a second way to ask about one destination's hosts", "write one guard.admin.cluster");
+            }
+        }
         Some(Route { name: name.into(), matches, split, targets, fault, limits, breaker, slo })
     }
 
@@ -376,7 +390,10 @@ impl Reading {
         });
         if let (Some(target), Some(fault)) = (self.targets.get_mut(index), fault) {
             target.watched = true;
-            target.admin = target.admin.take().or_else(|| fault.guard.admin.clone());
+            if let Some(admin) = &fault.guard.admin {
+                let known = target.admin.get_or_insert_with(|| admin.clone());
+                known.interval = known.interval.min(admin.interval);
+            }
             target.edges.extend(fault.guard.latency_p95.filter(|edge| !target.edges.contains(edge)));
         }
         TargetId(index)

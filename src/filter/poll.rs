@@ -35,12 +35,12 @@ struct Words {
 
 /// The key of the shared word with Envoy's name for the cluster of `target`.
 pub(super) fn cluster_word(policy: &Policy, target: &Target) -> String {
-    format!("{}cluster/{}", policy.state_prefix, label(&target.name))
+    policy.word("cluster/", &target.name)
 }
 
 /// The key of the shared word with what was seen of the hosts of `target`.
 pub(super) fn sighting_word(policy: &Policy, target: &Target) -> String {
-    format!("{}admin/{}", policy.state_prefix, label(&target.name))
+    policy.word("admin/", &target.name)
 }
 
 /// The polls that the guards of `policy` ask for.
@@ -53,13 +53,13 @@ pub(super) fn polls(policy: &Policy, host: &impl Host) -> Vec<Poll> {
             poll.targets.push(words);
             continue;
         }
-        let name = label(&admin.cluster);
         polls.push(Poll {
             admin: admin.cluster.clone(),
             interval: admin.interval,
-            turn: format!("{}turn/{name}", policy.state_prefix),
+            turn: policy.word("turn/", &admin.cluster),
             targets: vec![words],
-            unknown: host.gauge(&format!("trimtab.policy.{}.admin.{name}.unknown", policy.name)),
+            unknown: host
+                .gauge(&["trimtab.policy.", &policy.name, ".admin.", &label(&admin.cluster), ".unknown"].concat()),
             pending: None,
             next: 0,
         });

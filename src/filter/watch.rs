@@ -55,21 +55,19 @@ pub(super) struct Post<'p> {
 /// The watches on the destinations of `route`; none where it injects no fault.
 pub(super) fn watches(policy: &Policy, route: &Route, meters: &RouteMeters, host: &impl Host) -> Vec<Watch> {
     let Some(fault) = &route.fault else { return Vec::new() };
-    let destinations = route.targets.iter().zip(&meters.destinations);
-    let watches = destinations.enumerate().filter_map(|(index, (target, sent_to))| {
-        let destination = match &route.split {
-            Some(split) => split.destinations.get(index).map(|(destination, _)| destination.label())?,
-            None => "",
-        };
+    let mut watches = Vec::new();
+    for (index, (target, sent_to)) in route.targets.iter().zip(&meters.destinations).enumerate() {
+        let destination = route.split.as_ref().and_then(|split| split.destinations.get(index));
+        let destination = destination.map_or("", |(destination, _)| destination.label());
         let post = Post { fault, meters, sent_to };
         let mut name = format!("route={:?} destination={destination:?}", route.name);
         if !route.slo.owner.is_empty() {
-            name.push_str(&format!(" owner={:?}", route.slo.owner));
+            name = format!("{name} owner={:?}", route.slo.owner);
         }
-        let target = policy.targets.get(target.0)?;
+        let Some(target) = policy.targets.get(target.0) else { continue };
         let mut watch = Watch {
-            word: format!("{}/{}", word(policy, route, "guard"), label(&target.name)),
-            budget: word(policy, route, "budget"),
+            word: [&*word(policy, route, "guard/"), "/", &label(&target.name)].concat(),
+            budget: word(policy, route, "budget/"),
             name,
             window: Window::new(fault.guard.window, host.now(), sent_to.totals(host)),
             phase: Phase::Armed,
@@ -81,26 +79,25 @@ pub(super) fn watches(policy: &Policy, route: &Route, meters: &RouteMeters, host
             look_again: 0,
         };
         watch.look(&post, host);
-        Some(watch)
-    });
-    let watches = watches.collect();
+        watches.push(watch);
+    }
     if fault.guard.spacing.is_some() {
         // Whoever asks first begins; and nothing is spent by being asked for.
-        let _ = spend(host, &word(policy, route, "budget"), u64::MAX, meters.requests(host));
+        let _ = spend(host, &word(policy, route, "budget/"), u64::MAX, meters.requests(host));
     }
     watches
 }
 
 /// The key of the shared table of the hosts of `target`.
 pub(super) fn outliers_word(policy: &Policy, target: &Target) -> String {
-    format!("{}outlier/{}", policy.state_prefix, label(&target.name))
+    policy.word("outlier/", &target.name)
 }
 
 /// The key of an experiment's shared word for `what`.
 fn word(policy: &Policy, route: &Route, what: &str) -> String {
     let guard = route.fault.as_ref().map(|fault| &fault.guard);
     let experiment = guard.and_then(|guard| guard.experiment.as_deref()).unwrap_or_default();
-    format!("{}{what}/{}/{experiment}", policy.state_prefix, label(&route.name))
+    [&*policy.word(what, &route.name), "/", experiment].concat()
 }
 
 impl<'p> Post<'p> {
@@ -165,7 +162,7 @@ impl Watch {
     }
 
     /// Judges the target, and tells everybody where that changes the state.
-    fn look(&mut self, post: &Post<'_>, host: &impl Host) {
+    pub fn look(&mut self, post: &Post<'_>, host: &impl Host) {
         let now = host.now();
         self.is_over = post.is_over(host);
         let totals = post.sent_to.totals(host);

@@ -281,7 +281,11 @@ impl Worker {
         }
         loop {
             let Some((stream, held)) = self.held.borrow_mut().take_due(now) else { return };
-            resume(stream, held.then);
+            let may_abort = |experiment| {
+                let mut filter = self.filter.borrow_mut();
+                filter.as_mut().is_some_and(|filter| filter.may_abort(&self.envoy, experiment))
+            };
+            resume(stream, held.then.filter(|_| held.experiment.is_some_and(may_abort)));
         }
     }
 }

@@ -118,6 +118,19 @@ pub fn held_requests_are_let_go_when_the_upstream_fails(start: Start) {
     }
 }
 
+pub fn an_abort_that_follows_a_delay_is_not_injected_any_more(start: Start) {
+    let delay = r#""delay": {"percentage": {"value": 100}, "fixedDelay": "1s"}"#;
+    let mut proxy = start(&experiment(&format!("{delay}, {ABORT}, {GUARD}"), ""));
+    let (aborted, _) = get(&mut *proxy, 1, "/", &[("x-fault", "")]);
+    proxy.advance(Duration::from_millis(500));
+    let (spared, _) = get(&mut *proxy, 1, "/", &[("x-fault", "")]);
+    proxy.advance(Duration::from_millis(999));
+    assert_eq!(proxy.outcome(aborted).answered().status, 503);
+    control(&mut *proxy, 10, "500");
+    proxy.advance(Duration::from_millis(1));
+    proxy.outcome(spared).continued();
+}
+
 pub fn slow_answers_and_outages_stop_it_too(start: Start) {
     let slow = r#""guard": {"latencyP95": "100ms", "minRequests": 20}"#;
     let mut proxy = start(&experiment(&format!("{ABORT}, {slow}"), ""));

@@ -19,11 +19,11 @@ use canary::{
     the_worker_that_saw_the_last_failure_sends_no_other, what_is_no_fault_of_the_canary_is_no_evidence,
 };
 use guard::{
-    a_budget_is_exact_over_the_workers, an_answer_that_says_nothing_permits_nothing, an_experiment_ends_in_time,
-    an_outlier_stops_injection_and_comes_back, envoys_own_ejections_stop_it, garbage_is_no_permission,
-    held_requests_are_let_go_when_the_upstream_fails, injection_comes_back_by_a_tenth,
-    injection_stops_in_all_workers_while_the_upstream_fails, slow_answers_and_outages_stop_it_too,
-    the_last_suspension_is_for_good,
+    a_budget_is_exact_over_the_workers, an_abort_that_follows_a_delay_is_not_injected_any_more,
+    an_answer_that_says_nothing_permits_nothing, an_experiment_ends_in_time, an_outlier_stops_injection_and_comes_back,
+    envoys_own_ejections_stop_it, garbage_is_no_permission, held_requests_are_let_go_when_the_upstream_fails,
+    injection_comes_back_by_a_tenth, injection_stops_in_all_workers_while_the_upstream_fails,
+    slow_answers_and_outages_stop_it_too, the_last_suspension_is_for_good,
 };
 use proxy::{Headers, Outcome, Proxy, exchange, get, value};
 use std::time::Duration;
@@ -68,6 +68,7 @@ cases![
     an_experiment_ends_in_time,
     a_budget_is_exact_over_the_workers,
     garbage_is_no_permission,
+    an_abort_that_follows_a_delay_is_not_injected_any_more,
     an_outlier_stops_injection_and_comes_back,
     envoys_own_ejections_stop_it,
     an_answer_that_says_nothing_permits_nothing,

@@ -117,7 +117,9 @@ impl Proxy for Native {
                         }
                     }
                 }
-                while let Some((id, (_, then))) = worker.held.take_due(self.host.now()) {
+                while let Some((id, (experiment, then))) = worker.held.take_due(self.host.now()) {
+                    let filter = worker.filter.as_mut().unwrap();
+                    let then = then.filter(|_| filter.may_abort(&self.host, experiment.unwrap()));
                     if let Some(stream) = worker.streams.get_mut(&id) {
                         stream.outcome = match then {
                             Some(reply) => Outcome::Answered(answer(reply)),
