@@ -301,7 +301,7 @@ async fn guarded_experiment(stage: &Stage) -> Outcome {
     expect(withheld > 0, "aborts that were withheld are counted", withheld)?;
 
     stage.v2.set_behaviour(Behaviour::echo());
-    terminal.saw("v2 is well again; now for the rest of the 5 s that the guard holds injection down ...")?;
+    terminal.saw("v2 is well again; now for the 5 s that the guard holds injection down, and a first probe ...")?;
     let resumed = eventually("injection to resume", async || match stage.send(&ask).await {
         Ok(answer) if answer.status == 418 => Some(Ok(suspended_at.elapsed())),
         Ok(answer) if answer.status == 200 => {
