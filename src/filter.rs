@@ -93,8 +93,19 @@ pub struct Reasons {
     pub drawn: Injection,
     /// Why they were not injected.
     pub withheld: Option<Withheld>,
-    /// For how many nanoseconds the circuit breaker refuses.
-    pub broken: Option<u64>,
+    /// Whether the circuit breaker refused the request.
+    pub broken: bool,
+}
+
+/// How long an answer takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Wait {
+    #[default]
+    NotAsked,
+    /// It has lasted since then.
+    Since(Monotonic),
+    /// The head of the answer came after so many nanoseconds.
+    Took(u64),
 }
 
 /// What is remembered of a request until its response.
@@ -102,10 +113,8 @@ pub struct Reasons {
 pub struct Exchange {
     /// Whose answer is awaited; `None` where nobody wants to know.
     pub observed: Option<TargetId>,
-    /// When it was sent, where a guard asks how long its answer takes.
-    since: Option<Monotonic>,
-    /// How long the head of the answer took.
-    took: Option<u64>,
+    /// How long its answer takes, where a guard asks that.
+    wait: Wait,
     /// Which experiment faults it, if one does.
     pub experiment: Option<Experiment>,
     /// How it passed a circuit breaker, which wants to know how it fares.
@@ -240,7 +249,7 @@ impl WorkerState {
                 Err(wait) => {
                     *verdict = Verdict::Answer(fuse.breaker.refusal(&route.name, wait, exchange.is_grpc));
                     mutations.clear();
-                    reasons.broken = Some(wait);
+                    reasons.broken = true;
                     return decision;
                 }
             }
@@ -268,7 +277,7 @@ impl WorkerState {
 
         // The fault last: what is injected replaces what would have happened otherwise. A probe of the breaker is spared,
         // because it has to show how the target is.
-        let is_probe = exchange.passage.is_some_and(|passage| passage.probe.is_some());
+        let is_probe = exchange.passage.is_some_and(|passage| passage.is_probe());
         if let (Some(fault), Some(faults), false) = (&route.fault, &meters.faults, is_probe) {
             let inbound = || trace::extract(request).ok().flatten();
             let context = reasons.trace.as_ref().map(|continuation| continuation.context).or_else(inbound);
@@ -312,7 +321,9 @@ impl WorkerState {
             exchange.observed = route.targets.get(chosen).copied();
             let watched = exchange.observed.and_then(|target| policy.watched(target));
             exchange.observed = exchange.observed.filter(|_| watched.is_some());
-            exchange.since = watched.filter(|target| !target.edges.is_empty()).map(|_| host.now());
+            if watched.is_some_and(|target| !target.edges.is_empty()) {
+                exchange.wait = Wait::Since(host.now());
+            }
         } else {
             exchange.sample = None;
             exchange.passage = None;
@@ -343,7 +354,9 @@ impl Filter {
         if let Some(sample) = &mut exchange.sample {
             sample.answered(|| host.now());
         }
-        exchange.took = exchange.since.take().map(|since| host.now().saturating_sub(since));
+        if let Wait::Since(since) = exchange.wait {
+            exchange.wait = Wait::Took(host.now().saturating_sub(since));
+        }
         let grpc_status = if exchange.is_grpc { number(header("grpc-status")) } else { None };
         if exchange.is_grpc && status == 200 && grpc_status.is_none() {
             return; // the trailers will tell
@@ -365,7 +378,8 @@ impl Filter {
         {
             // Who answered is asked only where it was a failure.
             let details = if status >= 500 { host.property(&["response", "code_details"]) } else { None };
-            meters.count(failed, details.as_deref().is_some_and(is_outage), exchange.took, host);
+            let took = if let Wait::Took(took) = exchange.wait { took } else { 0 };
+            meters.count(failed, details.as_deref().is_some_and(is_outage), took, host);
             if let Some(Some(hosts)) = self.worker.hosts.get_mut(target.0) {
                 let is_local = details.is_some_and(|details| details != b"via_upstream");
                 hosts.note(answer(status, grpc_status, is_local), host);
@@ -430,12 +444,19 @@ impl Filter {
 
     /// [`Filter::tick_period`], which stays as it is.
     fn period(&self, is_holding: bool) -> Option<u64> {
-        let watches = self.worker.watches.iter().flatten().map(|watch| watch.period(is_holding)).min();
-        let leases = self.policy.has_leases().then_some(Leases::TICK);
-        let is_judged = self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some());
-        let polls = self.worker.polls.iter().map(Poll::period);
-        let circuits = self.worker.circuits.iter().flatten().map(Circuit::period);
-        watches.into_iter().chain(polls).chain(circuits).chain(leases).chain(is_judged.then_some(JUDGE_PERIOD)).min()
+        let mut least = u64::MAX;
+        let mut at_most = |period: u64| least = least.min(period);
+        let worker = &self.worker;
+        worker.watches.iter().flatten().for_each(|watch| at_most(watch.period(is_holding)));
+        worker.polls.iter().for_each(|poll| at_most(poll.period()));
+        worker.circuits.iter().flatten().for_each(|circuit| at_most(circuit.period()));
+        if self.policy.has_leases() {
+            at_most(Leases::TICK);
+        }
+        if self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some()) {
+            at_most(JUDGE_PERIOD);
+        }
+        (least < u64::MAX).then_some(least)
     }
 
     /// Whether a stream that `experiment` holds has to be let go, unfaulted: it was suspended, or is over. So it stood at

@@ -4,7 +4,7 @@ use super::budget::spacing;
 use super::guard::{Admin, Guard};
 use crate::document::{Fields, Value};
 use crate::slo::Slo;
-use crate::units::{Fraction, Wall, nanoseconds, read_duration, read_instant};
+use crate::units::{Fraction, Wall, duration_or, nanoseconds, read_duration, read_instant};
 use std::time::Duration;
 
 const LEAST: Duration = Duration::from_secs(1);
@@ -29,26 +29,15 @@ impl Guard {
 
     fn read_block(&mut self, value: &Value<'_>, slo: &Slo) {
         let Some(mut fields) = value.object() else { return };
-        let mut set = |name, least, field: &mut u64| {
-            let duration = fields.optional(name).and_then(|value| read_duration(&value, least));
-            *field = duration.map_or(*field, nanoseconds);
-        };
-        set("window", LEAST, &mut self.window);
-        set("holdDown", LEAST, &mut self.hold_down);
-        let mut latency = 0;
-        set("latencyP95", Duration::from_millis(1), &mut latency);
-        if latency > 0 {
-            self.latency_p95 = Some(latency);
-        }
+        self.window = duration_or(&mut fields, "window", LEAST, self.window);
+        self.hold_down = duration_or(&mut fields, "holdDown", LEAST, self.hold_down);
+        let latency = duration_or(&mut fields, "latencyP95", Duration::from_millis(1), self.latency_p95.unwrap_or(0));
+        self.latency_p95 = Some(latency).filter(|latency| *latency > 0);
         for (name, field) in [("errorRate", &mut self.error_rate), ("ejectedPercent", &mut self.ejected)] {
             *field = fields.optional(name).and_then(|value| Fraction::read(&value)).unwrap_or(*field);
         }
-        if let Some(requests) = fields.optional("minRequests").and_then(|value| value.integer(1..=1_000_000)) {
-            self.min_requests = requests;
-        }
-        if let Some(suspensions) = fields.optional("latchAfter").and_then(|value| value.integer(1..=100)) {
-            self.latch_after = suspensions as u8;
-        }
+        self.min_requests = fields.integer_or("minRequests", 1..=1_000_000, self.min_requests);
+        self.latch_after = fields.integer_or("latchAfter", 1..=100, self.latch_after.into()) as u8;
         if let Some(value) = fields.optional("budget") {
             let share = Fraction::read(&value);
             self.spacing = slo.availability.zip(share).and_then(|(availability, share)| spacing(availability, share));
@@ -70,15 +59,12 @@ impl Guard {
 }
 
 fn read_admin(value: &Value<'_>) -> Option<Admin> {
-    const USUAL: Duration = Duration::from_secs(5);
+    const USUAL: u64 = 5_000_000_000;
     let mut fields = value.object()?;
     let cluster = fields.required("cluster").and_then(|value| value.text());
-    let interval = match fields.optional("interval") {
-        Some(value) => read_duration(&value, LEAST),
-        None => Some(USUAL),
-    };
+    let interval = duration_or(&mut fields, "interval", LEAST, USUAL);
     fields.end();
-    Some(Admin { cluster: cluster?.into(), interval: nanoseconds(interval?) })
+    Some(Admin { cluster: cluster?.into(), interval })
 }
 
 /// `{renewed, duration}`: from when until when the lease runs. It is counted from an instant that is written, not from

@@ -21,13 +21,17 @@ pub(super) struct Circuit {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Passage {
     route: u32,
-    /// The half-open phase that it probes for, if it does.
-    pub(super) probe: Option<Monotonic>,
+    /// The half-open phase that it probes for; 0 where it does not.
+    probe: Monotonic,
 }
 
 impl Passage {
     pub(super) fn route(self) -> usize {
         self.route as usize
+    }
+
+    pub(super) fn is_probe(self) -> bool {
+        self.probe > 0
     }
 }
 
@@ -61,8 +65,8 @@ impl<'p> Fuse<'p> {
         }
         let route = route as u32;
         match pass {
-            Pass::Through => Ok(Passage { route, probe: None }),
-            Pass::Probe(since) => Ok(Passage { route, probe: Some(since) }),
+            Pass::Through => Ok(Passage { route, probe: 0 }),
+            Pass::Probe(since) => Ok(Passage { route, probe: since }),
             Pass::Refused(wait) => {
                 host.add(self.meters.refused, 1);
                 Err(wait)
@@ -101,15 +105,16 @@ impl Circuit {
     /// Learns from the answer to a request that passed.
     pub fn learn(&mut self, fuse: &Fuse<'_>, passage: Passage, failed: bool, host: &impl Host) {
         fuse.meters.count(failed, host);
-        if !failed && passage.probe.is_none() {
+        if !failed && !passage.is_probe() {
             return;
         }
         let (now, totals) = (host.now(), fuse.meters.totals(host));
         self.window.mark(now, || totals);
         let seen = (self.window.recent(now, totals), totals);
+        let probe = Some(passage.probe).filter(|_| passage.is_probe());
         let learned = update(host, &fuse.breaker.word, |found| {
             let condition = found.and_then(Condition::decode).unwrap_or_default();
-            match fuse.breaker.learn(condition, passage.probe, failed, seen, now) {
+            match fuse.breaker.learn(condition, probe, failed, seen, now) {
                 Some(changed) => Change::Write(changed.encode(), Some((condition, changed))),
                 None => Change::Keep(None),
             }

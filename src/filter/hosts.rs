@@ -50,7 +50,7 @@ impl Hosts {
         };
         let noted = note(host, word, detection, (xxh64(&address, 0), answer), now, endpoints);
         if let Some(health) = noted.ok().filter(|health| health.is_new) {
-            let address = String::from_utf8_lossy(&address);
+            let address = std::str::from_utf8(&address).unwrap_or_default();
             log::warn!(
                 "outlier: target={:?} host={address:?} ejected={} hosts={}",
                 self.name,

@@ -46,7 +46,8 @@ impl Clusters {
         let hosts = items(field(status, "host_statuses")?);
         let is_ejected = |host: &&Node| {
             let health = field(host, "health_status");
-            health.and_then(|health| field(health, "failed_outlier_check")) == Some(&Node::Bool(true))
+            let check = health.and_then(|health| field(health, "failed_outlier_check"));
+            matches!(check, Some(Node::Bool(true)))
         };
         let ejected = hosts.iter().filter(is_ejected).count() as u64;
         (!hosts.is_empty()).then_some(Health { hosts: hosts.len() as u64, ejected, is_new: false })

@@ -1,7 +1,9 @@
 //! Experiments that stop: when the target is unwell, when their time is over, when their budget is spent.
 
+use crate::native::Native;
 use crate::proxy::{Outcome, Proxy, exchange, get};
 use crate::{Start, policy};
+use proptest::prelude::*;
 use std::time::Duration;
 
 const ABORT: &str = r#""abort": {"percentage": {"value": 100}, "httpStatus": 503}"#;
@@ -321,4 +323,40 @@ pub fn an_answer_that_says_nothing_permits_nothing(start: Start) {
     proxy.advance(60 * SECOND);
     assert_eq!(proxy.calls(), [], "an unknown cluster cannot be called");
     assert!(!is_faulted(&mut *proxy, 0));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    /// Whatever the target answers, whenever, in whichever worker: no request is faulted while the experiment is
+    /// suspended or latched, and it is armed again by way of probing only.
+    #[test]
+    fn nothing_is_injected_while_suspended(
+        steps in proptest::collection::vec((0..300_u64, 0..2_usize, 0..4_u8, 0..25_usize), 1..60),
+    ) {
+        let guard = r#""guard": {"errorRate": "20%", "minRequests": 10, "window": "1s", "holdDown": "1s", "latchAfter": 5}"#;
+        let mut proxy = Native::start(&experiment(&format!("{ABORT}, {guard}"), ""));
+        let proxy = &mut *proxy;
+        let mut known = 0;
+        for (milliseconds, worker, kind, count) in steps {
+            proxy.advance(Duration::from_millis(milliseconds));
+            let status = if kind == 0 { "500" } else { "200" };
+            for _ in 0..count {
+                exchange(proxy, worker, &[], status).continued();
+            }
+            let was_faulted = is_faulted(proxy, 1 - worker);
+            let now = state(proxy);
+            prop_assert!(!was_faulted || now == 0 || now == 2, "faulted in state {now}");
+            prop_assert!(was_faulted || now != 0, "armed, and not faulted");
+            // Two changes may lie within one step: the tick that begins to probe, and the answers after it.
+            let allowed = match known {
+                0 => [0, 1, 1, 3],
+                1 => [1, 2, 1, 3],
+                2 => [0, 1, 2, 3],
+                _ => [3; 4],
+            };
+            prop_assert!(allowed.contains(&now), "from {known} to {now}");
+            known = now;
+        }
+    }
 }

@@ -98,7 +98,11 @@ impl Explain {
         outcome
     }
 
-    fn explain(&self, policy: Policy) -> String {
+    fn explain(&self, mut policy: Policy) -> String {
+        // Envoy is not here to be asked about its hosts; they are taken for well, as the target is.
+        for fault in policy.routes.iter_mut().filter_map(|route| route.fault.as_mut()) {
+            fault.guard.continues_unknown = true;
+        }
         // Small enough to be typed again.
         let seed = self.seed.unwrap_or_else(|| RandomState::new().hash_one(0) % 1_000_000);
         let host = Sim::new(seed);
@@ -389,7 +393,7 @@ impl Story<'_> {
             table.row("none", "a limit refused the request before");
             return;
         }
-        let state = if self.reasons.broken.is_some() { "open" } else { "closed" };
+        let state = if self.reasons.broken { "open" } else { "closed" };
         let Breaker { threshold, volume, window, reset, probes, .. } = breaker;
         let (window, reset) = (duration(*window), duration(*reset));
         table.row(
@@ -407,7 +411,7 @@ impl Story<'_> {
             table.row("none", "a limit refused the request before");
             return;
         }
-        if self.reasons.broken.is_some() {
+        if self.reasons.broken {
             table.row("none", "the circuit breaker refused the request before");
             return;
         }
@@ -420,7 +424,7 @@ impl Story<'_> {
                 (true, Some(Withheld::Unknown)) => "withheld, Envoy has not told yet which hosts are ejected",
                 (true, Some(Withheld::Probing)) => "withheld, only a tenth is injected while probing",
                 (true, Some(Withheld::Expired)) => "withheld, the experiment is over or its lease not renewed",
-                (true, Some(Withheld::Budget)) => "withheld, the error budget allows no failure yet",
+                (true, Some(Withheld::Budget)) => "withheld until the error budget has earned a failure",
                 (true, Some(Withheld::Overflow)) => "withheld, too many requests are held",
             };
             let why = match place {
@@ -439,6 +443,9 @@ impl Story<'_> {
             format!("armed: trips at {} failures among {} or more in {window}", guard.error_rate, guard.min_requests);
         if let Some(limit) = guard.latency_p95 {
             told.push_str(&format!(", or a 95th percentile over {}", duration(limit)));
+        }
+        if let Some(admin) = &guard.admin {
+            told.push_str(&format!("; asks {} which hosts are ejected", admin.cluster));
         }
         if let Some(spacing) = guard.spacing {
             told.push_str(&format!("; aborts at most one in {spacing} requests"));
