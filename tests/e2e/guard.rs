@@ -290,3 +290,40 @@ async fn an_unknown_admin_cluster_is_logged_once() {
     assert_eq!(faulted(&client, 10).await, 0);
     world.assert_no_trap().await;
 }
+
+#[tokio::test]
+async fn failed_connections_are_told_apart_from_answers() {
+    needs_envoy!();
+    let detection = r#", "outlierDetection": {"consecutive5xxErrors": 0, "splitExternalLocalOriginErrors": true,
+        "consecutiveLocalOriginFailures": 3, "baseEjectionTime": "1h"}"#;
+    let policy = guarded(&format!(r#"{ABORT}, "guard": {{{HOSTS_ONLY}}}"#), detection);
+    let world = Hosts::start(&policy, serde_json::json!({"consecutive_5xx": 1_000_000})).await;
+    let client = world.client();
+    world.hosts[0].set_behaviour(Behaviour::echo().status(503));
+    for _ in 0..30 {
+        client.send(Request::get("/")).await;
+    }
+    assert_eq!(faulted(&client, 10).await, 10, "a 503 of the host itself is no failed connection");
+    world.hosts[1].set_behaviour(Behaviour::reset());
+    world.hosts[1].clear();
+    while world.hosts[1].count() < 3 {
+        client.send(Request::get("/")).await;
+    }
+    assert_eq!(faulted(&client, 10).await, 0);
+    let address = format!("host={:?} ejected=1 hosts=3", world.hosts[1].address().to_string());
+    world.envoy.wait_for_log(&address).await;
+}
+
+#[tokio::test]
+async fn one_request_without_a_host_is_enough() {
+    needs_envoy!();
+    let bootstrap = Bootstrap::new()
+        .listener(listener(&guarded(&format!(r#"{ABORT}, "guard": {{{HOSTS_ONLY}}}"#), "")))
+        .cluster(cluster_of("v1", &[]));
+    let envoy = Envoy::start(&bootstrap).await;
+    let client = Client::http1(envoy.address("inbound")).without_reuse();
+    assert_eq!(faulted(&client, 5).await, 5);
+    assert_eq!(client.send(Request::get("/")).await.status, 503);
+    assert_eq!(faulted(&client, 5).await, 0);
+    envoy.wait_for_log("cause=outage").await;
+}
