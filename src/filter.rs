@@ -4,27 +4,37 @@
 //! what is to be done; they change nothing themselves but shared words and metrics. The features decide from plain
 //! values: only this file knows in which order, and the comments say why.
 
+mod circuit;
+mod hosts;
+mod poll;
 mod report;
 mod trial;
+mod watch;
 
 use crate::canary::{Carried, Choice, Decided, Share, Term, Why};
-use crate::fault::{Abort, Fault, Injection, MARK, MESSAGE, Slot, State, Status, Watch, Withheld};
+use crate::fault::{Abort, Draw, Injection, MARK, MESSAGE, Slot, Status, Withheld};
 use crate::host::{Change, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request, http_from_grpc};
 use crate::key::Scene;
-use crate::outlier::{Totals, is_failure};
+use crate::outlier::{answer, is_failure, is_outage};
 use crate::policy::{Policy, Route, TargetId};
 use crate::ratelimit::{Admission, Held, Leases, Remark, Secret, Told, admit, return_leases, settle};
-use crate::telemetry::{DestinationMeters, Meters, RouteMeters, Stand};
+use crate::telemetry::{Meters, RouteMeters, Stand};
 use crate::trace::w3c::TraceContext;
 use crate::trace::{self, Continuation, Direction, Edge, Force, Notes, Response};
-use crate::units::Fraction;
+use crate::units::{Fraction, Monotonic};
+use circuit::{Circuit, Fuse};
+use hosts::Hosts;
+use poll::Poll;
 use report::Report;
 use std::borrow::Cow;
 use trial::{JUDGE_PERIOD, Trial};
+use watch::{Post, Watch};
 
+pub use circuit::Passage;
 pub use report::Attempt;
 pub use trial::Sample;
+pub use watch::Experiment;
 
 /// A policy at work in one worker.
 #[derive(Debug)]
@@ -32,14 +42,22 @@ pub struct Filter {
     policy: Policy,
     meters: Meters,
     worker: WorkerState,
+    /// How often to tick, and how often while a stream is held.
+    period: Option<u64>,
+    held_period: Option<u64>,
 }
 
 /// What a worker keeps from one request to the next.
 #[derive(Debug)]
 struct WorkerState {
     limiter: Limiter,
-    /// For each route, a watch on each of its targets; none where the route injects no fault.
+    /// For each route, a watch on each of its destinations; none where the route injects no fault.
     watches: Vec<Vec<Watch>>,
+    /// In the order of the policy's targets, what is learned of their hosts; none where nobody asks.
+    hosts: Vec<Option<Hosts>>,
+    polls: Vec<Poll>,
+    /// For each route with a circuit breaker, what this worker remembers of it.
+    circuits: Vec<Option<Circuit>>,
     /// For each route, what this worker remembers of its trial.
     trials: Vec<Trial>,
 }
@@ -90,6 +108,8 @@ pub struct Hold {
     pub delay: u64,
     /// What follows; never another delay.
     pub then: Verdict,
+    /// Who holds it: where [`Filter::ends_faults`] of it, nothing follows and the delay is over at once.
+    pub experiment: Experiment,
     /// To be given to [`Filter::free`] when that is done, or the client has gone.
     pub slot: Option<Slot>,
 }
@@ -121,6 +141,19 @@ pub struct Reasons {
     pub drawn: Injection,
     /// Why they were not injected.
     pub withheld: Option<Withheld>,
+    /// Whether the circuit breaker refused the request.
+    pub broken: bool,
+}
+
+/// How long an answer takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Wait {
+    #[default]
+    NotAsked,
+    /// It has lasted since then.
+    Since(Monotonic),
+    /// The head of the answer came after so many nanoseconds.
+    Took(u64),
 }
 
 /// What is remembered of a request until its response.
@@ -128,6 +161,10 @@ pub struct Reasons {
 pub struct Exchange {
     /// Whose answer is awaited; `None` where nobody wants to know.
     pub observed: Option<TargetId>,
+    /// How long its answer takes, where a guard asks that.
+    wait: Wait,
+    /// How it passed a circuit breaker, which wants to know how it fares.
+    passage: Option<Passage>,
     /// What the answer is to a judge.
     pub sample: Option<Sample>,
     /// What is to replace the upstream's answer.
@@ -160,13 +197,12 @@ pub struct Replacement {
     pub status: Status,
     /// Whether a header says so.
     pub marks: bool,
-    /// An index into the policy's routes.
-    pub route: usize,
+    pub experiment: Experiment,
 }
 
 impl Exchange {
     fn is_awaited(&self) -> bool {
-        self.observed.is_some() || self.sample.is_some() || self.holds()
+        self.observed.is_some() || self.sample.is_some() || self.passage.is_some() || self.holds()
     }
 
     fn holds(&self) -> bool {
@@ -182,24 +218,21 @@ impl Filter {
     pub fn new(policy: Policy, host: &impl Host) -> Filter {
         let meters = Meters::define(&policy, host);
         let secret = agree_on_secret(&policy, host);
-        let watch = |fault: &Fault, target: &TargetId| {
-            let totals = meters.targets.get(target.0).map_or(Totals::default(), |target| target.totals(host));
-            Watch::new(fault.guard, host.now(), totals)
-        };
-        let watches = policy
-            .routes
-            .iter()
-            .map(|route| match &route.fault {
-                Some(fault) => route.targets.iter().map(|target| watch(fault, target)).collect(),
-                None => Vec::new(),
-            })
-            .collect();
+        let routes = policy.routes.iter().zip(&meters.routes);
+        let watches = routes.map(|(route, meters)| watch::watches(&policy, route, meters, host)).collect();
         let stands = policy.routes.iter().zip(&meters.routes).map(|(route, meters)| Stand::new(route, meters));
         let trials =
             stands.map(|stand| stand.map_or_else(Trial::default, |stand| Trial::take_up(&stand, host))).collect();
+        let hosts = policy.targets.iter().map(|target| Hosts::new(&policy, target)).collect();
+        let polls = poll::polls(&policy, host);
+        let fuses = policy.routes.iter().zip(&meters.routes).map(|(route, meters)| Fuse::new(route, meters));
+        let circuits = fuses.map(|fuse| fuse.map(|fuse| Circuit::new(&fuse, host))).collect();
         let limiter = Limiter { secret, leases: Leases::default() };
-        let worker = WorkerState { limiter, watches, trials };
-        Filter { policy, meters, worker }
+        let worker = WorkerState { limiter, watches, hosts, polls, circuits, trials };
+        let mut filter = Filter { policy, meters, worker, period: None, held_period: None };
+        filter.period = filter.period(false);
+        filter.held_period = filter.period(true);
+        filter
     }
 
     pub fn policy(&self) -> &Policy {
@@ -215,7 +248,7 @@ impl Filter {
         has_body: bool,
         may_hold: bool,
     ) -> Decision<'p> {
-        let Filter { policy, meters, worker } = self;
+        let Filter { policy, meters, worker, .. } = self;
         let policy: &'p Policy = policy;
         let mut request = Request::parse(headers, &policy.header_names).with_body(has_body);
         if policy.reads_route_name {
@@ -283,7 +316,7 @@ impl WorkerState {
         Arrival { request, carried, may_hold }: Arrival<'_>,
         continuation: Option<Continuation>,
     ) -> Decision<'p> {
-        let WorkerState { limiter, watches, trials } = self;
+        let WorkerState { limiter, watches, trials, .. } = self;
         let mut decision = Decision::default();
         decision.exchange.is_grpc = request.is_grpc();
         decision.reasons.trace = continuation;
@@ -304,6 +337,19 @@ impl WorkerState {
             && !limiter.admits((index, route), meters, &scene, host, &mut decision)
         {
             return decision;
+        }
+
+        // The breaker after the limits, because a probe that a limit refuses shows nothing.
+        if let Some(fuse) = Fuse::new(route, meters) {
+            match fuse.admit(index, host) {
+                Ok(passage) => decision.exchange.passage = Some(passage),
+                Err(wait) => {
+                    let is_grpc = decision.exchange.is_grpc;
+                    decision.verdict = Verdict::Answer(fuse.breaker.refusal(&route.name, wait, is_grpc));
+                    decision.reasons.broken = true;
+                    return decision;
+                }
+            }
         }
 
         // The destination before the fault, because the fault's guard looks at the one that was chosen.
@@ -335,9 +381,11 @@ impl WorkerState {
         let Some(sent_to) = meters.destinations.get(chosen) else { return decision };
         host.add(sent_to.requests, 1);
 
-        // The fault last: what is injected replaces what would have happened otherwise.
+        // The fault last: what is injected replaces what would have happened otherwise. A probe of the breaker is spared,
+        // because it has to show how the target is.
+        let is_probe = exchange.passage.is_some_and(Passage::is_probe);
         if let Some(fault) = &route.fault
-            && !fault.target.includes(request, chosen, host)
+            && (is_probe || !fault.target.includes(request, chosen, host))
         {
             reasons.withheld = Some(Withheld::NotAimed);
         } else if let (Some(fault), Some(faults)) = (&route.fault, &meters.faults) {
@@ -345,21 +393,27 @@ impl WorkerState {
             let context = reasons.trace.as_ref().map(|continuation| continuation.context).or_else(inbound);
             let trace_id = context.map(|context| context.trace_id);
             reasons.drawn = fault.draw(fault.asked(request), trace_id, || host.random());
+            let drawn = &reasons.drawn;
+            let post = Post { fault, meters, sent_to };
+            let mut watch = watches.get_mut(index).and_then(|watches| watches.get_mut(chosen));
             let mut is_unwell = || {
-                let watch = watches.get_mut(index).and_then(|watches| watches.get_mut(chosen));
-                let name = destination.map_or(&*route.name, |(destination, _)| destination.label());
-                watch.is_none_or(|watch| is_suspended(watch, sent_to, &route.name, name, host))
+                let probe = || fault.number(Draw::Probe, trace_id).unwrap_or_else(|| host.random());
+                watch.as_mut().map_or(Some(Withheld::Suspended), |watch| watch.withholds(&post, probe, host))
             };
-            reasons.withheld = if reasons.drawn.is_none() {
+            reasons.withheld = if drawn.is_none() {
                 Some(Withheld::NotDrawn)
-            } else if is_unwell() {
-                Some(Withheld::Suspended)
+            } else if let Some(unwell) = is_unwell() {
+                Some(unwell)
             } else if fault.shadow {
                 Some(Withheld::Shadow)
-            } else if reasons.drawn.delay.is_some() && !may_hold {
+            } else if drawn.delay.is_some() && !may_hold {
                 Some(Withheld::Overflow)
             } else if fault.slots.as_ref().is_some_and(|slots| !slots.take(host)) {
                 Some(Withheld::MaxActive)
+            } else if drawn.fails() && watch.is_some_and(|watch| !watch.spend(&post, host)) {
+                // Last, because it is spent.
+                fault.slots.iter().for_each(|slots| slots.give_back(host));
+                Some(Withheld::Budget)
             } else {
                 None
             };
@@ -370,15 +424,15 @@ impl WorkerState {
                     Some(Abort::Reset) => Verdict::Reset,
                     Some(Abort::Asked) | None => Verdict::Continue,
                 };
-                let marks = fault.marks;
-                let replacement = |status| Replacement { status, marks, route: index };
+                let experiment = Experiment { route: index as u32, destination: chosen as u32 };
+                let replacement = |status| Replacement { status, marks: fault.marks, experiment };
                 exchange.replacement = reasons.drawn.response.map(replacement);
                 exchange.slot = fault.slots.as_ref().map(|_| Slot(index));
                 if let Some(delay) = reasons.drawn.delay {
                     let then = std::mem::take(verdict);
                     // Nothing more is to come of the fault then, unless an answer is still to be replaced.
                     let slot = if exchange.replacement.is_none() { exchange.slot.take() } else { None };
-                    *verdict = Verdict::Delay(Box::new(Hold { delay, then, slot }));
+                    *verdict = Verdict::Delay(Box::new(Hold { delay, then, experiment, slot }));
                 }
             }
         }
@@ -391,9 +445,15 @@ impl WorkerState {
         // Only a request that nothing was done to tells how its target is. An answer that will be replaced is learned
         // from before.
         if *verdict == Verdict::Continue {
-            exchange.observed = route.targets.get(chosen).copied().filter(|target| policy.is_watched(*target));
+            exchange.observed = route.targets.get(chosen).copied();
+            let watched = exchange.observed.and_then(|target| policy.watched(target));
+            exchange.observed = exchange.observed.filter(|_| watched.is_some());
+            if watched.is_some_and(|target| !target.edges.is_empty()) {
+                exchange.wait = Wait::Since(host.now());
+            }
         } else {
             exchange.sample = None;
+            exchange.passage = None;
         }
         if *verdict.last() != Verdict::Continue
             && let Some(limited) = &mut exchange.limited
@@ -423,7 +483,7 @@ impl Limiter {
         {
             *verdict = Verdict::Answer(limit.refusal(&refusal, exchange.is_grpc));
             mutations.clear();
-            exchange.sample = None;
+            (exchange.sample, exchange.passage) = (None, None);
         }
         if admission.told.is_some() || !admission.held.is_empty() {
             let held = std::mem::take(&mut admission.held);
@@ -486,13 +546,16 @@ impl Filter {
         header: Header<'_>,
         change: &mut dyn FnMut(HeaderMutation<'static>),
     ) -> Option<Status> {
+        let Replacement { status, experiment, .. } = exchange.replacement?;
         let found = number(header(":status")).unwrap_or(0);
-        let details = host.property(&["response", "code_details"]);
-        if found < 200 || details.is_some_and(|details| details != b"via_upstream") {
+        let is_of_others = || {
+            let details = host.property(&["response", "code_details"]);
+            found < 200 || details.is_some_and(|details| details != b"via_upstream")
+        };
+        if self.ends_faults(experiment) || is_of_others() {
             exchange.replacement = None;
             return None;
         }
-        let Replacement { status, .. } = exchange.replacement?;
         let has_grpc_status = exchange.is_grpc && header("grpc-status").is_some();
         if has_grpc_status || !exchange.is_grpc || found != 200 {
             self.put(host, exchange.replacement.take()?, has_grpc_status, change);
@@ -504,11 +567,13 @@ impl Filter {
     fn put(
         &self,
         host: &impl Host,
-        Replacement { status, marks, route }: Replacement,
+        Replacement { status, marks, experiment }: Replacement,
         as_grpc: bool,
         change: &mut dyn FnMut(HeaderMutation<'static>),
     ) {
-        if let Some(faults) = self.meters.routes.get(route).and_then(|meters| meters.faults.as_ref()) {
+        if let Some(faults) =
+            self.meters.routes.get(experiment.route as usize).and_then(|meters| meters.faults.as_ref())
+        {
             faults.count_response(host);
         }
         let (name, code) = if as_grpc { ("grpc-status", status.grpc().into()) } else { (":status", status.http()) };
@@ -528,6 +593,9 @@ impl Filter {
         let Some(status) = number(header(":status")) else { return };
         if let Some(sample) = &mut exchange.sample {
             sample.answered(|| host.now());
+        }
+        if let Wait::Since(since) = exchange.wait {
+            exchange.wait = Wait::Took(host.now().saturating_sub(since));
         }
         let grpc_status = if exchange.is_grpc { number(header("grpc-status")) } else { None };
         if exchange.is_grpc && status == 200 && grpc_status.is_none() {
@@ -579,14 +647,27 @@ impl Filter {
         let failed = is_failure(status, grpc_status);
         // A fault of another Trimtab on the way, such as an upstream filter of this Envoy, is nobody's failure.
         if failed && header(MARK).is_some() {
-            (exchange.observed, exchange.sample) = (None, None);
+            (exchange.observed, exchange.sample, exchange.passage) = (None, None, None);
             return;
         }
-        if let Some(meters) = exchange.observed.take().and_then(|target| self.meters.targets.get(target.0)) {
-            host.add(meters.requests, 1);
-            if failed {
-                host.add(meters.failures, 1);
+        if let Some(target) = exchange.observed.take()
+            && let Some(meters) = self.meters.targets.get(target.0)
+        {
+            // Who answered is asked only where it was a failure.
+            let details = if status >= 500 { host.property(&["response", "code_details"]) } else { None };
+            let took = if let Wait::Took(took) = exchange.wait { took } else { 0 };
+            meters.count(failed, details.as_deref().is_some_and(is_outage), took, host);
+            if let Some(Some(hosts)) = self.worker.hosts.get_mut(target.0) {
+                let is_local = details.is_some_and(|details| details != b"via_upstream");
+                hosts.note(answer(status, grpc_status, is_local), host);
             }
+        }
+        if let Some(passage) = exchange.passage.take()
+            && let Some(route) = self.policy.routes.get(passage.route())
+            && let Some(fuse) = self.meters.routes.get(passage.route()).and_then(|meters| Fuse::new(route, meters))
+            && let Some(Some(circuit)) = self.worker.circuits.get_mut(passage.route())
+        {
+            circuit.learn(&fuse, passage, failed, host);
         }
         // Somebody's limit says nothing of the version that answered.
         let is_limited = status == 429 || grpc_status == Some(8);
@@ -604,11 +685,18 @@ impl Filter {
     pub fn on_tick(&mut self, host: &impl Host) {
         let now = host.now();
         return_leases(&mut self.worker.limiter.leases, |id| self.policy.rate(id), now, host);
-        for (route, watches) in self.policy.routes.iter().zip(&mut self.worker.watches) {
-            for (target, watch) in route.targets.iter().zip(watches) {
-                if let Some(meters) = self.meters.targets.get(target.0) {
-                    watch.mark(now, || meters.totals(host));
+        for (index, watches) in self.worker.watches.iter_mut().enumerate() {
+            for (destination, watch) in watches.iter_mut().enumerate() {
+                if let Some(post) = Post::new(&self.policy, &self.meters, index, destination) {
+                    watch.tick(&post, host);
                 }
+            }
+        }
+        self.worker.polls.iter_mut().for_each(|poll| poll.tick(host));
+        let routes = self.policy.routes.iter().zip(&self.meters.routes);
+        for ((route, meters), circuit) in routes.zip(&mut self.worker.circuits) {
+            if let (Some(fuse), Some(circuit)) = (Fuse::new(route, meters), circuit) {
+                circuit.tick(&fuse, host);
             }
         }
         for ((route, meters), trial) in self.policy.routes.iter().zip(&self.meters.routes).zip(&mut self.worker.trials)
@@ -619,12 +707,52 @@ impl Filter {
         }
     }
 
+    /// Learns from the answer to a call that the filter has sent; `body` is `None` where it was too long to be read.
+    pub fn on_call_answered(&mut self, host: &impl Host, call: u32, status: Option<Vec<u8>>, body: Option<&[u8]>) {
+        let status = number(status).unwrap_or(0);
+        self.worker.polls.iter_mut().for_each(|poll| poll.answered(call, status, body, host));
+    }
+
     /// How often [`Filter::on_tick`] is to be called, in nanoseconds; `None` where nothing changes with time.
-    pub fn tick_period(&self) -> Option<u64> {
-        let windows = self.worker.watches.iter().flatten().map(Watch::step).min();
-        let leases = self.policy.has_leases().then_some(Leases::TICK);
-        let is_judged = self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some());
-        windows.into_iter().chain(leases).chain(is_judged.then_some(JUDGE_PERIOD)).min()
+    /// `is_holding` says whether a stream is held.
+    pub fn tick_period(&self, is_holding: bool) -> Option<u64> {
+        if is_holding { self.held_period } else { self.period }
+    }
+
+    /// [`Filter::tick_period`], which stays as it is.
+    fn period(&self, is_holding: bool) -> Option<u64> {
+        let mut least = u64::MAX;
+        let mut at_most = |period: u64| least = least.min(period);
+        let worker = &self.worker;
+        worker.watches.iter().flatten().for_each(|watch| at_most(watch.period(is_holding)));
+        worker.polls.iter().for_each(|poll| at_most(poll.period()));
+        worker.circuits.iter().flatten().for_each(|circuit| at_most(circuit.period()));
+        if self.policy.has_leases() {
+            at_most(Leases::TICK);
+        }
+        if self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some()) {
+            at_most(JUDGE_PERIOD);
+        }
+        (least < u64::MAX).then_some(least)
+    }
+
+    /// Whether a stream that `experiment` holds has to be let go, unfaulted: it was suspended, or is over. So it stood at
+    /// the last tick.
+    pub fn ends_faults(&self, experiment: Experiment) -> bool {
+        let watches = self.worker.watches.get(experiment.route as usize);
+        let watch = watches.and_then(|watches| watches.get(experiment.destination as usize));
+        watch.is_none_or(Watch::ends_faults)
+    }
+
+    /// Whether what follows a delay of `experiment` may still be injected now.
+    pub fn may_fault(&mut self, host: &impl Host, experiment: Experiment) -> bool {
+        let Experiment { route, destination } = experiment;
+        let (route, destination) = (route as usize, destination as usize);
+        let post = Post::new(&self.policy, &self.meters, route, destination);
+        let watch = self.worker.watches.get_mut(route).and_then(|watches| watches.get_mut(destination));
+        let (Some(post), Some(watch)) = (post, watch) else { return false };
+        watch.look(&post, host);
+        !watch.ends_faults()
     }
 }
 
@@ -648,38 +776,6 @@ fn is_forced(force: Force, policy: &Policy, reasons: &Reasons, host: &impl Host)
     (force.fault && is_faulted())
         || (force.rate_limit && reasons.admission.as_ref().is_some_and(is_limited))
         || (force.rollback && is_moved() == Some(true))
-}
-
-/// Whether the target is unwell by the judgement of `watch`, or was a short while ago by any worker's. `route` and
-/// `destination` are for the log.
-fn is_suspended(
-    watch: &mut Watch,
-    meters: &DestinationMeters,
-    route: &str,
-    destination: &str,
-    host: &impl Host,
-) -> bool {
-    const MILLISECOND: u64 = 1_000_000;
-    let until = host.value(meters.suspended_until).saturating_mul(MILLISECOND);
-    match watch.judge(host.now(), meters.target.totals(host), until) {
-        State::Suspended { .. } => true,
-        State::Tripped { recent, until } => {
-            host.set_gauge(meters.suspended_until, until.div_ceil(MILLISECOND));
-            let Totals { requests, failures } = recent;
-            log::warn!(
-                "route {route}: fault injection suspended: {failures} of {requests} requests to {destination} failed \
-                 without a fault of ours"
-            );
-            true
-        }
-        State::Armed => {
-            if until > 0 {
-                host.set_gauge(meters.suspended_until, 0);
-                log::info!("route {route}: fault injection resumed: {destination} is well again");
-            }
-            false
-        }
-    }
 }
 
 /// The value of a header that is a number.

@@ -11,6 +11,7 @@
 //!                             ├─ trace      which trace it belongs to
 //!                             ├─ matcher    which route it takes (found by its path: route_table)
 //!                             ├─ ratelimit  whether it is admitted
+//!                             ├─ breaker    whether its target may be asked at all
 //!                             ├─ canary     which destination it goes to
 //!                             ├─ fault      what is injected, unless the destination is unwell
 //!                             └─ outlier    what its answer says of the destination
@@ -20,8 +21,9 @@
 //!
 //! A feature is a folder of one shape: `config.rs` reads the block that is written, `policy.rs` is what it is compiled
 //! to, `decision.rs` decides on one request from plain values. What has an idea of its own has a file of its own:
-//! [`canary`]'s cohort and judge, [`ratelimit`]'s GCRA, table and leases, [`fault`]'s guard, [`trace`]'s formats and
-//! bridge, [`outlier`]'s window.
+//! [`canary`]'s cohort and judge, [`ratelimit`]'s GCRA, table and leases, [`fault`]'s guard and budget, [`trace`]'s formats and
+//! bridge, [`outlier`]'s window, table of hosts and reading of Envoy's admin
+//! endpoint.
 //!
 //! [`document`] and [`diagnostic`] read strictly and tell all errors at once; [`policy`] puts the blocks together.
 //! [`http`], [`key`], [`address`] and [`units`] are the words that features speak in. [`telemetry`] names the metrics. [`host`] is
@@ -29,8 +31,8 @@
 //!
 //! # Invariants
 //!
-//! - No feature imports another feature; only [`filter`] and [`policy`] know several. ([`fault`] looks through
-//!   [`outlier`]'s windows, which is no feature but what features see by.)
+//! - No feature imports another feature; only [`filter`] and [`policy`] know several. ([`fault`] and
+//!   [`breaker`] look through [`outlier`]'s windows, which is no feature but what features see by.)
 //! - Features read no clock and draw no random number: both are arguments.
 //! - What a request meets was validated: a document with an error becomes no [`policy::Policy`].
 //! - Nothing panics: not for a request, a response, a document, or a neighbour's bytes in shared data. The lints below
@@ -51,6 +53,7 @@
 )]
 
 pub mod address;
+pub mod breaker;
 pub mod canary;
 pub mod decimal;
 pub mod diagnostic;
@@ -66,6 +69,7 @@ pub mod policy;
 pub mod random;
 pub mod ratelimit;
 pub mod route_table;
+pub mod slo;
 pub mod telemetry;
 pub mod trace;
 pub mod units;

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 /// What the host may call: the callbacks that do something, and what the ABI asks for.
-const EXPORTS: [&str; 12] = [
+const EXPORTS: [&str; 13] = [
     "memory",
     "_initialize",
     "proxy_abi_version_0_2_1",
@@ -17,6 +17,7 @@ const EXPORTS: [&str; 12] = [
     "proxy_on_vm_start",
     "proxy_on_configure",
     "proxy_on_tick",
+    "proxy_on_http_call_response",
     "proxy_on_request_headers",
     "proxy_on_response_headers",
     "proxy_on_response_trailers",

@@ -14,6 +14,8 @@ pub enum Draw {
     /// How long the delay is, where it is drawn.
     Length = 2,
     Response = 3,
+    /// Whether it is of the tenth that is injected while an experiment is probing.
+    Probe = 4,
 }
 
 /// What was drawn for a request. A delay may be followed by an abort.
@@ -33,8 +35,16 @@ pub enum Withheld {
     NotAimed,
     /// No fault was drawn.
     NotDrawn,
-    /// The target is unwell.
+    /// The target is unwell, or was so too often.
     Suspended,
+    /// It cannot be learned how the target is.
+    Unknown,
+    /// The target was unwell: a tenth is injected, and this is not of it.
+    Probing,
+    /// The experiment is over, or its lease was not renewed.
+    Expired,
+    /// The failures that it may inject are spent.
+    Budget,
     /// The policy only wants to know.
     Shadow,
     /// Too many streams are held already.
@@ -46,6 +56,11 @@ pub enum Withheld {
 impl Injection {
     pub fn is_none(&self) -> bool {
         *self == Injection::default()
+    }
+
+    /// Whether the client is told of a failure.
+    pub fn fails(&self) -> bool {
+        self.abort.is_some() || self.response.is_some()
     }
 }
 

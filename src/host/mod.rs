@@ -102,8 +102,15 @@ pub trait Properties {
     fn leave(&self, name: &str, value: &[u8]);
 }
 
+/// Calls to others, through the proxy.
+pub trait Calls {
+    /// Sends a GET for `path` to `cluster`, to be given up after `timeout` nanoseconds. Whoever runs the filter hands it
+    /// the answer with the number that is returned here; `None` where it cannot be sent, such as to an unknown cluster.
+    fn http_get(&self, cluster: &str, path: &str, timeout: u64) -> Option<u32>;
+}
+
 /// Everything together.
-pub trait Host: StateStore + Metrics + Properties {
+pub trait Host: StateStore + Metrics + Properties + Calls {
     /// The monotonic clock, one timeline for all workers of the process.
     fn now(&self) -> Monotonic;
     /// The wall clock, for what proxies have to agree on.

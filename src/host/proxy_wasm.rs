@@ -6,10 +6,11 @@
 //! in cost between this filter and one that reads single headers.
 #![allow(unsafe_code)]
 
-use super::{Conflict, Host, MetricId, Metrics, Properties, StateStore, Version};
+use super::{Calls, Conflict, Host, MetricId, Metrics, Properties, StateStore, Version};
 use crate::fault::{HeldStreams, Slot};
 use crate::filter::{Exchange, Filter, Hold, Verdict};
 use crate::http::{HeaderMutation, LocalReply, encode_headers};
+use crate::outlier::MAX_ANSWER_BYTES;
 use crate::policy::Policy;
 use crate::random::split_mix;
 use crate::units::{Monotonic, Wall};
@@ -17,6 +18,7 @@ use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::{Action, BufferType, ContextType, LogLevel, MapType, MetricType, StreamType};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::time::Duration;
 
 proxy_wasm::main! {{
     proxy_wasm::set_log_level(LogLevel::Info);
@@ -226,6 +228,16 @@ impl Properties for Envoy {
     }
 }
 
+impl Calls for Envoy {
+    /// Through the SDK: it hands over only the answers to calls that it has made itself. It panics on no status that
+    /// Envoy returns here.
+    fn http_get(&self, cluster: &str, path: &str, timeout: u64) -> Option<u32> {
+        let headers = vec![(":method", "GET"), (":path", path), (":authority", "trimtab")];
+        let timeout = Duration::from_nanos(timeout);
+        proxy_wasm::hostcalls::dispatch_http_call(cluster, headers, None, Vec::new(), timeout).ok()
+    }
+}
+
 impl Host for Envoy {
     fn now(&self) -> Monotonic {
         let mut now = 0;
@@ -263,7 +275,7 @@ impl Worker {
         const MILLISECOND: u64 = 1_000_000;
         let now = self.envoy.now();
         let due = self.held.borrow().next_due().map(|due| due.saturating_sub(now));
-        let windows = self.filter.borrow().as_ref().and_then(Filter::tick_period);
+        let windows = self.filter.borrow().as_ref().and_then(|filter| filter.tick_period(due.is_some()));
         let period = match (due, windows) {
             (Some(due), Some(windows)) => Some(due.min(windows)),
             (due, windows) => due.or(windows),
@@ -272,22 +284,41 @@ impl Worker {
         unsafe { proxy_set_tick_period_milliseconds(u32::try_from(period).unwrap_or(u32::MAX)) };
     }
 
-    /// Lets go of every stream whose delay is over.
+    /// Lets go of every stream whose delay is over, or whose experiment may inject nothing any more: unfaulted then.
     fn release(&self) {
         let now = self.envoy.now();
+        let ended = match self.filter.borrow().as_ref() {
+            Some(filter) => self.held.borrow_mut().take_all(|hold: &Box<Hold>| filter.ends_faults(hold.experiment)),
+            None => Vec::new(),
+        };
+        for (stream, hold) in ended {
+            self.let_go(stream, Hold { then: Verdict::Continue, ..*hold });
+        }
         loop {
-            let Some((stream, hold)) = self.held.borrow_mut().take_due(now) else { return };
-            if unsafe { proxy_set_effective_context(stream) } == OK {
-                match hold.then {
-                    Verdict::Answer(reply) => answer(&reply),
-                    Verdict::Reset => reset(),
-                    Verdict::Continue | Verdict::Delay(_) => {
-                        unsafe { proxy_continue_stream(StreamType::HttpRequest) };
-                    }
+            let Some((stream, mut hold)) = self.held.borrow_mut().take_due(now) else { return };
+            // It may have been suspended since the last tick.
+            if hold.then != Verdict::Continue
+                && let Some(filter) = self.filter.borrow_mut().as_mut()
+                && !filter.may_fault(&self.envoy, hold.experiment)
+            {
+                hold.then = Verdict::Continue;
+            }
+            self.let_go(stream, *hold);
+        }
+    }
+
+    /// Does what follows a delay.
+    fn let_go(&self, stream: u32, hold: Hold) {
+        if unsafe { proxy_set_effective_context(stream) } == OK {
+            match hold.then {
+                Verdict::Answer(reply) => answer(&reply),
+                Verdict::Reset => reset(),
+                Verdict::Continue | Verdict::Delay(_) => {
+                    unsafe { proxy_continue_stream(StreamType::HttpRequest) };
                 }
             }
-            self.free(hold.slot);
         }
+        self.free(hold.slot);
     }
 
     /// Gives back the slot of a fault that is over.
@@ -304,7 +335,20 @@ struct Root {
     worker: Rc<Worker>,
 }
 
-impl Context for Root {}
+impl Context for Root {
+    fn on_http_call_response(&mut self, call: u32, _: usize, size: usize, _: usize) {
+        let body = || {
+            fetch(|data, length| unsafe {
+                proxy_get_buffer_bytes(BufferType::HttpCallResponseBody, 0, size, data, length)
+            })
+        };
+        let status = header(MapType::HttpCallResponseHeaders, ":status");
+        let body = if size <= MAX_ANSWER_BYTES { Some(body().unwrap_or_default()) } else { None };
+        if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
+            filter.on_call_answered(&self.worker.envoy, call, status, body.as_deref());
+        }
+    }
+}
 
 impl RootContext for Root {
     fn on_configure(&mut self, size: usize) -> bool {

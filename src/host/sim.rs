@@ -1,7 +1,7 @@
 //! A host without a proxy: a clock that stands still until it is moved, a seeded random source, words and metrics in
 //! memory. Tests and the command-line program run the filter on it.
 
-use super::{Conflict, Host, MetricId, Metrics, Properties, StateStore, Version};
+use super::{Calls, Conflict, Host, MetricId, Metrics, Properties, StateStore, Version};
 use crate::units::{Monotonic, Wall};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -16,6 +16,16 @@ pub struct Sim {
     words: RefCell<BTreeMap<String, (Vec<u8>, Version)>>,
     metrics: RefCell<Vec<(String, u64)>>,
     properties: RefCell<BTreeMap<String, Vec<u8>>>,
+    clusters: RefCell<Vec<String>>,
+    calls: RefCell<Vec<HttpCall>>,
+}
+
+/// A call that waits for its answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HttpCall {
+    pub number: u32,
+    pub cluster: String,
+    pub path: String,
 }
 
 impl Sim {
@@ -28,6 +38,8 @@ impl Sim {
             words: RefCell::default(),
             metrics: RefCell::default(),
             properties: RefCell::default(),
+            clusters: RefCell::default(),
+            calls: RefCell::default(),
         }
     }
 
@@ -45,6 +57,16 @@ impl Sim {
     /// What [`Properties::property`] answers from now on for `path`, its segments joined by dots.
     pub fn set_property(&self, path: &str, value: &[u8]) {
         self.properties.borrow_mut().insert(path.to_owned(), value.to_vec());
+    }
+
+    /// Makes a cluster known: others cannot be called.
+    pub fn add_cluster(&self, name: &str) {
+        self.clusters.borrow_mut().push(name.to_owned());
+    }
+
+    /// The calls since the last time.
+    pub fn take_calls(&self) -> Vec<HttpCall> {
+        self.calls.take()
     }
 
     /// The value of the metric `name`; 0 where there is none.
@@ -137,6 +159,17 @@ impl Properties for Sim {
 
     fn leave(&self, name: &str, value: &[u8]) {
         self.set_property(name, value);
+    }
+}
+
+impl Calls for Sim {
+    fn http_get(&self, cluster: &str, path: &str, _: u64) -> Option<u32> {
+        if !self.clusters.borrow().iter().any(|known| known == cluster) {
+            return None;
+        }
+        let number = self.random() as u32;
+        self.calls.borrow_mut().push(HttpCall { number, cluster: cluster.to_owned(), path: path.to_owned() });
+        Some(number)
     }
 }
 

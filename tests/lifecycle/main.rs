@@ -1,14 +1,20 @@
 //! The lifecycle table: what happens to requests, from their head to their end. Every case runs twice, natively on the
 //! simulated host and in the module that ships.
 
+mod breaker;
 mod canary;
 mod fault;
+mod guard;
 mod limits;
 mod native;
 mod proxy;
 mod trace;
 mod wasm;
 
+use breaker::{
+    a_breaker_opens_in_all_workers, a_probe_is_not_faulted, a_probe_whose_client_left_does_not_keep_it_open,
+    garbage_opens_nothing, half_open_lets_exactly_so_many_through, own_answers_do_not_open_a_breaker,
+};
 use canary::{
     a_canary_that_failed_here_is_not_followed_into, a_cap_on_exposure_is_exact,
     a_decision_at_another_weight_is_no_evidence, a_decision_is_carried_and_followed,
@@ -24,6 +30,13 @@ use fault::{
     active_faults_are_capped_over_the_workers, an_abort_may_be_a_reset, an_answer_is_replaced,
     answers_need_not_be_marked, every_request_is_counted_once, only_the_named_are_faulted,
     what_envoy_says_itself_is_not_replaced,
+};
+use guard::{
+    a_budget_is_exact_over_the_workers, an_abort_that_follows_a_delay_is_not_injected_any_more,
+    an_answer_that_says_nothing_permits_nothing, an_experiment_ends_in_time, an_outlier_stops_injection_and_comes_back,
+    envoys_own_ejections_stop_it, garbage_is_no_permission, held_requests_are_let_go_when_the_upstream_fails,
+    injection_comes_back_by_a_tenth, injection_stops_in_all_workers_while_the_upstream_fails,
+    slow_answers_and_outages_stop_it_too, the_last_suspension_is_for_good,
 };
 use limits::{
     a_candidate_counts_what_it_would_refuse, a_forged_address_buys_nothing, a_key_of_60_kb_is_hashed,
@@ -92,6 +105,23 @@ cases![
     a_client_may_leave_while_it_is_held,
     an_abort_speaks_the_clients_protocol,
     injection_stops_in_all_workers_while_the_upstream_fails,
+    injection_comes_back_by_a_tenth,
+    the_last_suspension_is_for_good,
+    held_requests_are_let_go_when_the_upstream_fails,
+    slow_answers_and_outages_stop_it_too,
+    an_experiment_ends_in_time,
+    a_budget_is_exact_over_the_workers,
+    garbage_is_no_permission,
+    an_abort_that_follows_a_delay_is_not_injected_any_more,
+    an_outlier_stops_injection_and_comes_back,
+    envoys_own_ejections_stop_it,
+    an_answer_that_says_nothing_permits_nothing,
+    a_breaker_opens_in_all_workers,
+    half_open_lets_exactly_so_many_through,
+    a_probe_whose_client_left_does_not_keep_it_open,
+    own_answers_do_not_open_a_breaker,
+    a_probe_is_not_faulted,
+    garbage_opens_nothing,
     grpc_failures_are_seen_in_trailers,
     own_faults_are_no_failures_of_the_upstream,
     a_trace_is_faulted_alike_everywhere,
@@ -457,23 +487,6 @@ fn guarded() -> String {
 
 fn is_faulted(proxy: &mut dyn Proxy, worker: usize) -> bool {
     matches!(exchange(proxy, worker, &[("x-fault", "")], "200"), Outcome::Answered(_))
-}
-
-fn injection_stops_in_all_workers_while_the_upstream_fails(start: Start) {
-    let mut proxy = start(&guarded());
-    for n in 0..8 {
-        exchange(&mut *proxy, 0, &[], if n < 2 { "500" } else { "200" });
-    }
-    assert!(is_faulted(&mut *proxy, 0), "8 requests are too few to tell");
-    exchange(&mut *proxy, 0, &[], "200");
-    exchange(&mut *proxy, 1, &[], "200");
-    assert!(!is_faulted(&mut *proxy, 1), "2 of 10 failed, half of them seen by the other worker");
-    assert!(!is_faulted(&mut *proxy, 0));
-    proxy.advance(Duration::from_millis(29_900));
-    assert!(!is_faulted(&mut *proxy, 0), "held down for 30 seconds");
-    proxy.advance(Duration::from_millis(200));
-    assert!(is_faulted(&mut *proxy, 0) && is_faulted(&mut *proxy, 1), "the failures have left the window");
-    assert_eq!(proxy.metric("trimtab.policy.p.route.experiment.fault.suspended"), 3);
 }
 
 fn grpc_failures_are_seen_in_trailers(start: Start) {

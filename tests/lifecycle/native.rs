@@ -1,6 +1,6 @@
 //! The filter on the simulated host: what `host/proxy_wasm.rs` does for Envoy, done here for a clock that stands still.
 
-use crate::proxy::{ENVIRONMENT, Headers, Outcome, Proxy, Reply, StreamId, has_body};
+use crate::proxy::{Call, ENVIRONMENT, Headers, Outcome, Proxy, Reply, StreamId, has_body};
 use std::collections::HashMap;
 use std::time::Duration;
 use trimtab::fault::HeldStreams;
@@ -8,6 +8,7 @@ use trimtab::filter::{Exchange, Filter, Hold, Verdict};
 use trimtab::host::sim::Sim;
 use trimtab::host::{Host, Properties, StateStore, Version};
 use trimtab::http::{HeaderMutation, LocalReply, encode_headers};
+use trimtab::outlier::MAX_ANSWER_BYTES;
 use trimtab::policy::Policy;
 
 #[derive(Default)]
@@ -27,11 +28,12 @@ struct Stream {
 pub struct Native {
     host: Sim,
     workers: [Worker; 2],
+    calls: Vec<Call>,
 }
 
 impl Native {
     pub fn start(policy: &str) -> Box<dyn Proxy> {
-        let mut native = Native { host: Sim::new(1), workers: Default::default() };
+        let mut native = Native { host: Sim::new(1), workers: Default::default(), calls: Vec::new() };
         native.update(policy).expect("the case's policy is valid");
         Box::new(native)
     }
@@ -107,11 +109,30 @@ impl Proxy for Native {
             let step = left.min(TICK);
             left -= step;
             self.host.advance(step);
-            for worker in &mut self.workers {
+            for (at, worker) in self.workers.iter_mut().enumerate() {
                 if let Some(filter) = &mut worker.filter {
                     filter.on_tick(&self.host);
+                    self.calls.extend(self.host.take_calls().into_iter().map(|call| Call {
+                        worker: at,
+                        number: call.number,
+                        cluster: call.cluster,
+                        path: call.path,
+                    }));
+                    let is_ended = |hold: &Box<Hold>| filter.ends_faults(hold.experiment);
+                    for (id, hold) in worker.held.take_all(is_ended) {
+                        if let Some(slot) = hold.slot {
+                            filter.free(slot, &self.host);
+                        }
+                        if let Some(stream) = worker.streams.get_mut(&id) {
+                            stream.outcome = Outcome::Continued(stream.headers.clone());
+                        }
+                    }
                 }
-                while let Some((id, hold)) = worker.held.take_due(self.host.now()) {
+                while let Some((id, mut hold)) = worker.held.take_due(self.host.now()) {
+                    let filter = worker.filter.as_mut().unwrap();
+                    if hold.then != Verdict::Continue && !filter.may_fault(&self.host, hold.experiment) {
+                        hold.then = Verdict::Continue;
+                    }
                     if let Some(stream) = worker.streams.get_mut(&id) {
                         stream.outcome = match hold.then {
                             Verdict::Answer(reply) => Outcome::Answered(answer(reply)),
@@ -142,6 +163,23 @@ impl Proxy for Native {
 
     fn left(&mut self, _: StreamId, name: &str) -> Option<Vec<u8>> {
         self.host.property(&[name])
+    }
+
+    fn add_cluster(&mut self, name: &str) {
+        self.host.add_cluster(name);
+    }
+
+    fn calls(&mut self) -> Vec<Call> {
+        self.calls.clone()
+    }
+
+    fn answer_call(&mut self, call: &Call, answer: Option<(&str, &[u8])>) {
+        self.calls.retain(|waiting| waiting != call);
+        let filter = self.workers[call.worker].filter.as_mut().unwrap();
+        let status = answer.map(|(status, _)| status.as_bytes().to_vec());
+        let body = answer.map_or(&b""[..], |(_, body)| body);
+        let body = (body.len() <= MAX_ANSWER_BYTES).then_some(body);
+        filter.on_call_answered(&self.host, call.number, status, body);
     }
 
     fn write_shared(&mut self, key: &str, value: &[u8]) {

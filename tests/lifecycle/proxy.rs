@@ -38,6 +38,15 @@ pub struct StreamId {
     pub id: u32,
 }
 
+/// A call of the filter to another cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Call {
+    pub worker: usize,
+    pub number: u32,
+    pub cluster: String,
+    pub path: String,
+}
+
 /// A proxy of two workers with one policy, on a clock that only [`Proxy::advance`] moves.
 pub trait Proxy {
     /// Replaces the policy in all workers, as a configuration update does.
@@ -72,6 +81,15 @@ pub trait Proxy {
 
     /// What the filter has left with a stream under `name`.
     fn left(&mut self, stream: StreamId, name: &str) -> Option<Vec<u8>>;
+
+    /// Makes a cluster known, so that it can be called.
+    fn add_cluster(&mut self, name: &str);
+
+    /// The calls that the filter has sent and that wait for their answer.
+    fn calls(&mut self) -> Vec<Call>;
+
+    /// Answers a call; with `None`, by a reset.
+    fn answer_call(&mut self, call: &Call, answer: Option<(&str, &[u8])>);
 
     /// Writes a shared word, as a neighbour could.
     fn write_shared(&mut self, key: &str, value: &[u8]);

@@ -1,6 +1,6 @@
 //! The module that ships, in a virtual machine for each worker.
 
-use crate::proxy::{ENVIRONMENT, Headers, Outcome, Proxy, Reply, StreamId, has_body};
+use crate::proxy::{Call, ENVIRONMENT, Headers, Outcome, Proxy, Reply, StreamId, has_body};
 use std::sync::LazyLock;
 use std::time::Duration;
 use trimtab_vm::{Action, Options, Refused, RootId, Vm, World, advance};
@@ -124,6 +124,31 @@ impl Proxy for Module {
         let (vm, stream) = self.stream(stream);
         let written = vm.stream(stream).written_properties();
         written.iter().rev().find(|(known, _)| known == name).map(|(_, value)| value.clone())
+    }
+
+    fn add_cluster(&mut self, name: &str) {
+        self.world.add_cluster(name);
+    }
+
+    fn calls(&mut self) -> Vec<Call> {
+        let calls = self.workers.iter().enumerate().flat_map(|(at, worker)| {
+            worker.vm.http_calls().map(move |call| Call {
+                worker: at,
+                number: call.token,
+                cluster: call.cluster.clone(),
+                path: String::from_utf8(call.headers.get(":path").unwrap().to_vec()).unwrap(),
+            })
+        });
+        calls.collect()
+    }
+
+    fn answer_call(&mut self, call: &Call, answer: Option<(&str, &[u8])>) {
+        let vm = &mut self.workers[call.worker].vm;
+        let answered = match answer {
+            Some((status, body)) => vm.answer_http_call(call.number, &[(":status", status)], body),
+            None => vm.fail_http_call(call.number),
+        };
+        answered.unwrap_or_else(|trap| panic!("{trap}"));
     }
 
     fn write_shared(&mut self, key: &str, value: &[u8]) {

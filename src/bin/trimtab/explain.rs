@@ -14,10 +14,11 @@ use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::path::PathBuf;
 use std::time::SystemTime;
+use trimtab::breaker::Breaker;
 use trimtab::canary::{Choice, Split, Term, Why};
 use trimtab::decimal::Decimal;
 use trimtab::document::quoted;
-use trimtab::fault::{Abort, Delay, Draw, DrawnFrom, Fault, Status, Withheld};
+use trimtab::fault::{Abort, Delay, Draw, DrawnFrom, Fault, Guard, Status, Withheld};
 use trimtab::filter::{Decision, Filter, Reasons, Verdict};
 use trimtab::host::Properties;
 use trimtab::host::sim::Sim;
@@ -106,7 +107,11 @@ impl Explain {
         outcome
     }
 
-    fn explain(&self, policy: Policy) -> String {
+    fn explain(&self, mut policy: Policy) -> String {
+        // Envoy is not here to be asked about its hosts; they are taken for well, as the target is.
+        for fault in policy.routes.iter_mut().filter_map(|route| route.fault.as_mut()) {
+            fault.guard.continues_unknown = true;
+        }
         // Small enough to be typed again.
         let seed = self.seed.unwrap_or_else(|| RandomState::new().hash_one(0) % 1_000_000);
         let host = Sim::new(seed);
@@ -297,6 +302,7 @@ impl Story<'_> {
         self.tell_trace(&mut table);
         self.tell_routes(&mut table);
         self.tell_limits(&mut table);
+        self.tell_breaker(&mut table);
         self.tell_destination(&mut table);
         self.tell_fault(&mut table);
         self.tell_headers(&mut table);
@@ -480,11 +486,33 @@ impl Story<'_> {
         table.row(self.destination(), why);
     }
 
+    fn tell_breaker(&self, table: &mut Table) {
+        let Some(breaker) = self.route().and_then(|route| route.breaker.as_ref()) else { return };
+        table.section("breaker");
+        if self.reasons.admission.as_ref().is_some_and(|admission| admission.refused.is_some()) {
+            table.row("none", "a limit refused the request before");
+            return;
+        }
+        let state = if self.reasons.broken { "open" } else { "closed" };
+        let Breaker { threshold, volume, window, reset, probes, .. } = breaker;
+        let (window, reset) = (duration(*window), duration(*reset));
+        table.row(
+            state,
+            format!(
+                "opens at {threshold}% failures among {volume} or more in {window}, for {reset}; then probes {probes}"
+            ),
+        );
+    }
+
     fn tell_fault(&self, table: &mut Table) {
         let Some(fault) = self.route().and_then(|route| route.fault.as_ref()) else { return };
         table.section("fault");
         if self.reasons.admission.as_ref().is_some_and(|admission| admission.refused.is_some()) {
             table.row("none", "a limit refused the request before");
+            return;
+        }
+        if self.reasons.broken {
+            table.row("none", "the circuit breaker refused the request before");
             return;
         }
         if self.reasons.withheld == Some(Withheld::NotAimed) {
@@ -497,6 +525,10 @@ impl Story<'_> {
                 (true, None) => "yes",
                 (true, Some(Withheld::Shadow)) => "only counted, mode is shadow",
                 (true, Some(Withheld::Suspended)) => "withheld, the guard has suspended it",
+                (true, Some(Withheld::Unknown)) => "withheld, Envoy has not told yet which hosts are ejected",
+                (true, Some(Withheld::Probing)) => "withheld, only a tenth is injected while probing",
+                (true, Some(Withheld::Expired)) => "withheld, the experiment is over or its lease not renewed",
+                (true, Some(Withheld::Budget)) => "withheld until the error budget has earned a failure",
                 (true, Some(Withheld::Overflow)) => "withheld, too many requests are held",
                 (true, Some(Withheld::MaxActive)) => "withheld, maxActive requests are faulted already",
             };
@@ -507,12 +539,27 @@ impl Story<'_> {
             };
             table.row(fault, format!("{outcome}: {why}"));
         }
-        let guard = fault.guard;
+        table.row("guard", self.guard(&fault.guard));
+    }
+
+    /// What the guard does, and what else ends or limits the experiment.
+    fn guard(&self, guard: &Guard) -> String {
         let window = duration(guard.window);
-        table.row(
-            "guard",
-            format!("armed: trips at {} failures among {} or more in {window}", guard.error_rate, guard.min_requests),
-        );
+        let mut told =
+            format!("armed: trips at {} failures among {} or more in {window}", guard.error_rate, guard.min_requests);
+        if let Some(limit) = guard.latency_p95 {
+            told.push_str(&format!(", or a 95th percentile over {}", duration(limit)));
+        }
+        if let Some(admin) = &guard.admin {
+            told.push_str(&format!("; asks {} which hosts are ejected", admin.cluster));
+        }
+        if let Some(spacing) = guard.spacing {
+            told.push_str(&format!("; aborts at most one in {spacing} requests"));
+        }
+        if let Some(experiment) = &guard.experiment {
+            told.push_str(&format!("; its state is kept as {experiment}"));
+        }
+        told
     }
 
     fn tell_headers(&self, table: &mut Table) {
@@ -647,6 +694,10 @@ impl Story<'_> {
         };
         let withheld = self.reasons.withheld.map(|withheld| match withheld {
             Withheld::Suspended => "suspended",
+            Withheld::Unknown => "unknown",
+            Withheld::Probing => "probing",
+            Withheld::Expired => "expired",
+            Withheld::Budget => "budget",
             Withheld::Shadow => "shadow",
             Withheld::Overflow => "overflow",
             Withheld::NotAimed => "not_aimed",

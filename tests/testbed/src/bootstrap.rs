@@ -289,15 +289,19 @@ pub fn direct_response(status: u16, body: &str) -> Value {
 
 /// A cluster of one endpoint that speaks HTTP/1.1.
 pub fn cluster(name: &str, endpoint: SocketAddr) -> Value {
+    cluster_of(name, &[endpoint])
+}
+
+/// A cluster of several endpoints that speak HTTP/1.1.
+pub fn cluster_of(name: &str, endpoints: &[SocketAddr]) -> Value {
+    let endpoints = endpoints.iter().map(|endpoint| json!({"endpoint": {"address": socket_address(*endpoint)}}));
     json!({
         "name": name,
         "type": "STATIC",
         "connect_timeout": "5s",
         "load_assignment": {
             "cluster_name": name,
-            "endpoints": [{"lb_endpoints": [
-                {"endpoint": {"address": socket_address(endpoint)}},
-            ]}],
+            "endpoints": [{"lb_endpoints": endpoints.collect::<Value>()}],
         },
     })
 }

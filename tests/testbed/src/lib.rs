@@ -32,6 +32,7 @@ mod installation;
 mod message;
 mod process;
 mod raw;
+mod relay;
 mod upstream;
 mod yaml;
 
@@ -39,13 +40,15 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use bootstrap::{
-    Bootstrap, Direction, Listener, by_cluster_header, by_subset, cluster, direct_response, http2_cluster, wasm_filter,
+    Bootstrap, Direction, Listener, by_cluster_header, by_subset, cluster, cluster_of, direct_response, http2_cluster,
+    wasm_filter,
 };
 pub use client::Client;
 pub use envoy::{Envoy, Options, Update};
 pub use installation::{ENVOY_VERSION, Installation, Launcher};
 pub use message::{Request, Response};
 pub use raw::{RawConnection, raw};
+pub use relay::Relay;
 pub use upstream::{Behaviour, Received, Upstream};
 pub use yaml::json_from_yaml;
 
