@@ -568,6 +568,7 @@ impl Filter {
         status: u16,
         grpc_status: Option<u16>,
     ) {
+        // What another hop injected tells nothing of the attempt.
         if exchange.holds()
             && let Some(limited) = &mut exchange.limited
             && let Some(route) = self.policy.routes.get(limited.route)
