@@ -636,6 +636,7 @@ impl Filter {
         status: u16,
         grpc_status: Option<u16>,
     ) {
+        // What another hop injected tells nothing of the attempt.
         if exchange.holds()
             && let Some(limited) = &mut exchange.limited
             && let Some(route) = self.policy.routes.get(limited.route)
@@ -759,7 +760,7 @@ impl Filter {
 /// Whether something was done to a request that its trace has to tell, whatever samplers say.
 fn is_forced(force: Force, policy: &Policy, reasons: &Reasons, host: &impl Host) -> bool {
     let is_faulted = || !reasons.drawn.is_none() && reasons.withheld.is_none();
-    let is_limited = |admission: &Box<Admission>| {
+    let is_limited = |admission: &Admission| {
         let would_refuse = |remark: &Remark| matches!(remark, Remark::WouldRefuse(_));
         admission.refused.is_some() || admission.remarks.iter().any(would_refuse)
     };
@@ -774,7 +775,7 @@ fn is_forced(force: Force, policy: &Policy, reasons: &Reasons, host: &impl Host)
         Some(place < due.weight.ppm())
     };
     (force.fault && is_faulted())
-        || (force.rate_limit && reasons.admission.as_ref().is_some_and(is_limited))
+        || (force.rate_limit && reasons.admission.as_deref().is_some_and(is_limited))
         || (force.rollback && is_moved() == Some(true))
 }
 

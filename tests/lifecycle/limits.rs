@@ -337,6 +337,23 @@ pub fn what_we_inject_is_no_failed_attempt(start: Start) {
         let reply = exchange(&mut *proxy, n % 2, &[("x-user", "ann")], "200").answered();
         assert_eq!((reply.status, &*reply.details), (503, "trimtab_fault_abort"), "request {n}");
     }
+
+    // Nor is what another hop injected, and says so.
+    let mut proxy = start(&limited(ATTEMPTS));
+    let mut admitted = |fault: &[(&str, &str)]| {
+        let mut count = 0;
+        for n in 0..9 {
+            let (stream, outcome) = get(&mut *proxy, n % 2, "/", &[("x-user", "ann")]);
+            if let Outcome::Continued(_) = outcome {
+                count += 1;
+                proxy.response(stream, &[&[(":status", "503")], fault].concat());
+            }
+            proxy.end(stream);
+        }
+        count
+    };
+    assert_eq!(admitted(&[("x-trimtab-fault", "abort")]), 9);
+    assert_eq!(admitted(&[]), 3);
 }
 
 pub fn a_candidate_counts_what_it_would_refuse(start: Start) {
