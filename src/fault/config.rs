@@ -85,6 +85,12 @@ impl Fault {
             .optional("key")
             .and_then(|value| value.one_of(&[("traceId", DrawnFrom::TraceId), ("random", DrawnFrom::Random)]));
         let guard = Guard::read(&mut fields, slo);
+        if guard.admin.is_some() && !target.hosts.is_empty() {
+            value.error(
+                "guard.admin where hosts are faulted",
+                "remove admin: that Envoy ejects them is what the experiment is to show, no reason to stop it",
+            );
+        }
         fields.end();
         Some(Fault {
             delay,
@@ -413,6 +419,10 @@ mod tests {
             (
                 r#"{"hosts": ["10.0.0.7:80"], "abort": {"percentage": {"value": 1}, "httpStatus": 500}}"#,
                 "neither retried",
+            ),
+            (
+                r#"{"hosts": ["10.0.0.7:80"], "response": {"percentage": {"value": 1}, "httpStatus": 500}, "guard": {"admin": {"cluster": "admin"}}}"#,
+                "guard.admin where hosts are faulted",
             ),
             (r#"{"attempts": [0]}"#, "from 1 to 100"),
             (r#"{"attempts": "1"}"#, "expected a list"),

@@ -1,7 +1,7 @@
 //! Experiments that stop: when the target is unwell, when their time is over, when their budget is spent.
 
 use crate::native::Native;
-use crate::proxy::{Outcome, Proxy, exchange, get};
+use crate::proxy::{Outcome, Proxy, exchange, get, value};
 use crate::{Start, policy};
 use proptest::prelude::*;
 use std::time::Duration;
@@ -198,6 +198,48 @@ pub fn a_budget_is_exact_over_the_workers(start: Start) {
     }
     assert_eq!(faulted, [40, 80, 120, 160, 200, 240, 280, 320, 360, 400]);
     assert_eq!(proxy.metric(&format!("{EXPERIMENT}.fault.budget")), 390);
+}
+
+pub fn replaced_answers_spend_the_budget(start: Start) {
+    let response = r#""response": {"percentage": {"value": 100}, "httpStatus": 503}"#;
+    let budgeted = format!(r#"{response}, "maxActive": 1, "guard": {{"budget": "25%"}}"#);
+    let mut proxy = start(&experiment(&budgeted, r#", "slo": {"availability": "90%"}"#));
+    let mut replaced = Vec::new();
+    for n in 1..=120 {
+        let (stream, _) = get(&mut *proxy, n % 2, "/", &[("x-fault", "")]);
+        if value(&proxy.response(stream, &[(":status", "200")]), ":status") == Some("503") {
+            replaced.push(n);
+        }
+        proxy.end(stream);
+    }
+    assert_eq!(replaced, [40, 80, 120], "and whom the budget refuses keeps no place");
+}
+
+pub fn an_answer_is_not_replaced_once_the_experiment_is_suspended(start: Start) {
+    let response = r#""response": {"percentage": {"value": 100}, "httpStatus": 418}"#;
+    let mut proxy = start(&experiment(&format!("{response}, {GUARD}"), ""));
+    let (replaced, _) = get(&mut *proxy, 0, "/", &[("x-fault", "")]);
+    let (spared, _) = get(&mut *proxy, 0, "/", &[("x-fault", "")]);
+    assert_eq!(value(&proxy.response(replaced, &[(":status", "200")]), ":status"), Some("418"));
+    control(&mut *proxy, 20, "500");
+    proxy.advance(SECOND);
+    assert_eq!(value(&proxy.response(spared, &[(":status", "200")]), ":status"), Some("200"));
+}
+
+pub fn who_is_let_go_gives_back_its_place(start: Start) {
+    let delay = r#""delay": {"percentage": {"value": 100}, "fixedDelay": "24h"}"#;
+    let capped = format!(r#"{delay}, "maxActive": 3, {GUARD}"#);
+    let mut proxy = start(&experiment(&capped, ""));
+    let held = |proxy: &mut dyn Proxy| {
+        let outcomes: Vec<_> = (0..9).map(|n| get(proxy, n % 2, "/", &[("x-fault", "")]).1).collect();
+        outcomes.into_iter().filter(|outcome| *outcome == Outcome::Held).count()
+    };
+    assert_eq!(held(&mut *proxy), 3);
+    control(&mut *proxy, 20, "500");
+    proxy.advance(SECOND);
+    // Another experiment of the same route, which nothing has suspended.
+    proxy.update(&experiment(&format!(r#"{delay}, "maxActive": 3, "experiment": "next""#), "")).unwrap();
+    assert_eq!(held(&mut *proxy), 3, "all places are free again");
 }
 
 pub fn garbage_is_no_permission(start: Start) {
