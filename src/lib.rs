@@ -21,18 +21,19 @@
 //!
 //! A feature is a folder of one shape: `config.rs` reads the block that is written, `policy.rs` is what it is compiled
 //! to, `decision.rs` decides on one request from plain values. What has an idea of its own has a file of its own:
-//! [`canary`]'s cohort and judge, [`ratelimit`]'s GCRA, table and leases, [`fault`]'s guard and budget, [`trace`]'s formats and
-//! bridge, [`outlier`]'s window, table of hosts and reading of Envoy's admin
-//! endpoint.
+//! [`canary`]'s cohort, judge and cohort header, [`ratelimit`]'s GCRA, table and leases, [`fault`]'s guard and budget,
+//! [`trace`]'s formats and bridge, [`outlier`]'s window, table of hosts and reading of Envoy's admin endpoint. What a
+//! worker does about a feature over many requests, with a host at hand, stands beside the filter: `filter/trial.rs` for
+//! the judge, `filter/watch.rs` for the guard, `filter/circuit.rs` for the breaker.
 //!
 //! [`document`] and [`diagnostic`] read strictly and tell all errors at once; [`policy`] puts the blocks together.
-//! [`http`], [`key`], [`address`] and [`units`] are the words that features speak in. [`telemetry`] names the metrics. [`host`] is
-//! what the core asks of its surroundings; `host/proxy_wasm.rs` alone knows the ABI.
+//! [`http`], [`key`], [`address`], [`slo`] and [`units`] are the words that features speak in. [`telemetry`] names the
+//! metrics. [`host`] is what the core asks of its surroundings; `host/proxy_wasm.rs` alone knows the ABI.
 //!
 //! # Invariants
 //!
-//! - No feature imports another feature; only [`filter`] and [`policy`] know several. ([`fault`] and
-//!   [`breaker`] look through [`outlier`]'s windows, which is no feature but what features see by.)
+//! - No feature imports another feature; only [`filter`] and [`policy`] know several. ([`fault`] and [`breaker`] look
+//!   through [`outlier`]'s windows, which is no feature but what features see by.)
 //! - Features read no clock and draw no random number: both are arguments.
 //! - What a request meets was validated: a document with an error becomes no [`policy::Policy`].
 //! - Nothing panics: not for a request, a response, a document, or a neighbour's bytes in shared data. The lints below
