@@ -39,7 +39,7 @@ check: ## Check a policy: make check POLICY=policy.yaml
 	@$(CARGO) run --quiet --features cli --bin trimtab -- check $(or $(POLICY),envoy/policy.yaml)
 
 .PHONY: bench
-bench: build ## Count what a request costs inside the module, policy by policy
+bench: build ## Count what a request costs inside the module, and write it into benches/COUNTS.md
 	@$(CARGO) bench --quiet --profile dev --bench cost
 
 .PHONY: docker

@@ -343,6 +343,12 @@ impl<'a> Fields<'a> {
         value
     }
 
+    /// The whole number within `range` in the field `name`; `default` where none is written, or another.
+    #[inline(never)]
+    pub fn integer_or(&mut self, name: &'static str, range: RangeInclusive<u64>, default: u64) -> u64 {
+        self.optional(name).and_then(|value| value.integer(range)).unwrap_or(default)
+    }
+
     /// A field that exists where this block was copied from, and that cannot be honoured here.
     #[inline(never)]
     pub fn refuse(&mut self, name: &'static str, why: &str) {

@@ -4,27 +4,38 @@
 //! what is to be done; they change nothing themselves but shared words and metrics. The features decide from plain
 //! values: only this file knows in which order, and the comments say why.
 
+mod circuit;
+mod hosts;
+mod poll;
 mod report;
 mod trial;
+mod watch;
 
 use crate::canary::{Carried, Choice, Decided, Share, Term, Why};
-use crate::fault::{Abort, Fault, Injection, MARK, MESSAGE, Slot, State, Status, Watch, Withheld};
+use crate::fault::{Abort, Draw, Injection, MARK, MESSAGE, Slot, Status, Withheld};
 use crate::host::{CallId, Change, GrpcAnswer, Host, update};
-use crate::http::{HeaderMutation, LocalReply, Request};
-use crate::outlier::{Totals, is_failure};
+use crate::http::{HeaderMutation, LocalReply, Request, http_from_grpc};
+use crate::key::Scene;
+use crate::outlier::{answer, is_failure, is_outage};
 use crate::policy::{Policy, Route, TargetId};
 use crate::ratelimit::service::{Asker, Calls, Event, Inquiry, Outcome, Rest, Settled, give_back};
-use crate::ratelimit::{Admission, Leases, Limit, Secret, admit, return_leases, take_back};
-use crate::telemetry::{DestinationMeters, Meters, Stand};
+use crate::ratelimit::{Admission, Held, Leases, Remark, Secret, Told, admit, return_leases, settle, take_back};
+use crate::telemetry::{Meters, RouteMeters, Stand};
 use crate::trace::w3c::TraceContext;
 use crate::trace::{self, Continuation, Direction, Edge, Force, Notes, Response};
-use crate::units::Fraction;
+use crate::units::{Fraction, Monotonic};
+use circuit::{Circuit, Fuse};
+use hosts::Hosts;
+use poll::Poll;
 use report::Report;
 use std::borrow::Cow;
 use trial::{JUDGE_PERIOD, Trial};
+use watch::{Post, Watch};
 
+pub use circuit::Passage;
 pub use report::Attempt;
 pub use trial::Sample;
+pub use watch::Experiment;
 
 /// A policy at work in one worker.
 #[derive(Debug)]
@@ -32,18 +43,32 @@ pub struct Filter {
     policy: Policy,
     meters: Meters,
     worker: WorkerState,
+    /// How often to tick, and how often while a stream is held.
+    period: Option<u64>,
+    held_period: Option<u64>,
 }
 
 /// What a worker keeps from one request to the next.
 #[derive(Debug)]
 struct WorkerState {
+    limiter: Limiter,
+    /// For each route, a watch on each of its destinations; none where the route injects no fault.
+    watches: Vec<Vec<Watch>>,
+    /// In the order of the policy's targets, what is learned of their hosts; none where nobody asks.
+    hosts: Vec<Option<Hosts>>,
+    polls: Vec<Poll>,
+    /// For each route with a circuit breaker, what this worker remembers of it.
+    circuits: Vec<Option<Circuit>>,
+    /// For each route, what this worker remembers of its trial.
+    trials: Vec<Trial>,
+}
+
+/// What a worker keeps for limits.
+#[derive(Debug)]
+struct Limiter {
     secret: Secret,
     leases: Leases,
     calls: Calls,
-    /// For each route, a watch on each of its targets; none where the route injects no fault.
-    watches: Vec<Vec<Watch>>,
-    /// For each route, what this worker remembers of its trial.
-    trials: Vec<Trial>,
 }
 
 /// A request as it arrived.
@@ -86,8 +111,13 @@ pub struct Waiting {
     pub call: CallId,
     /// An index into the policy's routes.
     route: usize,
-    admission: Option<Admission>,
+    has_body: bool,
+    /// What the proxy's own limits said, and charged.
+    admission: Option<Box<Admission>>,
     inquiry: Box<Inquiry>,
+    exchange: Exchange,
+    /// Where the limits come after the choice.
+    chosen: Option<(Choice, Option<Share>, Option<Decided>)>,
 }
 
 /// A delay.
@@ -97,6 +127,8 @@ pub struct Hold {
     pub delay: u64,
     /// What follows; never another delay.
     pub then: Verdict,
+    /// Who holds it: where [`Filter::ends_faults`] of it, nothing follows and the delay is over at once.
+    pub experiment: Experiment,
     /// To be given to [`Filter::free`] when that is done, or the client has gone.
     pub slot: Option<Slot>,
 }
@@ -117,7 +149,8 @@ pub struct Reasons {
     pub trace: Option<Continuation>,
     /// An index into the policy's routes.
     pub route: Option<usize>,
-    pub admission: Option<Admission>,
+    /// What the limits said, where they did not just admit.
+    pub admission: Option<Box<Admission>>,
     /// What rate limit services said.
     pub inquiry: Option<Box<Inquiry>>,
     pub choice: Option<Choice>,
@@ -129,13 +162,30 @@ pub struct Reasons {
     pub drawn: Injection,
     /// Why they were not injected.
     pub withheld: Option<Withheld>,
+    /// Whether the circuit breaker refused the request.
+    pub broken: bool,
+}
+
+/// How long an answer takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Wait {
+    #[default]
+    NotAsked,
+    /// It has lasted since then.
+    Since(Monotonic),
+    /// The head of the answer came after so many nanoseconds.
+    Took(u64),
 }
 
 /// What is remembered of a request until its response.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Exchange {
     /// Whose answer is awaited; `None` where nobody wants to know.
     pub observed: Option<TargetId>,
+    /// How long its answer takes, where a guard asks that.
+    wait: Wait,
+    /// How it passed a circuit breaker, which wants to know how it fares.
+    passage: Option<Passage>,
     /// What the answer is to a judge.
     pub sample: Option<Sample>,
     /// What is to replace the upstream's answer.
@@ -147,6 +197,19 @@ pub struct Exchange {
     pub is_grpc: bool,
     /// The trace that the client is told of; `None` where it is told nothing.
     pub trace: Option<TraceContext>,
+    /// What the route's limits want to know or to tell; `None` where that is nothing.
+    pub limited: Option<Box<Limited>>,
+}
+
+/// What is remembered of a route's limits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limited {
+    /// An index into the policy's routes.
+    route: usize,
+    /// The limit that the client is told of; `None` where it is told nothing.
+    told: Option<Told>,
+    /// What is held until the answer tells whether the request counts.
+    held: Vec<Held>,
 }
 
 /// A response fault.
@@ -155,13 +218,16 @@ pub struct Replacement {
     pub status: Status,
     /// Whether a header says so.
     pub marks: bool,
-    /// An index into the policy's routes.
-    pub route: usize,
+    pub experiment: Experiment,
 }
 
 impl Exchange {
     fn is_awaited(&self) -> bool {
-        self.observed.is_some() || self.sample.is_some()
+        self.observed.is_some() || self.sample.is_some() || self.passage.is_some() || self.holds()
+    }
+
+    fn holds(&self) -> bool {
+        self.limited.as_ref().is_some_and(|limited| !limited.held.is_empty())
     }
 }
 
@@ -173,33 +239,37 @@ impl Filter {
     pub fn new(policy: Policy, host: &impl Host) -> Filter {
         let meters = Meters::define(&policy, host);
         let secret = agree_on_secret(&policy, host);
-        let watch = |fault: &Fault, target: &TargetId| {
-            let totals = meters.targets.get(target.0).map_or(Totals::default(), |target| target.totals(host));
-            Watch::new(fault.guard, host.now(), totals)
-        };
-        let watches = policy
-            .routes
-            .iter()
-            .map(|route| match &route.fault {
-                Some(fault) => route.targets.iter().map(|target| watch(fault, target)).collect(),
-                None => Vec::new(),
-            })
-            .collect();
+        let routes = policy.routes.iter().zip(&meters.routes);
+        let watches = routes.map(|(route, meters)| watch::watches(&policy, route, meters, host)).collect();
         let stands = policy.routes.iter().zip(&meters.routes).map(|(route, meters)| Stand::new(route, meters));
         let trials =
             stands.map(|stand| stand.map_or_else(Trial::default, |stand| Trial::take_up(&stand, host))).collect();
-        let (leases, calls) = (Leases::default(), Calls::default());
-        let worker = WorkerState { secret, leases, calls, watches, trials };
-        Filter { policy, meters, worker }
+        let hosts = policy.targets.iter().map(|target| Hosts::new(&policy, target)).collect();
+        let polls = poll::polls(&policy, host);
+        let fuses = policy.routes.iter().zip(&meters.routes).map(|(route, meters)| Fuse::new(route, meters));
+        let circuits = fuses.map(|fuse| fuse.map(|fuse| Circuit::new(&fuse, host))).collect();
+        let limiter = Limiter { secret, leases: Leases::default(), calls: Calls::default() };
+        let worker = WorkerState { limiter, watches, hosts, polls, circuits, trials };
+        let mut filter = Filter { policy, meters, worker, period: None, held_period: None };
+        filter.period = filter.period(false);
+        filter.held_period = filter.period(true);
+        filter
     }
 
     pub fn policy(&self) -> &Policy {
         &self.policy
     }
 
-    /// Decides on a request from its serialised headers. `may_hold` says whether another stream can be delayed.
-    pub fn on_request<'p>(&'p mut self, host: &impl Host, headers: &'p [u8], may_hold: bool) -> Decision<'p> {
-        self.decide(host, headers, may_hold, None)
+    /// Decides on a request from its serialised headers. `has_body` says whether a body follows, `may_hold` whether
+    /// another stream can be delayed.
+    pub fn on_request<'p>(
+        &'p mut self,
+        host: &impl Host,
+        headers: &'p [u8],
+        has_body: bool,
+        may_hold: bool,
+    ) -> Decision<'p> {
+        self.decide(host, headers, has_body, may_hold, None)
     }
 
     /// Decides on a request that waited, from the same headers and what was found.
@@ -211,8 +281,8 @@ impl Filter {
         waiting: Box<Waiting>,
         outcome: Outcome,
     ) -> Decision<'p> {
-        self.worker.calls.leave();
-        self.decide(host, headers, may_hold, Some((waiting, outcome)))
+        self.worker.limiter.calls.leave();
+        self.decide(host, headers, waiting.has_body, may_hold, Some((waiting, outcome)))
     }
 
     #[inline(never)]
@@ -220,12 +290,13 @@ impl Filter {
         &'p mut self,
         host: &impl Host,
         headers: &'p [u8],
+        has_body: bool,
         may_hold: bool,
         waited: Option<(Box<Waiting>, Outcome)>,
     ) -> Decision<'p> {
-        let Filter { policy, meters, worker } = self;
+        let Filter { policy, meters, worker, .. } = self;
         let policy: &'p Policy = policy;
-        let mut request = Request::parse(headers, &policy.header_names);
+        let mut request = Request::parse(headers, &policy.header_names).with_body(has_body);
         if policy.reads_route_name {
             request = request.with_route_name(host.property(&["xds", "route_name"]));
         }
@@ -295,86 +366,94 @@ impl WorkerState {
         continuation: Option<Continuation>,
         waited: Option<(Box<Waiting>, Outcome)>,
     ) -> Decision<'p> {
-        let WorkerState { secret, leases, calls, watches, trials } = self;
+        let WorkerState { limiter, watches, trials, .. } = self;
         let mut decision = Decision::default();
-        let Decision { verdict, mutations, exchange, reasons } = &mut decision;
-        exchange.is_grpc = request.is_grpc();
-        reasons.trace = continuation;
+        decision.exchange.is_grpc = request.is_grpc();
+        decision.reasons.trace = continuation;
 
         let Some((index, route)) = policy.route(request) else {
             host.add(meters.unmatched, 1);
-            policy.steer(request, None, mutations);
+            policy.steer(request, None, &mut decision.mutations);
             return decision;
         };
-        reasons.route = Some(index);
+        decision.reasons.route = Some(index);
         let Some(meters) = meters.routes.get(index) else { return decision };
 
+        // What was found of a request before it waited for a service stands.
+        let mut heard = waited.map(|(waiting, outcome)| {
+            let Waiting { admission, inquiry, exchange, chosen, .. } = *waiting;
+            let reasons = &mut decision.reasons;
+            (decision.exchange, reasons.admission) = (exchange, admission);
+            if let Some((choice, share, decided)) = chosen {
+                (reasons.choice, reasons.share, reasons.decided) = (Some(choice), share, decided);
+            }
+            if let Some(sample) = &mut decision.exchange.sample {
+                sample.restart(|| host.now());
+            }
+            (inquiry, outcome)
+        });
+
         // Limits before anything is chosen or injected: a refused request costs its upstream and the experiment
-        // nothing.
-        if !route.limits.is_empty() && waited.is_none() {
-            let admission = admit(&route.limits, secret, leases, request, &route.name, host.now(), host);
-            meters.count_admission(&admission, host);
-            if let Some((limit, wait)) = admission.refused
-                && let Some(limit) = route.limits.get(limit)
-            {
-                *verdict = Verdict::Answer(limit.refusal(wait, exchange.is_grpc));
-                mutations.clear();
-            }
-            let refused = admission.refused.is_some();
-            reasons.admission = Some(admission);
-            if refused {
-                return decision;
-            }
+        // nothing. Only where a limit counts by subset they have to come after the choice.
+        let mut scene = Scene { request, route: &route.name, subset: None, properties: host };
+        if route.has_limits()
+            && !route.limits_read_subset
+            && !limiter.admits((index, route), meters, &scene, heard.take(), host, &mut decision)
+        {
+            return decision;
         }
 
-        // Those of a fleet after the proxy's own, which cost nothing to ask and can be given back.
-        if !route.global_limits.is_empty() {
-            let asker = Asker {
-                limits: &route.global_limits,
-                route: index,
-                route_name: &route.name,
-                secret,
-                calls,
-                leases,
-                count: &|limit, event| meters.count_event(limit, event, host),
-            };
-            if let Some(found) = ask_services(asker, &route.limits, request, host, reasons, waited) {
-                *verdict = found;
-                mutations.clear();
-            }
-            if let Some(inquiry) = &reasons.inquiry {
-                meters.count_inquiry(inquiry, host);
-            }
-            if !matches!(verdict, Verdict::Continue) {
-                return decision;
+        // The breaker after the limits, because a probe that a limit refuses shows nothing. Who waited behind it has
+        // passed it.
+        if decision.exchange.passage.is_none()
+            && let Some(fuse) = Fuse::new(route, meters)
+        {
+            match fuse.admit(index, host) {
+                Ok(passage) => decision.exchange.passage = Some(passage),
+                Err(wait) => {
+                    let is_grpc = decision.exchange.is_grpc;
+                    decision.verdict = Verdict::Answer(fuse.breaker.refusal(&route.name, wait, is_grpc));
+                    decision.reasons.broken = true;
+                    return decision;
+                }
             }
         }
 
         // The destination before the fault, because the fault's guard looks at the one that was chosen.
         let trial = Stand::new(route, meters).zip(trials.get_mut(index));
         let destination = route.split.as_ref().and_then(|split| {
-            let choice = match trial {
-                Some((stand, trial)) => {
+            let choice = match (decision.reasons.choice, trial) {
+                (Some(choice), _) => choice,
+                (None, Some((stand, trial))) => {
                     let carried = carried.decided(&stand.canary.rollout);
                     let (choice, share) = trial.choose(&stand, request, carried, host);
-                    reasons.share = Some(share);
-                    reasons.decided = Trial::decided(&stand, choice, share);
-                    exchange.sample = trial.sample(&stand, index, (choice, share), host);
+                    decision.reasons.share = Some(share);
+                    decision.reasons.decided = Trial::decided(&stand, choice, share);
+                    decision.exchange.sample = trial.sample(&stand, index, (choice, share), host);
                     choice
                 }
-                None => split.choose(Fraction::NONE, None, || host.random()),
+                (None, None) => split.choose(Fraction::NONE, None, || host.random()),
             };
-            reasons.choice = Some(choice);
+            decision.reasons.choice = Some(choice);
             split.destinations.get(choice.destination)
         });
+        if route.limits_read_subset {
+            scene.subset = destination.map(|(destination, _)| &*destination.subset).filter(|name| !name.is_empty());
+            if !limiter.admits((index, route), meters, &scene, heard, host, &mut decision) {
+                return decision;
+            }
+        }
+        let Decision { verdict, mutations, exchange, reasons } = &mut decision;
         policy.steer(request, destination.map(|(destination, _)| destination), mutations);
         let chosen = reasons.choice.map_or(0, |choice| choice.destination);
         let Some(sent_to) = meters.destinations.get(chosen) else { return decision };
         host.add(sent_to.requests, 1);
 
-        // The fault last: what is injected replaces what would have happened otherwise.
+        // The fault last: what is injected replaces what would have happened otherwise. A probe of the breaker is spared,
+        // because it has to show how the target is.
+        let is_probe = exchange.passage.is_some_and(Passage::is_probe);
         if let Some(fault) = &route.fault
-            && !fault.target.includes(request, chosen, host)
+            && (is_probe || !fault.target.includes(request, chosen, host))
         {
             reasons.withheld = Some(Withheld::NotAimed);
         } else if let (Some(fault), Some(faults)) = (&route.fault, &meters.faults) {
@@ -382,21 +461,27 @@ impl WorkerState {
             let context = reasons.trace.as_ref().map(|continuation| continuation.context).or_else(inbound);
             let trace_id = context.map(|context| context.trace_id);
             reasons.drawn = fault.draw(fault.asked(request), trace_id, || host.random());
+            let drawn = &reasons.drawn;
+            let post = Post { fault, meters, sent_to };
+            let mut watch = watches.get_mut(index).and_then(|watches| watches.get_mut(chosen));
             let mut is_unwell = || {
-                let watch = watches.get_mut(index).and_then(|watches| watches.get_mut(chosen));
-                let name = destination.map_or(&*route.name, |(destination, _)| destination.label());
-                watch.is_none_or(|watch| is_suspended(watch, sent_to, &route.name, name, host))
+                let probe = || fault.number(Draw::Probe, trace_id).unwrap_or_else(|| host.random());
+                watch.as_mut().map_or(Some(Withheld::Suspended), |watch| watch.withholds(&post, probe, host))
             };
-            reasons.withheld = if reasons.drawn.is_none() {
+            reasons.withheld = if drawn.is_none() {
                 Some(Withheld::NotDrawn)
-            } else if is_unwell() {
-                Some(Withheld::Suspended)
+            } else if let Some(unwell) = is_unwell() {
+                Some(unwell)
             } else if fault.shadow {
                 Some(Withheld::Shadow)
-            } else if reasons.drawn.delay.is_some() && !may_hold {
+            } else if drawn.delay.is_some() && !may_hold {
                 Some(Withheld::Overflow)
             } else if fault.slots.as_ref().is_some_and(|slots| !slots.take(host)) {
                 Some(Withheld::MaxActive)
+            } else if drawn.fails() && watch.is_some_and(|watch| !watch.spend(&post, host)) {
+                // Last, because it is spent.
+                fault.slots.iter().for_each(|slots| slots.give_back(host));
+                Some(Withheld::Budget)
             } else {
                 None
             };
@@ -407,15 +492,15 @@ impl WorkerState {
                     Some(Abort::Reset) => Verdict::Reset,
                     Some(Abort::Asked) | None => Verdict::Continue,
                 };
-                let marks = fault.marks;
-                let replacement = |status| Replacement { status, marks, route: index };
+                let experiment = Experiment { route: index as u32, destination: chosen as u32 };
+                let replacement = |status| Replacement { status, marks: fault.marks, experiment };
                 exchange.replacement = reasons.drawn.response.map(replacement);
                 exchange.slot = fault.slots.as_ref().map(|_| Slot(index));
                 if let Some(delay) = reasons.drawn.delay {
                     let then = std::mem::take(verdict);
                     // Nothing more is to come of the fault then, unless an answer is still to be replaced.
                     let slot = if exchange.replacement.is_none() { exchange.slot.take() } else { None };
-                    *verdict = Verdict::Delay(Box::new(Hold { delay, then, slot }));
+                    *verdict = Verdict::Delay(Box::new(Hold { delay, then, experiment, slot }));
                 }
             }
         }
@@ -428,11 +513,125 @@ impl WorkerState {
         // Only a request that nothing was done to tells how its target is. An answer that will be replaced is learned
         // from before.
         if *verdict == Verdict::Continue {
-            exchange.observed = route.targets.get(chosen).copied().filter(|target| policy.is_watched(*target));
+            exchange.observed = route.targets.get(chosen).copied();
+            let watched = exchange.observed.and_then(|target| policy.watched(target));
+            exchange.observed = exchange.observed.filter(|_| watched.is_some());
+            if watched.is_some_and(|target| !target.edges.is_empty()) {
+                exchange.wait = Wait::Since(host.now());
+            }
         } else {
             exchange.sample = None;
+            exchange.passage = None;
+        }
+        if *verdict.last() != Verdict::Continue
+            && let Some(limited) = &mut exchange.limited
+        {
+            settle(&route.limits, &std::mem::take(&mut limited.held), None, host.now(), host);
         }
         decision
+    }
+}
+
+impl Limiter {
+    /// Whether the limits of a route admit a request; where they do not, the decision is to tell it so, or to wait.
+    /// `heard`: what was found of a request that waited.
+    fn admits(
+        &mut self,
+        (index, route): (usize, &Route),
+        meters: &RouteMeters,
+        scene: &Scene<'_, '_>,
+        heard: Option<(Box<Inquiry>, Outcome)>,
+        host: &impl Host,
+        decision: &mut Decision<'_>,
+    ) -> bool {
+        let has_services = !route.global_limits.is_empty();
+        if heard.is_none() && !route.limits.is_empty() {
+            let (secret, leases) = (&self.secret, &mut self.leases);
+            let mut admission = admit(&route.limits, !has_services, secret, leases, scene, host.now(), host);
+            meters.count_admission(&admission, host);
+            let Decision { exchange, reasons, .. } = &mut *decision;
+            if admission.told.is_some() || !admission.held.is_empty() {
+                let held = std::mem::take(&mut admission.held);
+                exchange.limited = Some(Box::new(Limited { route: index, told: admission.told, held }));
+            }
+            let refusal = admission.refused;
+            if refusal.is_some() || !admission.remarks.is_empty() || has_services {
+                reasons.admission = Some(Box::new(admission));
+            }
+            if let Some(refusal) = refusal {
+                if let Some(limit) = route.limits.get(refusal.told.limit) {
+                    decision.refuse(limit.refusal(&refusal, decision.exchange.is_grpc));
+                }
+                return false;
+            }
+        }
+        // Those of a fleet after the proxy's own, which cost nothing to ask and can be given back.
+        !has_services || self.ask_services((index, route), meters, scene, heard, host, decision)
+    }
+
+    /// Asks the global limits of a route about a request that its own limits have admitted. Where one refuses, what was
+    /// charged is given back.
+    #[inline(never)]
+    fn ask_services(
+        &mut self,
+        (index, route): (usize, &Route),
+        meters: &RouteMeters,
+        scene: &Scene<'_, '_>,
+        heard: Option<(Box<Inquiry>, Outcome)>,
+        host: &impl Host,
+        decision: &mut Decision<'_>,
+    ) -> bool {
+        let now = host.now();
+        let mut asker = Asker {
+            limits: &route.global_limits,
+            route: index,
+            secret: &self.secret,
+            calls: &mut self.calls,
+            leases: &mut self.leases,
+            count: &|limit, event| meters.count_event(limit, event, host),
+        };
+        let mut inquiry = Box::<Inquiry>::default();
+        if let Some((found, outcome)) = heard {
+            inquiry = found;
+            asker.hear(&mut inquiry, outcome, scene, now, host);
+        }
+        let Decision { verdict, exchange, reasons, .. } = &mut *decision;
+        if let Some(call) = asker.ask(&mut inquiry, scene, now, host) {
+            *verdict = Verdict::Wait(Box::new(Waiting {
+                call,
+                route: index,
+                has_body: scene.request.has_body(),
+                admission: reasons.admission.take(),
+                inquiry,
+                exchange: std::mem::take(exchange),
+                chosen: reasons.choice.map(|choice| (choice, reasons.share, reasons.decided)),
+            }));
+            return false;
+        }
+        meters.count_inquiry(&inquiry, host);
+        let refused = inquiry.refused;
+        if let Some(refusal) = refused {
+            give_back(&mut inquiry, &route.global_limits, now, host);
+            if let Some(admission) = &mut reasons.admission {
+                take_back(admission, &route.limits, &mut self.leases, now, host);
+            }
+            // What was held was charged, and is given back with it.
+            exchange.limited = None;
+            if let Some(limit) = route.global_limits.get(refusal.limit) {
+                decision.refuse(limit.refusal(refusal.wait, decision.exchange.is_grpc));
+            }
+        }
+        decision.reasons.inquiry = Some(inquiry);
+        refused.is_none()
+    }
+}
+
+impl Decision<'_> {
+    /// Answers in the upstream's place, so that there is nothing to learn from.
+    fn refuse(&mut self, reply: LocalReply) {
+        self.verdict = Verdict::Answer(reply);
+        self.mutations.clear();
+        (self.exchange.sample, self.exchange.passage) = (None, None);
     }
 }
 
@@ -440,9 +639,9 @@ impl Filter {
     /// Takes the answer to a call for which `waiting` requests wait. What is found is for these, each of which goes on
     /// with [`Filter::on_settled`]. `None` where this filter sent no such call.
     pub fn on_answer(&mut self, host: &impl Host, answer: GrpcAnswer<'_>, waiting: usize) -> Option<Settled> {
-        let Filter { policy, meters, worker } = self;
+        let Filter { policy, meters, worker, .. } = self;
         let limit = |place| policy.global_limit(place);
-        let settled = worker.calls.settle(answer, waiting, limit, host.now(), host)?;
+        let settled = worker.limiter.calls.settle(answer, waiting, limit, host.now(), host)?;
         if let Some(meters) = meters.routes.get(settled.place.route) {
             if let Some(failure) = settled.failure {
                 meters.count_event(settled.place.limit, Event::Failed(failure), host);
@@ -454,15 +653,15 @@ impl Filter {
         Some(settled)
     }
 
-    /// Gives back what was charged for a request whose client has gone while it waited.
+    /// Gives back what was charged, or is held, for a request whose client has gone while it waited.
     pub fn on_gone(&mut self, host: &impl Host, mut waiting: Waiting) {
-        let Filter { policy, meters, worker } = self;
-        worker.calls.leave();
+        let Filter { policy, meters, worker, .. } = self;
+        worker.limiter.calls.leave();
         let Some(route) = policy.routes.get(waiting.route) else { return };
         let now = host.now();
         give_back(&mut waiting.inquiry, &route.global_limits, now, host);
         if let Some(admission) = &mut waiting.admission {
-            take_back(admission, &route.limits, &mut worker.leases, now, host);
+            take_back(admission, &route.limits, &mut worker.limiter.leases, now, host);
         }
         if let Some(meters) = meters.routes.get(waiting.route) {
             meters.count_event(waiting.inquiry.next(), Event::Gone, host);
@@ -496,6 +695,16 @@ impl Filter {
         {
             change(mutation);
         }
+        if let Some(limited) = &mut exchange.limited
+            && let Some(told) = limited.told.take()
+            && let Some(limit) = self.policy.routes.get(limited.route).and_then(|route| route.limits.get(told.limit))
+        {
+            limit.tell(&told, &mut |(name, value, is_list)| {
+                let value = Cow::Owned(value.into_bytes());
+                let add = if is_list { HeaderMutation::Add } else { HeaderMutation::Set };
+                change(add(name, value));
+            });
+        }
     }
 
     /// Replaces the status of an answer that the upstream gave, of a gRPC call where its status stands. What Envoy
@@ -508,13 +717,16 @@ impl Filter {
         header: Header<'_>,
         change: &mut dyn FnMut(HeaderMutation<'static>),
     ) -> Option<Status> {
+        let Replacement { status, experiment, .. } = exchange.replacement?;
         let found = number(header(":status")).unwrap_or(0);
-        let details = host.property(&["response", "code_details"]);
-        if found < 200 || details.is_some_and(|details| details != b"via_upstream") {
+        let is_of_others = || {
+            let details = host.property(&["response", "code_details"]);
+            found < 200 || details.is_some_and(|details| details != b"via_upstream")
+        };
+        if self.ends_faults(experiment) || is_of_others() {
             exchange.replacement = None;
             return None;
         }
-        let Replacement { status, .. } = exchange.replacement?;
         let has_grpc_status = exchange.is_grpc && header("grpc-status").is_some();
         if has_grpc_status || !exchange.is_grpc || found != 200 {
             self.put(host, exchange.replacement.take()?, has_grpc_status, change);
@@ -526,11 +738,13 @@ impl Filter {
     fn put(
         &self,
         host: &impl Host,
-        Replacement { status, marks, route }: Replacement,
+        Replacement { status, marks, experiment }: Replacement,
         as_grpc: bool,
         change: &mut dyn FnMut(HeaderMutation<'static>),
     ) {
-        if let Some(faults) = self.meters.routes.get(route).and_then(|meters| meters.faults.as_ref()) {
+        if let Some(faults) =
+            self.meters.routes.get(experiment.route as usize).and_then(|meters| meters.faults.as_ref())
+        {
             faults.count_response(host);
         }
         let (name, code) = if as_grpc { ("grpc-status", status.grpc().into()) } else { (":status", status.http()) };
@@ -550,6 +764,9 @@ impl Filter {
         let Some(status) = number(header(":status")) else { return };
         if let Some(sample) = &mut exchange.sample {
             sample.answered(|| host.now());
+        }
+        if let Wait::Since(since) = exchange.wait {
+            exchange.wait = Wait::Took(host.now().saturating_sub(since));
         }
         let grpc_status = if exchange.is_grpc { number(header("grpc-status")) } else { None };
         if exchange.is_grpc && status == 200 && grpc_status.is_none() {
@@ -590,17 +807,39 @@ impl Filter {
         status: u16,
         grpc_status: Option<u16>,
     ) {
+        // What another hop injected tells nothing of the attempt.
+        if exchange.holds()
+            && let Some(limited) = &mut exchange.limited
+            && let Some(route) = self.policy.routes.get(limited.route)
+        {
+            let status = grpc_status.map_or(status, |code| http_from_grpc(u8::try_from(code).unwrap_or(u8::MAX)));
+            let status = if header(MARK).is_some() { None } else { Some(status) };
+            settle(&route.limits, &std::mem::take(&mut limited.held), status, host.now(), host);
+        }
         let failed = is_failure(status, grpc_status);
         // A fault of another Trimtab on the way, such as an upstream filter of this Envoy, is nobody's failure.
         if failed && header(MARK).is_some() {
-            (exchange.observed, exchange.sample) = (None, None);
+            (exchange.observed, exchange.sample, exchange.passage) = (None, None, None);
             return;
         }
-        if let Some(meters) = exchange.observed.take().and_then(|target| self.meters.targets.get(target.0)) {
-            host.add(meters.requests, 1);
-            if failed {
-                host.add(meters.failures, 1);
+        if let Some(target) = exchange.observed.take()
+            && let Some(meters) = self.meters.targets.get(target.0)
+        {
+            // Who answered is asked only where it was a failure.
+            let details = if status >= 500 { host.property(&["response", "code_details"]) } else { None };
+            let took = if let Wait::Took(took) = exchange.wait { took } else { 0 };
+            meters.count(failed, details.as_deref().is_some_and(is_outage), took, host);
+            if let Some(Some(hosts)) = self.worker.hosts.get_mut(target.0) {
+                let is_local = details.is_some_and(|details| details != b"via_upstream");
+                hosts.note(answer(status, grpc_status, is_local), host);
             }
+        }
+        if let Some(passage) = exchange.passage.take()
+            && let Some(route) = self.policy.routes.get(passage.route())
+            && let Some(fuse) = self.meters.routes.get(passage.route()).and_then(|meters| Fuse::new(route, meters))
+            && let Some(Some(circuit)) = self.worker.circuits.get_mut(passage.route())
+        {
+            circuit.learn(&fuse, passage, failed, host);
         }
         // Somebody's limit says nothing of the version that answered.
         let is_limited = status == 429 || grpc_status == Some(8);
@@ -617,12 +856,19 @@ impl Filter {
     /// [`Filter::tick_period`].
     pub fn on_tick(&mut self, host: &impl Host) {
         let now = host.now();
-        return_leases(&mut self.worker.leases, |id| self.policy.limit(id), now, host);
-        for (route, watches) in self.policy.routes.iter().zip(&mut self.worker.watches) {
-            for (target, watch) in route.targets.iter().zip(watches) {
-                if let Some(meters) = self.meters.targets.get(target.0) {
-                    watch.mark(now, || meters.totals(host));
+        return_leases(&mut self.worker.limiter.leases, |id| self.policy.rate(id), now, host);
+        for (index, watches) in self.worker.watches.iter_mut().enumerate() {
+            for (destination, watch) in watches.iter_mut().enumerate() {
+                if let Some(post) = Post::new(&self.policy, &self.meters, index, destination) {
+                    watch.tick(&post, host);
                 }
+            }
+        }
+        self.worker.polls.iter_mut().for_each(|poll| poll.tick(host));
+        let routes = self.policy.routes.iter().zip(&self.meters.routes);
+        for ((route, meters), circuit) in routes.zip(&mut self.worker.circuits) {
+            if let (Some(fuse), Some(circuit)) = (Fuse::new(route, meters), circuit) {
+                circuit.tick(&fuse, host);
             }
         }
         for ((route, meters), trial) in self.policy.routes.iter().zip(&self.meters.routes).zip(&mut self.worker.trials)
@@ -633,52 +879,62 @@ impl Filter {
         }
     }
 
-    /// How often [`Filter::on_tick`] is to be called, in nanoseconds; `None` where nothing changes with time.
-    pub fn tick_period(&self) -> Option<u64> {
-        let windows = self.worker.watches.iter().flatten().map(Watch::step).min();
-        let leases = self.policy.has_leases().then_some(Leases::TICK);
-        let is_judged = self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some());
-        windows.into_iter().chain(leases).chain(is_judged.then_some(JUDGE_PERIOD)).min()
+    /// Learns from the answer to a call that the filter has sent; `body` is `None` where it was too long to be read.
+    pub fn on_call_answered(&mut self, host: &impl Host, call: u32, status: Option<Vec<u8>>, body: Option<&[u8]>) {
+        let status = number(status).unwrap_or(0);
+        self.worker.polls.iter_mut().for_each(|poll| poll.answered(call, status, body, host));
     }
-}
 
-/// Asks the global limits of a route about a request that its own limits have admitted. What is to be done with the
-/// request unless they admit it: wait, or be refused, and then what was charged is given back.
-#[inline(never)]
-fn ask_services(
-    mut asker: Asker<'_>,
-    own: &[Limit],
-    request: &Request<'_>,
-    host: &impl Host,
-    reasons: &mut Reasons,
-    waited: Option<(Box<Waiting>, Outcome)>,
-) -> Option<Verdict> {
-    let now = host.now();
-    let mut inquiry = Box::<Inquiry>::default();
-    if let Some((waiting, outcome)) = waited {
-        (reasons.admission, inquiry) = (waiting.admission, waiting.inquiry);
-        asker.hear(&mut inquiry, outcome, request, now, host);
+    /// How often [`Filter::on_tick`] is to be called, in nanoseconds; `None` where nothing changes with time.
+    /// `is_holding` says whether a stream is held.
+    pub fn tick_period(&self, is_holding: bool) -> Option<u64> {
+        if is_holding { self.held_period } else { self.period }
     }
-    if let Some(call) = asker.ask(&mut inquiry, request, now, host) {
-        let admission = reasons.admission.take();
-        return Some(Verdict::Wait(Box::new(Waiting { call, route: asker.route, admission, inquiry })));
-    }
-    let refused = inquiry.refused;
-    if refused.is_some() {
-        give_back(&mut inquiry, asker.limits, now, host);
-        if let Some(admission) = &mut reasons.admission {
-            take_back(admission, own, asker.leases, now, host);
+
+    /// [`Filter::tick_period`], which stays as it is.
+    fn period(&self, is_holding: bool) -> Option<u64> {
+        let mut least = u64::MAX;
+        let mut at_most = |period: u64| least = least.min(period);
+        let worker = &self.worker;
+        worker.watches.iter().flatten().for_each(|watch| at_most(watch.period(is_holding)));
+        worker.polls.iter().for_each(|poll| at_most(poll.period()));
+        worker.circuits.iter().flatten().for_each(|circuit| at_most(circuit.period()));
+        if self.policy.has_leases() {
+            at_most(Leases::TICK);
         }
+        if self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some()) {
+            at_most(JUDGE_PERIOD);
+        }
+        (least < u64::MAX).then_some(least)
     }
-    reasons.inquiry = Some(inquiry);
-    let limit = asker.limits.get(refused?.limit)?;
-    Some(Verdict::Answer(limit.refusal(refused?.wait, request.is_grpc())))
+
+    /// Whether a stream that `experiment` holds has to be let go, unfaulted: it was suspended, or is over. So it stood at
+    /// the last tick.
+    pub fn ends_faults(&self, experiment: Experiment) -> bool {
+        let watches = self.worker.watches.get(experiment.route as usize);
+        let watch = watches.and_then(|watches| watches.get(experiment.destination as usize));
+        watch.is_none_or(Watch::ends_faults)
+    }
+
+    /// Whether what follows a delay of `experiment` may still be injected now.
+    pub fn may_fault(&mut self, host: &impl Host, experiment: Experiment) -> bool {
+        let Experiment { route, destination } = experiment;
+        let (route, destination) = (route as usize, destination as usize);
+        let post = Post::new(&self.policy, &self.meters, route, destination);
+        let watch = self.worker.watches.get_mut(route).and_then(|watches| watches.get_mut(destination));
+        let (Some(post), Some(watch)) = (post, watch) else { return false };
+        watch.look(&post, host);
+        !watch.ends_faults()
+    }
 }
 
 /// Whether something was done to a request that its trace has to tell, whatever samplers say.
 fn is_forced(force: Force, policy: &Policy, reasons: &Reasons, host: &impl Host) -> bool {
     let is_faulted = || !reasons.drawn.is_none() && reasons.withheld.is_none();
-    let is_limited = |admission: &Admission| admission.refused.is_some() || !admission.would_refuse.is_empty();
+    let is_limited = |admission: &Admission| {
+        let would_refuse = |remark: &Remark| matches!(remark, Remark::WouldRefuse(_));
+        admission.refused.is_some() || admission.remarks.iter().any(would_refuse)
+    };
     let is_limited_by_fleet = |inquiry: &Inquiry| inquiry.refused.is_some() || !inquiry.would_refuse.is_empty();
     let is_moved = || {
         let split = policy.routes.get(reasons.route?)?.split.as_ref()?;
@@ -691,41 +947,9 @@ fn is_forced(force: Force, policy: &Policy, reasons: &Reasons, host: &impl Host)
         Some(place < due.weight.ppm())
     };
     (force.fault && is_faulted())
-        || (force.rate_limit && reasons.admission.as_ref().is_some_and(is_limited))
+        || (force.rate_limit && reasons.admission.as_deref().is_some_and(is_limited))
         || (force.rate_limit && reasons.inquiry.as_deref().is_some_and(is_limited_by_fleet))
         || (force.rollback && is_moved() == Some(true))
-}
-
-/// Whether the target is unwell by the judgement of `watch`, or was a short while ago by any worker's. `route` and
-/// `destination` are for the log.
-fn is_suspended(
-    watch: &mut Watch,
-    meters: &DestinationMeters,
-    route: &str,
-    destination: &str,
-    host: &impl Host,
-) -> bool {
-    const MILLISECOND: u64 = 1_000_000;
-    let until = host.value(meters.suspended_until).saturating_mul(MILLISECOND);
-    match watch.judge(host.now(), meters.target.totals(host), until) {
-        State::Suspended { .. } => true,
-        State::Tripped { recent, until } => {
-            host.set_gauge(meters.suspended_until, until.div_ceil(MILLISECOND));
-            let Totals { requests, failures } = recent;
-            log::warn!(
-                "route {route}: fault injection suspended: {failures} of {requests} requests to {destination} failed \
-                 without a fault of ours"
-            );
-            true
-        }
-        State::Armed => {
-            if until > 0 {
-                host.set_gauge(meters.suspended_until, 0);
-                log::info!("route {route}: fault injection resumed: {destination} is well again");
-            }
-            false
-        }
-    }
 }
 
 /// The value of a header that is a number.

@@ -163,6 +163,7 @@ pub struct Request<'a> {
     slots: Vec<Slot>,
     names: &'a HeaderNames,
     path_end: usize,
+    has_body: bool,
     route_name: Option<Vec<u8>>,
 }
 
@@ -186,10 +187,20 @@ impl<'a> Request<'a> {
                 slot.values += 1;
             }
         }
-        let mut request = Request { block, slots, names, path_end: 0, route_name: None };
+        let mut request = Request { block, slots, names, path_end: 0, has_body: false, route_name: None };
         let target = request.first(HeaderNames::PATH).unwrap_or_default();
         request.path_end = target.iter().position(|byte| matches!(byte, b'?' | b'#')).unwrap_or(target.len());
         request
+    }
+
+    /// The request, of which a body follows or not.
+    pub fn with_body(self, has_body: bool) -> Self {
+        Request { has_body, ..self }
+    }
+
+    /// Whether a body follows.
+    pub fn has_body(&self) -> bool {
+        self.has_body
     }
 
     /// The request with the name of the route that Envoy chose for it.
@@ -447,10 +458,28 @@ pub struct LocalReply {
     pub status: u16,
     /// For Envoy's `response.code_details`: who answered and why, in one word.
     pub details: &'static str,
-    pub headers: Vec<(&'static str, String)>,
+    pub headers: Vec<(Cow<'static, str>, String)>,
     pub body: String,
     /// The status of a gRPC call (its message is `body`), sent without a body under HTTP status 200.
     pub grpc_status: Option<u8>,
+}
+
+/// The HTTP status of `google.rpc.Code`.
+pub fn http_from_grpc(code: u8) -> u16 {
+    match code {
+        0 => 200,
+        1 => 499,
+        3 | 9 | 11 => 400,
+        4 => 504,
+        5 => 404,
+        6 | 10 => 409,
+        7 => 403,
+        8 => 429,
+        12 => 501,
+        14 => 503,
+        16 => 401,
+        _ => 500,
+    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! What tells one client from another: where a cohort's and a limit's key come from.
 
+use crate::address::Address;
 use crate::document::Value;
 use crate::host::Properties;
 use crate::http::{HeaderId, HeaderNames, Request};
@@ -17,100 +18,171 @@ pub enum KeySource {
     PathSegment(usize),
     /// The client's address without its port, as Envoy worked it out from its trusted hops.
     SourceAddress,
+    /// The client's address, or the network it is in.
+    Network(Network),
     /// The name of the policy's route.
     Route,
     /// An attribute of Envoy, such as a JWT claim or the peer's identity.
     Property(Box<[Box<str>]>),
+    /// The subset of the destination that was chosen.
+    Subset,
+}
+
+/// Where a client's address is taken from, and how much of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Network {
+    /// How many proxies in front of this one are trusted to have written what they saw into X-Forwarded-For, as in
+    /// Envoy's `xff_num_trusted_hops`; with `None` the header is not looked at.
+    trusted_hops: Option<usize>,
+    forwarded_for: HeaderId,
+    v4_prefix: u32,
+    v6_prefix: u32,
+}
+
+/// What keys are taken from.
+#[derive(Clone, Copy)]
+pub struct Scene<'r, 'a> {
+    pub request: &'r Request<'a>,
+    /// The name of the policy's route.
+    pub route: &'a str,
+    /// The subset that was chosen, where that has happened.
+    pub subset: Option<&'a str>,
+    pub properties: &'r dyn Properties,
 }
 
 impl KeySource {
-    /// The key that `request` shows here, if any.
-    pub fn find<'a>(
-        &self,
-        request: &Request<'a>,
-        route: &'a str,
-        properties: &dyn Properties,
-    ) -> Option<Cow<'a, [u8]>> {
+    /// The key that a request shows here, if any.
+    pub fn find<'a>(&self, scene: &Scene<'_, 'a>) -> Option<Cow<'a, [u8]>> {
+        let Scene { request, route, subset, properties } = *scene;
         match self {
             KeySource::Header(id) => request.joined(*id),
             KeySource::Cookie(name) => request.cookie(name.as_bytes()).map(Cow::Borrowed),
             KeySource::QueryParameter(name) => request.query_parameter(name.as_bytes()).map(Cow::Borrowed),
             KeySource::PathSegment(index) => request.path_segment(*index).map(Cow::Borrowed),
-            KeySource::SourceAddress => {
-                let mut address = properties.property(&["source", "address"])?;
-                let port = address.iter().rposition(|byte| *byte == b':')?;
-                address.truncate(port);
-                Some(Cow::Owned(address))
+            KeySource::SourceAddress => peer(properties).map(Cow::Owned),
+            KeySource::Network(network) => {
+                network.find(request, properties).map(|network| Cow::Owned(network.into_bytes()))
             }
             KeySource::Route => Some(Cow::Borrowed(route.as_bytes())),
             KeySource::Property(path) => {
                 let path: Vec<&str> = path.iter().map(|segment| &**segment).collect();
                 properties.property(&path).map(Cow::Owned)
             }
+            KeySource::Subset => subset.map(|subset| Cow::Borrowed(subset.as_bytes())),
         }
     }
 
     /// The source in words.
     pub fn describe(&self, names: &HeaderNames) -> String {
         match self {
+            KeySource::Header(HeaderNames::METHOD) => "method".into(),
             KeySource::Header(id) => format!("header {}", names.name(*id)),
             KeySource::Cookie(name) => format!("cookie {name}"),
             KeySource::QueryParameter(name) => format!("query parameter {name}"),
             KeySource::PathSegment(index) => format!("path segment {index}"),
             KeySource::SourceAddress => "source address".into(),
+            KeySource::Network(Network { trusted_hops: None, .. }) => "source network".into(),
+            KeySource::Network(_) => "forwarded source network".into(),
             KeySource::Route => "route".into(),
             KeySource::Property(path) => format!("property {}", path.join(".")),
+            KeySource::Subset => "subset".into(),
         }
     }
 
-    /// Reads a list of sources such as `[{cookie: session}, {sourceAddress: {}}]`.
-    pub fn read_list(value: &Value<'_>, names: &mut HeaderNames) -> Vec<KeySource> {
+    /// Reads a list of sources such as `[{cookie: session}, {sourceAddress: {}}]`. `is_for_cohort`: what they choose is
+    /// the subset.
+    pub fn read_list(value: &Value<'_>, is_for_cohort: bool, names: &mut HeaderNames) -> Vec<KeySource> {
         const MOST: usize = 8;
         let sources = value.array().unwrap_or_default();
         if sources.is_empty() || sources.len() > MOST {
             value.error(format!("{} sources", sources.len()), format!("write 1 to {MOST} sources, or no key at all"));
         }
-        sources.iter().take(MOST).filter_map(|source| KeySource::read(source, names)).collect()
+        sources.iter().take(MOST).filter_map(|source| KeySource::read(source, is_for_cohort, names)).collect()
     }
 
-    fn read(value: &Value<'_>, names: &mut HeaderNames) -> Option<KeySource> {
+    fn read(value: &Value<'_>, is_for_cohort: bool, names: &mut HeaderNames) -> Option<KeySource> {
+        const KINDS: [&str; 9] =
+            ["header", "cookie", "queryParam", "pathSegment", "sourceAddress", "method", "route", "property", "subset"];
         let mut fields = value.object()?;
-        let name = |value: Value<'_>| value.text().map(Box::<str>::from);
-        let found: Vec<Option<KeySource>> = [
-            fields.optional("header").map(|value| {
-                let name = value.text()?;
-                read_header_name(&value, name, names).map(KeySource::Header)
-            }),
-            fields.optional("cookie").map(|value| name(value).map(KeySource::Cookie)),
-            fields.optional("queryParam").map(|value| name(value).map(KeySource::QueryParameter)),
-            fields
-                .optional("pathSegment")
-                .map(|value| value.integer(0..=63).map(|index| KeySource::PathSegment(index as usize))),
-            fields.optional("sourceAddress").map(|value| {
-                value.object()?.end();
-                Some(KeySource::SourceAddress)
-            }),
-            fields.optional("route").map(|value| {
-                value.object()?.end();
-                Some(KeySource::Route)
-            }),
-            fields.optional("property").map(|value| read_property(&value)),
-        ]
-        .into_iter()
-        .flatten()
-        .collect();
-        fields.not_yet("subset");
-        let value = fields.value().clone();
+        let found: Vec<(&str, Value<'_>)> =
+            KINDS.iter().filter_map(|kind| fields.optional(kind).map(|value| (*kind, value))).collect();
         fields.end();
-        if found.len() != 1 {
+        let [(kind, source)] = found.as_slice() else {
             value.error(
                 format!("{} sources in one entry", found.len()),
                 "write one source in each entry, such as {header: x-user-id}",
             );
             return None;
+        };
+        match *kind {
+            "header" => read_header_name(source, source.text()?, names).map(KeySource::Header),
+            "cookie" => source.text().map(|name| KeySource::Cookie(name.into())),
+            "queryParam" => source.text().map(|name| KeySource::QueryParameter(name.into())),
+            "pathSegment" => source.integer(0..=63).map(|index| KeySource::PathSegment(index as usize)),
+            "sourceAddress" => read_source_address(source, names),
+            "property" => read_property(source),
+            kind => {
+                source.object()?.end();
+                match kind {
+                    "method" => Some(KeySource::Header(HeaderNames::METHOD)),
+                    "route" => Some(KeySource::Route),
+                    _ if is_for_cohort => {
+                        source.error("the cohort decides on the subset", "take the key from what the request brings");
+                        None
+                    }
+                    _ => Some(KeySource::Subset),
+                }
+            }
         }
-        found.into_iter().next().flatten()
     }
+}
+
+impl Network {
+    /// Whether a part of the address is left out.
+    pub fn masks(&self) -> bool {
+        self.v4_prefix < 32 || self.v6_prefix < 128
+    }
+
+    /// The network of the address that the outermost trusted proxy saw, or where there is none, of whoever sent the
+    /// request to Envoy: entries further left in X-Forwarded-For are the client's own words.
+    fn find(&self, request: &Request<'_>, properties: &dyn Properties) -> Option<String> {
+        let forwarded = || {
+            let entries = request.joined(self.forwarded_for)?;
+            let entry = entries.rsplit(|byte| *byte == b',').nth(self.trusted_hops?)?;
+            Address::parse(entry.trim_ascii())
+        };
+        let address = forwarded().or_else(|| Address::parse(&peer(properties)?))?;
+        Some(address.network(self.v4_prefix, self.v6_prefix))
+    }
+}
+
+/// The address of the connection's other end, as Envoy tells it, without the port.
+fn peer(properties: &dyn Properties) -> Option<Vec<u8>> {
+    let mut address = properties.property(&["source", "address"])?;
+    let port = address.iter().rposition(|byte| *byte == b':')?;
+    address.truncate(port);
+    Some(address)
+}
+
+fn read_source_address(value: &Value<'_>, names: &mut HeaderNames) -> Option<KeySource> {
+    let mut fields = value.object()?;
+    let mut number = |field, range| fields.optional(field).map(|value| value.integer(range));
+    let v4_prefix = number("v4PrefixMaskLen", 1..=32);
+    let v6_prefix = number("v6PrefixMaskLen", 1..=128);
+    let trusted_hops = number("xffNumTrustedHops", 0..=32);
+    fields.end();
+    if v4_prefix.is_none() && v6_prefix.is_none() && trusted_hops.is_none() {
+        return Some(KeySource::SourceAddress);
+    }
+    Some(KeySource::Network(Network {
+        trusted_hops: match trusted_hops {
+            Some(hops) => Some(hops? as usize),
+            None => None,
+        },
+        forwarded_for: read_header_name(value, "x-forwarded-for", names)?,
+        v4_prefix: v4_prefix.unwrap_or(Some(32))? as u32,
+        v6_prefix: v6_prefix.unwrap_or(Some(128))? as u32,
+    }))
 }
 
 /// Reads the path of an attribute: "connection.requested_server_name", or a list where a segment holds a dot.
@@ -136,33 +208,86 @@ mod tests {
 
     #[test]
     fn each_source_finds_its_key() {
-        let text = br#"[{"header": "X-User"}, {"cookie": "s"}, {"queryParam": "q"}, {"pathSegment": 1},
-                        {"sourceAddress": {}}, {"route": {}}, {"property": "a.b"}, {"property": ["a", "b"]}]"#;
-        let node = Node::from_json(text).unwrap();
-        let report = Report::default();
         let mut names = HeaderNames::default();
-        let sources = KeySource::read_list(&Value::root(&node, &report), &mut names);
-        assert_eq!(report.into_diagnostics(), []);
+        let mut read = |text: &str| {
+            let node = Node::from_json(text.as_bytes()).unwrap();
+            let report = Report::default();
+            let sources = KeySource::read_list(&Value::root(&node, &report), false, &mut names);
+            assert_eq!(report.into_diagnostics(), []);
+            sources
+        };
+        let mut sources = read(
+            r#"[{"header": "X-User"}, {"cookie": "s"}, {"queryParam": "q"}, {"pathSegment": 1},
+                {"sourceAddress": {}}, {"route": {}}, {"property": "a.b"}, {"property": ["a", "b"]}]"#,
+        );
+        sources.extend(read(r#"[{"method": {}}, {"subset": {}}, {"sourceAddress": {"v6PrefixMaskLen": 32}}]"#));
         let host = Sim::new(1);
         host.set_property("source.address", b"[2001:db8::1]:4711");
         host.set_property("a.b", b"claim");
-        let block = encode_headers(&[("x-user", "ann"), ("cookie", "s=1"), (":path", "/users/42?q=z")]);
-        let request = Request::parse(&block, &names);
-        let found: Vec<_> = sources
-            .iter()
-            .map(|source| String::from_utf8(source.find(&request, "default", &host).unwrap().to_vec()).unwrap())
-            .collect();
-        assert_eq!(found, ["ann", "1", "z", "42", "[2001:db8::1]", "default", "claim", "claim"]);
+        let block =
+            encode_headers(&[("x-user", "ann"), ("cookie", "s=1"), (":path", "/users/42?q=z"), (":method", "PUT")]);
+        let request = &Request::parse(&block, &names);
+        let scene = Scene { request, route: "default", subset: Some("v2"), properties: &host };
+        let found: Vec<_> =
+            sources.iter().map(|source| String::from_utf8(source.find(&scene).unwrap().to_vec()).unwrap()).collect();
+        let expected =
+            ["ann", "1", "z", "42", "[2001:db8::1]", "default", "claim", "claim", "PUT", "v2", "2001:db8::/32"];
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn a_forged_address_is_never_a_key() {
+        let address = |trusted_hops, forwarded: &[&str], peer: &[u8]| {
+            let text = format!(r#"[{{"sourceAddress": {{"xffNumTrustedHops": {trusted_hops}}}}}]"#);
+            let node = Node::from_json(text.as_bytes()).unwrap();
+            let report = Report::default();
+            let mut names = HeaderNames::default();
+            let sources = KeySource::read_list(&Value::root(&node, &report), false, &mut names);
+            assert_eq!(report.into_diagnostics(), []);
+            let host = Sim::new(1);
+            host.set_property("source.address", peer);
+            let headers: Vec<_> = forwarded.iter().map(|entry| ("x-forwarded-for", entry)).collect();
+            let block = encode_headers(&headers);
+            let request = &Request::parse(&block, &names);
+            let key = sources[0].find(&Scene { request, route: "", subset: None, properties: &host });
+            key.map(|key| String::from_utf8(key.to_vec()).unwrap())
+        };
+        let peer = b"10.0.0.9:4711";
+        for (trusted_hops, forwarded, expected) in [
+            (0, &["6.6.6.6, 192.0.2.1"][..], "192.0.2.1"),
+            (1, &["6.6.6.6, 192.0.2.1,10.0.0.1"], "192.0.2.1"),
+            (1, &["6.6.6.6", "192.0.2.1", "10.0.0.1"], "192.0.2.1"),
+            (1, &["[2001:DB8:0::1] ,\t10.0.0.1"], "2001:db8::1"),
+            // Fewer entries than trusted hops, or something else in their place: nobody trusted has written them.
+            (2, &["6.6.6.6, 192.0.2.1"], "10.0.0.9"),
+            (1, &["6.6.6.6, unknown, 10.0.0.1"], "10.0.0.9"),
+            (1, &["6.6.6.6, 192.0.2.1:80, 10.0.0.1"], "10.0.0.9"),
+            (1, &["6.6.6.6,,10.0.0.1"], "10.0.0.9"),
+            (0, &[""], "10.0.0.9"),
+            (0, &[], "10.0.0.9"),
+        ] {
+            let found = address(trusted_hops, forwarded, peer);
+            assert_eq!(found.as_deref(), Some(expected), "{trusted_hops} hops, {forwarded:?}");
+        }
+        for peer in [&b"/run/envoy.sock"[..], b"", b"somewhere:80"] {
+            assert_eq!(address(0, &[], peer), None, "a peer without an address has no key");
+        }
     }
 
     #[test]
     fn an_entry_has_one_source() {
-        for bad in
-            ["[]", "[{}]", r#"[{"header": "a", "cookie": "b"}]"#, r#"[{"pathSegment": -1}]"#, r#"[{"property": ""}]"#]
-        {
+        for bad in [
+            "[]",
+            "[{}]",
+            r#"[{"header": "a", "cookie": "b"}]"#,
+            r#"[{"pathSegment": -1}]"#,
+            r#"[{"property": ""}]"#,
+            r#"[{"sourceAddress": {"v4PrefixMaskLen": 33}}]"#,
+            r#"[{"sourceAddress": {"xffNumTrustedHops": -1}}]"#,
+        ] {
             let node = Node::from_json(bad.as_bytes()).unwrap();
             let report = Report::default();
-            KeySource::read_list(&Value::root(&node, &report), &mut HeaderNames::default());
+            KeySource::read_list(&Value::root(&node, &report), false, &mut HeaderNames::default());
             assert!(report.errors() > 0, "{bad}");
         }
     }

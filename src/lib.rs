@@ -11,6 +11,7 @@
 //!                             ├─ trace      which trace it belongs to
 //!                             ├─ matcher    which route it takes (found by its path: route_table)
 //!                             ├─ ratelimit  whether it is admitted
+//!                             ├─ breaker    whether its target may be asked at all
 //!                             ├─ canary     which destination it goes to
 //!                             ├─ fault      what is injected, unless the destination is unwell
 //!                             └─ outlier    what its answer says of the destination
@@ -20,17 +21,19 @@
 //!
 //! A feature is a folder of one shape: `config.rs` reads the block that is written, `policy.rs` is what it is compiled
 //! to, `decision.rs` decides on one request from plain values. What has an idea of its own has a file of its own:
-//! [`canary`]'s cohort and judge, [`ratelimit`]'s GCRA, table and leases, [`fault`]'s guard, [`trace`]'s formats and
-//! bridge, [`outlier`]'s window.
+//! [`canary`]'s cohort, judge and cohort header, [`ratelimit`]'s GCRA, table and leases, [`fault`]'s guard and budget,
+//! [`trace`]'s formats and bridge, [`outlier`]'s window, table of hosts and reading of Envoy's admin endpoint. What a
+//! worker does about a feature over many requests, with a host at hand, stands beside the filter: `filter/trial.rs` for
+//! the judge, `filter/watch.rs` for the guard, `filter/circuit.rs` for the breaker.
 //!
 //! [`document`] and [`diagnostic`] read strictly and tell all errors at once; [`policy`] puts the blocks together.
-//! [`http`], [`key`] and [`units`] are the words that features speak in. [`telemetry`] names the metrics. [`host`] is
-//! what the core asks of its surroundings; `host/proxy_wasm.rs` alone knows the ABI.
+//! [`http`], [`key`], [`address`], [`slo`] and [`units`] are the words that features speak in. [`telemetry`] names the
+//! metrics. [`host`] is what the core asks of its surroundings; `host/proxy_wasm.rs` alone knows the ABI.
 //!
 //! # Invariants
 //!
-//! - No feature imports another feature; only [`filter`] and [`policy`] know several. ([`fault`] looks through
-//!   [`outlier`]'s windows, which is no feature but what features see by.)
+//! - No feature imports another feature; only [`filter`] and [`policy`] know several. ([`fault`] and [`breaker`] look
+//!   through [`outlier`]'s windows, which is no feature but what features see by.)
 //! - Features read no clock and draw no random number: both are arguments.
 //! - What a request meets was validated: a document with an error becomes no [`policy::Policy`].
 //! - Nothing panics: not for a request, a response, a document, or a neighbour's bytes in shared data. The lints below
@@ -50,6 +53,8 @@
     )
 )]
 
+pub mod address;
+pub mod breaker;
 pub mod canary;
 pub mod decimal;
 pub mod diagnostic;
@@ -65,6 +70,7 @@ pub mod policy;
 pub mod random;
 pub mod ratelimit;
 pub mod route_table;
+pub mod slo;
 pub mod telemetry;
 pub mod trace;
 pub mod units;

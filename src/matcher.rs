@@ -295,11 +295,15 @@ pub fn read_named<'a>(fields: &mut Fields<'a>, field: &'static str) -> Vec<(&'a 
     fields.optional(field).and_then(|value| value.entries()).unwrap_or_default()
 }
 
+/// Whether `name` is a token (RFC 9110, section 5.6.2) of a length that somebody may mean.
+pub fn is_header_name(name: &str) -> bool {
+    let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
+    (1..=128).contains(&name.len()) && name.bytes().all(fits)
+}
+
 /// Reads a header's name where `value` stands: a token (RFC 9110, section 5.6.2), or one of HTTP/2's pseudo-headers.
 pub fn read_header_name(value: &Value<'_>, name: &str, names: &mut HeaderNames) -> Option<HeaderId> {
-    let token = name.strip_prefix(':').unwrap_or(name);
-    let is_token = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
-    if token.is_empty() || token.len() > 128 || !token.bytes().all(is_token) {
+    if !is_header_name(name.strip_prefix(':').unwrap_or(name)) {
         value
             .error(format!("{} is not a header name", crate::document::quoted(name)), "expected letters, digits and -");
         return None;

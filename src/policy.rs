@@ -1,14 +1,17 @@
 //! The policy document: read strictly, and compiled to what a request needs.
 
+use crate::breaker::Breaker;
 use crate::canary::{Canary, CohortHeader, Destination, Split, Steering, can_be_carried};
 use crate::diagnostic::{Diagnostic, Report, Severity};
 use crate::document::{Environment, Fields, Node, Value, quoted};
-use crate::fault::{Fault, Surroundings};
+use crate::fault::{Admin, Fault, Surroundings};
 use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
 use crate::matcher::{Condition, RequestMatch};
+use crate::outlier::Detection;
 use crate::ratelimit::service::{GlobalLimit, Place};
-use crate::ratelimit::{self, Limit};
+use crate::ratelimit::{self, Keyspace, Limit, Rate};
 use crate::route_table::RouteTable;
+use crate::slo::Slo;
 use crate::trace::Trace;
 use std::borrow::Cow;
 
@@ -54,6 +57,10 @@ pub struct Route {
     pub limits: Vec<Limit>,
     /// The limits that a service keeps for a whole fleet.
     pub global_limits: Vec<GlobalLimit>,
+    /// Whether a limit's key has to know the destination.
+    pub limits_read_subset: bool,
+    pub breaker: Option<Breaker>,
+    pub slo: Slo,
 }
 
 /// What requests are sent to: a destination, or a route without one.
@@ -62,6 +69,19 @@ pub struct Target {
     pub name: Box<str>,
     /// Whether a guard wants to know how it answers.
     pub watched: bool,
+    /// The times, in nanoseconds, past which a guard calls its answers slow; each once.
+    pub edges: Vec<u64>,
+    /// What makes its hosts outliers, where a guard wants to know.
+    pub detection: Option<Detection>,
+    /// Where to ask Envoy which of them are ejected.
+    pub admin: Option<Admin>,
+}
+
+impl Target {
+    /// Whether anything is learned of its single hosts.
+    pub fn knows_hosts(&self) -> bool {
+        self.detection.is_some() || self.admin.is_some()
+    }
 }
 
 /// An index into [`Policy::targets`].
@@ -119,11 +139,11 @@ impl Policy {
             fields.optional("cohort").and_then(|value| CohortHeader::read(&value, environment, &mut header_names));
         let trace = fields.optional("trace").and_then(|value| Trace::read(&value, &state_prefix, &mut header_names));
         let (labels, routes, targets) = (Vec::new(), Vec::new(), Vec::new());
-        let mut reading = Reading { labels, state_prefix, steering, cohort, header_names, routes, targets };
+        let detection = fields.optional("outlierDetection").and_then(|value| Detection::read(&value));
+        let mut reading = Reading { labels, state_prefix, steering, cohort, header_names, routes, targets, detection };
         if let Some(routes) = fields.optional("routes") {
             reading.routes(&routes);
         }
-        fields.not_yet("outlierDetection");
         for (field, why) in [
             ("http", "write its entries under routes"),
             ("spec", "write the fields of spec at the top of the document"),
@@ -151,9 +171,9 @@ impl Policy {
         })
     }
 
-    /// Whether a guard wants to know how `target` answers.
-    pub fn is_watched(&self, target: TargetId) -> bool {
-        self.targets.get(target.0).is_some_and(|target| target.watched)
+    /// The target, where a guard wants to know how it answers.
+    pub fn watched(&self, target: TargetId) -> Option<&Target> {
+        self.targets.get(target.0).filter(|target| target.watched)
     }
 
     /// Names `destination` in the steering header; with none, a client's own value is dropped. A header that is right
@@ -173,14 +193,21 @@ impl Policy {
         }
     }
 
+    /// The key of the shared word for `what` of `whom`, which is a name of any kind.
+    #[inline(never)]
+    pub fn word(&self, what: &str, whom: &str) -> String {
+        [&*self.state_prefix, what, &label(whom)].concat()
+    }
+
     /// Whether a route decides on `rollout`.
     pub fn knows(&self, rollout: &str) -> bool {
         self.routes.iter().filter_map(Route::canary).any(|canary| &*canary.rollout == rollout)
     }
 
-    /// The limit with the id `id`.
-    pub fn limit(&self, id: usize) -> Option<&Limit> {
-        self.routes.iter().flat_map(|route| &route.limits).nth(id)
+    /// The rate with the id `id`, and where its keys are kept.
+    pub fn rate(&self, id: usize) -> Option<(&Keyspace, &Rate)> {
+        let mut limits = self.routes.iter().flat_map(|route| &route.limits);
+        limits.find_map(|limit| Some((&limit.keyspace, limit.rates().find(|rate| rate.id == id)?)))
     }
 
     /// Whether a service keeps one of the limits.
@@ -195,7 +222,7 @@ impl Policy {
 
     /// Whether a worker may reserve requests of a limit ahead.
     pub fn has_leases(&self) -> bool {
-        self.routes.iter().flat_map(|route| &route.limits).any(|limit| limit.lease > 0)
+        self.routes.iter().flat_map(|route| &route.limits).flat_map(Limit::rates).any(|rate| rate.lease > 0)
     }
 
     /// The first route that matches.
@@ -206,6 +233,11 @@ impl Policy {
 }
 
 impl Route {
+    /// Whether anything limits its rate.
+    pub fn has_limits(&self) -> bool {
+        !self.limits.is_empty() || !self.global_limits.is_empty()
+    }
+
     /// The destination on trial.
     pub fn canary(&self) -> Option<&Canary> {
         self.split.as_ref()?.canary.as_ref()
@@ -234,6 +266,8 @@ struct Reading {
     header_names: HeaderNames,
     routes: Vec<Route>,
     targets: Vec<Target>,
+    /// What makes outliers where a route does not say.
+    detection: Option<Detection>,
 }
 
 impl Reading {
@@ -243,11 +277,16 @@ impl Reading {
             value.error(format!("{} routes", items.len()), format!("a policy has at most {MAX_ROUTES}"));
             return;
         }
+        let mut detections = Vec::new();
         for (index, item) in items.iter().enumerate() {
             let Some(mut fields) = item.object() else { continue };
+            let detection = fields.optional("outlierDetection");
             let route = self.route(index, &mut fields);
             fields.end();
             let Some(route) = route else { continue };
+            if let Some(value) = detection {
+                detections.push((value, route.targets.clone()));
+            }
             let label = label(&route.name);
             let known = self.labels.binary_search(&label);
             if let Err(place) = known {
@@ -278,6 +317,29 @@ impl Reading {
             }
             self.routes.push(route);
         }
+        for (value, targets) in detections {
+            self.detect(&value, &targets);
+        }
+        for target in self.targets.iter_mut().filter(|target| target.watched) {
+            target.detection = target.detection.or(self.detection);
+        }
+    }
+
+    /// Reads a route's own `outlierDetection`, once it is known which of its `targets` a guard looks at.
+    fn detect(&mut self, value: &Value<'_>, targets: &[TargetId]) {
+        let Some(detection) = Detection::read(value) else { return };
+        let mut is_used = false;
+        for TargetId(index) in targets {
+            let Some(target) = self.targets.get_mut(*index).filter(|target| target.watched) else { continue };
+            is_used = true;
+            if target.detection.is_some_and(|known| known != detection) {
+                value.error(format!("a second outlierDetection for {}", quoted(&target.name)), "write it on one route");
+            }
+            target.detection = Some(detection);
+        }
+        if !is_used {
+            value.warning("nobody looks at its hosts", "write it where a fault is injected: its guard does");
+        }
     }
 
     fn route(&mut self, index: usize, fields: &mut Fields<'_>) -> Option<Route> {
@@ -294,11 +356,13 @@ impl Reading {
         let matches: Vec<RequestMatch> =
             matches.iter().filter_map(|entry| RequestMatch::read(entry, &mut self.header_names)).collect();
         let split = Split::read(fields, &self.state_prefix, &self.steering, &mut self.header_names);
+        let slo = fields.optional("slo").and_then(|value| Slo::read(&value)).unwrap_or_default();
         let fault = fields.optional("fault").and_then(|value| {
             let destinations = split.iter().flat_map(|split| &split.destinations);
             let around = Surroundings {
                 route: name,
                 destinations: destinations.map(|(destination, _)| destination.label()).collect(),
+                slo: &slo,
                 state_prefix: format!("{}fault/{}/", self.state_prefix, label(name)),
                 header_names: &mut self.header_names,
             };
@@ -307,13 +371,12 @@ impl Reading {
         let (limits, global_limits) = fields
             .optional("rateLimits")
             .map(|value| {
-                let first = self.routes.iter().map(|route| route.limits.len()).sum();
+                let first = self.routes.iter().flat_map(|route| &route.limits).flat_map(Limit::rates).count();
                 ratelimit::read(&value, first, &self.state_prefix, &label(name), &mut self.header_names)
             })
             .unwrap_or_default();
-        for field in ["slo", "outlierDetection", "circuitBreaker"] {
-            fields.not_yet(field);
-        }
+        let breaker =
+            fields.optional("circuitBreaker").and_then(|value| Breaker::read(&value, &self.state_prefix, &label(name)));
         for field in [
             "mirror",
             "mirrors",
@@ -329,8 +392,32 @@ impl Reading {
         ] {
             fields.refuse(field, "keep it in the VirtualService, on the route that matches the steering header");
         }
-        let targets = self.targets(name, split.as_ref(), fault.is_some());
-        Some(Route { name: name.into(), matches, split, targets, fault, limits, global_limits })
+        let targets = self.targets(name, split.as_ref(), fault.as_ref());
+        if let Some(admin) = fault.as_ref().and_then(|fault| fault.guard.admin.as_ref()) {
+            let known = targets.iter().filter_map(|target| self.targets.get(target.0)?.admin.as_ref());
+            if known.into_iter().any(|known| known.cluster != admin.cluster) {
+                fields
+                    .value()
+                    .error("a second way to ask about one destination's hosts", "write one guard.admin.cluster");
+            }
+        }
+        let limits_read_subset =
+            limits.iter().chain(global_limits.iter().map(|global| &global.limit)).any(Limit::reads_subset);
+        if limits_read_subset && split.is_none() {
+            fields.value().error("a limit by subset, and no destinations", "write the route's destinations");
+        }
+        Some(Route {
+            name: name.into(),
+            matches,
+            split,
+            targets,
+            fault,
+            limits,
+            global_limits,
+            limits_read_subset,
+            breaker,
+            slo,
+        })
     }
 
     /// The rollout that `route` shares with an earlier one, where one of the two has to have it for itself.
@@ -341,7 +428,7 @@ impl Reading {
         others.into_iter().any(shares).then_some(&*canary.rollout)
     }
 
-    fn targets(&mut self, route: &str, split: Option<&Split>, watched: bool) -> Vec<TargetId> {
+    fn targets(&mut self, route: &str, split: Option<&Split>, fault: Option<&Fault>) -> Vec<TargetId> {
         let names: Vec<String> = match split {
             Some(split) => split
                 .destinations
@@ -353,17 +440,28 @@ impl Reading {
                 .collect(),
             None => vec![format!("route.{route}")],
         };
-        names.into_iter().map(|name| self.target(&name, watched)).collect()
+        names.into_iter().map(|name| self.target(&name, fault)).collect()
     }
 
-    fn target(&mut self, name: &str, watched: bool) -> TargetId {
+    fn target(&mut self, name: &str, fault: Option<&Fault>) -> TargetId {
         let found = self.targets.iter().position(|target| &*target.name == name);
         let index = found.unwrap_or_else(|| {
-            self.targets.push(Target { name: name.into(), watched: false });
+            self.targets.push(Target {
+                name: name.into(),
+                watched: false,
+                edges: Vec::new(),
+                detection: None,
+                admin: None,
+            });
             self.targets.len() - 1
         });
-        if let Some(target) = self.targets.get_mut(index) {
-            target.watched |= watched;
+        if let (Some(target), Some(fault)) = (self.targets.get_mut(index), fault) {
+            target.watched = true;
+            if let Some(admin) = &fault.guard.admin {
+                let known = target.admin.get_or_insert_with(|| admin.clone());
+                known.interval = known.interval.min(admin.interval);
+            }
+            target.edges.extend(fault.guard.latency_p95.filter(|edge| !target.edges.contains(edge)));
         }
         TargetId(index)
     }

@@ -6,12 +6,12 @@
 //! metric is atomic and far cheaper than a shared word.
 
 use crate::canary::{Arm, Canary, Carried, Counts, Finding, Question, Share, Split, Term, Verdict, decibans};
-use crate::fault::{Abort, Injection, Withheld};
+use crate::fault::{Abort, Injection, Phase, State, Withheld};
 use crate::host::{MetricId, Metrics};
 use crate::outlier::Totals;
 use crate::policy::{Policy, Route, label};
-use crate::ratelimit::Admission;
 use crate::ratelimit::service::{Event, Failure, Inquiry};
+use crate::ratelimit::{Admission, Limit, Remark};
 use crate::trace::w3c::Invalid;
 use crate::trace::{Arrived, Continuation, Direction, Format, Note, Notes};
 use crate::units::Fraction;
@@ -77,21 +77,46 @@ pub struct RouteMeters {
     pub faults: Option<FaultMeters>,
     /// Where they are aimed at hosts or attempts.
     pub report: Option<ReportMeters>,
-    /// In the order of the route's limits: the requests refused, or in shadow those that would have been.
-    refused: Vec<MetricId>,
+    /// Where the route has a circuit breaker.
+    pub breaker: Option<BreakerMeters>,
+    /// In the order of the route's limits.
+    limits: Vec<LimitMeters>,
     /// In the order of the route's global limits.
     services: Vec<ServiceMeters>,
     state: StateMeters,
 }
 
+/// The metrics of one limit.
+#[derive(Debug)]
+struct LimitMeters {
+    /// Requests refused, or in shadow those that would have been.
+    refused: MetricId,
+    /// Requests that lacked a part of the key.
+    incomplete: MetricId,
+    /// In the order of the candidates: the requests that each would have refused.
+    candidates: Vec<MetricId>,
+}
+
 /// The metrics of one destination of a route.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct DestinationMeters {
     pub requests: MetricId,
     pub target: TargetMeters,
-    /// Until when injection is suspended, in milliseconds of the monotonic clock; 0 where it is not. All workers share
-    /// it, so a suspension that one of them begins holds for all.
-    pub suspended_until: MetricId,
+    /// Answers that were slower than the route's guard wants, where it asks for that.
+    slow: Option<MetricId>,
+    /// Where the route injects faults.
+    guard: Option<GuardMeters>,
+}
+
+/// Where an experiment stands.
+#[derive(Clone, Copy, Debug)]
+struct GuardMeters {
+    /// 0 armed, 1 suspended, 2 probing, 3 latched.
+    state: MetricId,
+    /// How often it was suspended.
+    suspensions: MetricId,
+    /// Until when at least, in milliseconds of the monotonic clock; 0 where it is not.
+    suspended_until: MetricId,
 }
 
 /// The state of one rollout. All workers share it.
@@ -143,10 +168,16 @@ pub struct ArmMeters {
 }
 
 /// What is observed of one target, from requests that were not faulted.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct TargetMeters {
     pub requests: MetricId,
     pub failures: MetricId,
+    /// Requests for which there was no host, or no room.
+    pub outages: MetricId,
+    /// Answers that took longer than so many nanoseconds.
+    pub slow: Vec<(u64, MetricId)>,
+    /// The share of its hosts that are ejected, in parts per million, where anybody knows.
+    pub ejected: Option<MetricId>,
 }
 
 /// The faults of one route, and why there were none.
@@ -159,6 +190,10 @@ pub struct FaultMeters {
     not_drawn: MetricId,
     max_active: MetricId,
     suspended: MetricId,
+    unknown: MetricId,
+    probing: MetricId,
+    expired: MetricId,
+    budget: MetricId,
     shadow: MetricId,
     overflow: MetricId,
 }
@@ -209,6 +244,18 @@ pub struct HostMeters {
     pub elsewhere_before: MetricId,
     /// How many faults there were when it last came back.
     pub faults_before: MetricId,
+}
+
+/// The circuit breaker of one route.
+#[derive(Clone, Copy, Debug)]
+pub struct BreakerMeters {
+    /// 0 closed, 1 open, 2 half-open.
+    pub state: MetricId,
+    /// Requests that were answered in the target's place.
+    pub refused: MetricId,
+    /// Answers of the target.
+    requests: MetricId,
+    failures: MetricId,
 }
 
 /// What requests arrived with, and what was done about it.
@@ -278,10 +325,17 @@ impl Meters {
             .targets
             .iter()
             .map(|target| {
-                let target = label(&target.name);
+                let edges = &target.edges;
+                let name = label(&target.name);
+                let counter = |what: &str| counter(&format!("target.{name}.{what}"));
                 TargetMeters {
-                    requests: counter(&format!("target.{target}.requests")),
-                    failures: counter(&format!("target.{target}.failures")),
+                    requests: counter("requests"),
+                    failures: counter("failures"),
+                    outages: counter("outages"),
+                    ejected: target
+                        .knows_hosts()
+                        .then(|| metrics.gauge(&format!("{prefix}.target.{name}.ejected_ppm"))),
+                    slow: edges.iter().map(|edge| (*edge, counter(&format!("slow_{}us", edge / 1_000)))).collect(),
                 }
             })
             .collect();
@@ -394,8 +448,16 @@ impl RouteMeters {
                 .zip(targets)
                 .map(|(subset, target)| DestinationMeters {
                     requests: counter(&format!("{subset}requests")),
-                    target: *target,
-                    suspended_until: metrics.gauge(&format!("{prefix}.{subset}fault.suspended_until_ms")),
+                    slow: route.fault.as_ref().and_then(|fault| {
+                        let edge = fault.guard.latency_p95?;
+                        target.slow.iter().find(|(known, _)| *known == edge).map(|(_, metric)| *metric)
+                    }),
+                    target: target.clone(),
+                    guard: route.fault.as_ref().map(|_| {
+                        let [state, suspensions, suspended_until] = ["state", "suspensions", "suspended_until_ms"]
+                            .map(|name| metrics.gauge(&format!("{prefix}.{subset}fault.{name}")));
+                        GuardMeters { state, suspensions, suspended_until }
+                    }),
                 })
                 .collect(),
             rollout: route.split.as_ref().and_then(|split| {
@@ -409,6 +471,10 @@ impl RouteMeters {
                 not_drawn: counter("fault.not_drawn"),
                 max_active: counter("fault.max_active"),
                 suspended: counter("fault.suspended"),
+                unknown: counter("fault.unknown"),
+                probing: counter("fault.probing"),
+                expired: counter("fault.expired"),
+                budget: counter("fault.budget"),
                 shadow: counter("fault.shadow"),
                 overflow: counter("fault.overflow"),
             }),
@@ -420,7 +486,13 @@ impl RouteMeters {
                 let hosts = hosts.map(|host| HostMeters::define(&prefix, &host.address, metrics)).collect();
                 ReportMeters { requests, retries, succeeded, masked, misplaced, hosts }
             }),
-            refused: route.limits.iter().map(|limit| counter(&format!("limit.{}.refused", limit.name))).collect(),
+            breaker: route.breaker.as_ref().map(|_| BreakerMeters {
+                state: metrics.gauge(&format!("{prefix}.breaker.state")),
+                refused: counter("breaker.refused"),
+                requests: counter("breaker.requests"),
+                failures: counter("breaker.failures"),
+            }),
+            limits: route.limits.iter().map(|limit| LimitMeters::define(&prefix, limit, metrics)).collect(),
             services: route
                 .global_limits
                 .iter()
@@ -471,11 +543,26 @@ impl RouteMeters {
         }
     }
 
+    /// How many requests the route has sent on or faulted so far.
+    pub fn requests(&self, metrics: &impl Metrics) -> u64 {
+        self.destinations.iter().map(|destination| metrics.value(destination.requests)).sum()
+    }
+
     /// Counts what the limits said of a request.
     pub fn count_admission(&self, admission: &Admission, metrics: &impl Metrics) {
-        let refused = admission.refused.iter().map(|(limit, _)| limit).chain(&admission.would_refuse);
-        for metric in refused.filter_map(|limit| self.refused.get(*limit)) {
-            metrics.add(*metric, 1);
+        let refused = admission.refused.map(|refusal| Remark::WouldRefuse(refusal.told.limit));
+        for remark in refused.iter().chain(&admission.remarks) {
+            let limit = |index: usize| self.limits.get(index);
+            let metric = match *remark {
+                Remark::WouldRefuse(index) => limit(index).map(|meters| meters.refused),
+                Remark::Incomplete(index) => limit(index).map(|meters| meters.incomplete),
+                Remark::CandidateWouldRefuse(index, candidate) => {
+                    limit(index).and_then(|meters| meters.candidates.get(candidate)).copied()
+                }
+            };
+            if let Some(metric) = metric {
+                metrics.add(metric, 1);
+            }
         }
         for (metric, count) in [
             (self.state.garbage, admission.garbage),
@@ -485,6 +572,18 @@ impl RouteMeters {
             if count > 0 {
                 metrics.add(metric, count);
             }
+        }
+    }
+}
+
+impl LimitMeters {
+    fn define(route: &str, limit: &Limit, metrics: &impl Metrics) -> LimitMeters {
+        let prefix = format!("{route}.limit.{}", limit.name);
+        let refused = |of: &str| metrics.counter(&format!("{prefix}.{of}refused"));
+        LimitMeters {
+            refused: refused(""),
+            incomplete: metrics.counter(&format!("{prefix}.incomplete")),
+            candidates: limit.candidates.iter().map(|tried| refused(&format!("candidate.{}.", tried.name))).collect(),
         }
     }
 }
@@ -683,6 +782,10 @@ impl FaultMeters {
             Some(Withheld::NotAimed) => return,
             Some(Withheld::NotDrawn) => self.not_drawn,
             Some(Withheld::Suspended) => self.suspended,
+            Some(Withheld::Unknown) => self.unknown,
+            Some(Withheld::Probing) => self.probing,
+            Some(Withheld::Expired) => self.expired,
+            Some(Withheld::Budget) => self.budget,
             Some(Withheld::Shadow) => self.shadow,
             Some(Withheld::Overflow) => self.overflow,
             Some(Withheld::MaxActive) => self.max_active,
@@ -730,10 +833,62 @@ impl HostMeters {
     }
 }
 
-impl TargetMeters {
-    /// What has been observed so far, all workers together.
+impl DestinationMeters {
+    /// What has been observed so far of the destination, all workers together, from whatever route.
     pub fn totals(&self, metrics: &impl Metrics) -> Totals {
-        Totals { requests: metrics.value(self.requests), failures: metrics.value(self.failures) }
+        Totals {
+            requests: metrics.value(self.target.requests),
+            failures: metrics.value(self.target.failures),
+            outages: metrics.value(self.target.outages),
+            slow: self.slow.map_or(0, |slow| metrics.value(slow)),
+        }
+    }
+
+    /// Shows where the experiment stands.
+    pub fn show(&self, state: State, metrics: &impl Metrics) {
+        const MILLISECOND: u64 = 1_000_000;
+        let Some(guard) = &self.guard else { return };
+        let until = match state.phase {
+            Phase::Suspended(until) => until.div_ceil(MILLISECOND),
+            _ => 0,
+        };
+        metrics.set_gauge(guard.suspended_until, until);
+        metrics.set_gauge(guard.suspensions, u64::from(state.suspensions));
+        metrics.set_gauge(guard.state, u64::from(state.phase.number()));
+    }
+}
+
+impl BreakerMeters {
+    /// What was answered so far, all workers together.
+    pub fn totals(&self, metrics: &impl Metrics) -> Totals {
+        let (requests, failures) = (metrics.value(self.requests), metrics.value(self.failures));
+        Totals { requests, failures, ..Totals::default() }
+    }
+
+    /// Counts an answer.
+    pub fn count(&self, failed: bool, metrics: &impl Metrics) {
+        metrics.add(self.requests, 1);
+        if failed {
+            metrics.add(self.failures, 1);
+        }
+    }
+}
+
+impl TargetMeters {
+    /// Counts an answer that was observed, and whether the nanoseconds that it took are too many for somebody.
+    pub fn count(&self, failed: bool, is_outage: bool, took: u64, metrics: &impl Metrics) {
+        metrics.add(self.requests, 1);
+        if failed {
+            metrics.add(self.failures, 1);
+        }
+        if is_outage {
+            metrics.add(self.outages, 1);
+        }
+        for (edge, slow) in &self.slow {
+            if took > *edge {
+                metrics.add(*slow, 1);
+            }
+        }
     }
 }
 

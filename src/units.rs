@@ -5,7 +5,7 @@
 //! to agree on without a word between them, such as the beginning of a rollout, is an instant of the wall clock.
 
 use crate::decimal::{Decimal, parse_decimal};
-use crate::document::Value;
+use crate::document::{Fields, Value};
 use std::fmt;
 use std::time::Duration;
 
@@ -94,6 +94,12 @@ pub fn read_duration(value: &Value<'_>, least: Duration) -> Option<Duration> {
         value.unfit(format!("expected a duration such as \"250ms\", \"30s\" or \"5m\", from {least}s to 24h"));
     }
     duration
+}
+
+/// The duration in the field `name`, in nanoseconds; `default` where none is written, or none that will do.
+#[inline(never)]
+pub fn duration_or(fields: &mut Fields<'_>, name: &'static str, least: Duration, default: u64) -> u64 {
+    fields.optional(name).and_then(|value| read_duration(&value, least)).map_or(default, nanoseconds)
 }
 
 /// Go's duration syntax, as Istio and Envoy's command line write it; no sign, and nothing finer than a nanosecond.

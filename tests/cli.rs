@@ -112,6 +112,20 @@ fn what_explain_says() {
 }
 
 #[test]
+fn the_readme_shows_what_explain_says() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+    let shown = readme.split("```console\n$ trimtab explain ").skip(1);
+    let shown: Vec<(&str, &str)> = shown.filter_map(|block| block.split("```").next()?.split_once('\n')).collect();
+    assert!(!shown.is_empty());
+    for (arguments, expected) in shown {
+        let words = words(&format!("explain {arguments}"));
+        let answer = run_in(root, &words.iter().map(String::as_str).collect::<Vec<_>>(), b"");
+        assert_eq!(answer.stdout, expected, "README.md: trimtab explain {arguments}");
+    }
+}
+
+#[test]
 fn json_is_one_list_with_the_same_findings() {
     for name in ["many-errors.yaml", "wasmplugin.yaml", "tabs.yaml", "syntax.json"] {
         let folder = policies().join("bad");

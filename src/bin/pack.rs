@@ -12,7 +12,7 @@ const RENAMED: [(&str, &str); 2] =
     [("trimtab_on_grpc_receive", "proxy_on_grpc_receive"), ("trimtab_on_grpc_close", "proxy_on_grpc_close")];
 
 /// What the host may call: the callbacks that do something, and what the ABI asks for.
-const EXPORTS: [&str; 14] = [
+const EXPORTS: [&str; 15] = [
     "memory",
     "_initialize",
     "proxy_abi_version_0_2_1",
@@ -21,6 +21,7 @@ const EXPORTS: [&str; 14] = [
     "proxy_on_vm_start",
     "proxy_on_configure",
     "proxy_on_tick",
+    "proxy_on_http_call_response",
     "proxy_on_request_headers",
     "proxy_on_response_headers",
     "proxy_on_response_trailers",

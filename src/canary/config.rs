@@ -271,7 +271,7 @@ fn read_canary(
         }
         Some(rollout)
     });
-    let key = fields.optional("key").map(|value| KeySource::read_list(&value, names)).unwrap_or_default();
+    let key = fields.optional("key").map(|value| KeySource::read_list(&value, true, names)).unwrap_or_default();
     let schedule = read_schedule(&mut fields);
     let max_requests = fields.optional("maxRequests").map(|value| value.integer(1..=MOST_REQUESTS));
     let judge = match fields.optional("judge") {

@@ -5,6 +5,7 @@ use super::cohort_header::Decided;
 use super::policy::{Canary, Split};
 use crate::host::Properties;
 use crate::http::Request;
+use crate::key::Scene;
 use crate::units::{Fraction, Wall, point};
 use std::borrow::Cow;
 
@@ -72,7 +73,11 @@ impl Split {
 
     /// The key that decides for `request`: that of the first source which it shows.
     pub fn key<'a>(&self, request: &Request<'a>, route: &'a str, properties: &dyn Properties) -> Option<Cow<'a, [u8]>> {
-        self.canary.as_ref()?.key.iter().find_map(|source| source.find(request, route, properties))
+        self.canary
+            .as_ref()?
+            .key
+            .iter()
+            .find_map(|source| source.find(&Scene { request, route, subset: None, properties }))
     }
 
     /// Chooses for a request with `key`; `draw` is a uniformly random number that is used where there is no key. The

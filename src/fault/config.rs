@@ -9,6 +9,7 @@ use crate::decimal::parse_decimal;
 use crate::document::{Fields, Value, quoted};
 use crate::http::{HeaderNames, MAX_HEADER_NAMES};
 use crate::matcher::{StringMatch, read_header_name, read_named};
+use crate::slo::Slo;
 use crate::units::{Fraction, nanoseconds, read_duration};
 use std::time::Duration;
 use xxhash_rust::xxh64::xxh64;
@@ -44,6 +45,7 @@ pub struct Surroundings<'a> {
     pub route: &'a str,
     /// The names of the route's destinations, in their order.
     pub destinations: Vec<&'a str>,
+    pub slo: &'a Slo,
     /// What the keys of the fault's shared words begin with.
     pub state_prefix: String,
     pub header_names: &'a mut HeaderNames,
@@ -52,7 +54,7 @@ pub struct Surroundings<'a> {
 impl Fault {
     /// Reads the block of a route.
     pub fn read(value: &Value<'_>, around: Surroundings<'_>) -> Option<Fault> {
-        let Surroundings { route, destinations, state_prefix, header_names } = around;
+        let Surroundings { route, destinations, slo, state_prefix, header_names } = around;
         let mut fields = value.object()?;
         let listens = fields.optional("headerControl").and_then(|value| value.bool()).unwrap_or(false);
         let (delay, abort, response) =
@@ -82,9 +84,12 @@ impl Fault {
         let drawn_from = fields
             .optional("key")
             .and_then(|value| value.one_of(&[("traceId", DrawnFrom::TraceId), ("random", DrawnFrom::Random)]));
-        let guard = fields.optional("guard").map_or(Some(Guard::default()), |value| read_guard(&value));
-        for field in ["until", "lease"] {
-            fields.not_yet(field);
+        let guard = Guard::read(&mut fields, slo);
+        if guard.admin.is_some() && !target.hosts.is_empty() {
+            value.error(
+                "guard.admin where hosts are faulted",
+                "remove admin: that Envoy ejects them is what the experiment is to show, no reason to stop it",
+            );
         }
         fields.end();
         Some(Fault {
@@ -97,7 +102,7 @@ impl Fault {
             slots: most.map(|most| Slots { most, word: format!("{state_prefix}active").into() }),
             marks: marks.unwrap_or(true),
             shadow: shadow.unwrap_or(false),
-            guard: guard?,
+            guard,
             salt: xxh64(route.as_bytes(), 0),
         })
     }
@@ -299,29 +304,6 @@ fn read_grpc_status(value: &Value<'_>) -> Option<Status> {
     code.map(|code| Status::Grpc(code as u8))
 }
 
-fn read_guard(value: &Value<'_>) -> Option<Guard> {
-    let mut fields = value.object()?;
-    let mut guard = Guard::default();
-    let least = Duration::from_secs(1);
-    if let Some(value) = fields.optional("errorRate") {
-        guard.error_rate = Fraction::read(&value)?;
-    }
-    if let Some(value) = fields.optional("minRequests") {
-        guard.min_requests = value.integer(1..=1_000_000)?;
-    }
-    if let Some(value) = fields.optional("window") {
-        guard.window = nanoseconds(read_duration(&value, least)?);
-    }
-    if let Some(value) = fields.optional("holdDown") {
-        guard.hold_down = nanoseconds(read_duration(&value, least)?);
-    }
-    for field in ["ejectedPercent", "latencyP95", "budget", "onUnknown", "admin"] {
-        fields.not_yet(field);
-    }
-    fields.end();
-    Some(guard)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -335,6 +317,7 @@ mod tests {
         let around = Surroundings {
             route: "r",
             destinations: vec!["v1", "v2"],
+            slo: &Slo::default(),
             state_prefix: "p/fault/r/".into(),
             header_names: &mut header_names,
         };
@@ -436,6 +419,10 @@ mod tests {
             (
                 r#"{"hosts": ["10.0.0.7:80"], "abort": {"percentage": {"value": 1}, "httpStatus": 500}}"#,
                 "neither retried",
+            ),
+            (
+                r#"{"hosts": ["10.0.0.7:80"], "response": {"percentage": {"value": 1}, "httpStatus": 500}, "guard": {"admin": {"cluster": "admin"}}}"#,
+                "guard.admin where hosts are faulted",
             ),
             (r#"{"attempts": [0]}"#, "from 1 to 100"),
             (r#"{"attempts": "1"}"#, "expected a list"),

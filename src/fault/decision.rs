@@ -2,7 +2,7 @@
 
 use super::control::Asked;
 use super::policy::{Abort, Delay, DrawnFrom, Fault, Status};
-use crate::http::{LocalReply, Request};
+use crate::http::{LocalReply, Request, http_from_grpc};
 use crate::units::Fraction;
 use xxhash_rust::xxh64::xxh64;
 
@@ -14,6 +14,8 @@ pub enum Draw {
     /// How long the delay is, where it is drawn.
     Length = 2,
     Response = 3,
+    /// Whether it is of the tenth that is injected while an experiment is probing.
+    Probe = 4,
 }
 
 /// What was drawn for a request. A delay may be followed by an abort.
@@ -33,8 +35,16 @@ pub enum Withheld {
     NotAimed,
     /// No fault was drawn.
     NotDrawn,
-    /// The target is unwell.
+    /// The target is unwell, or was so too often.
     Suspended,
+    /// It cannot be learned how the target is.
+    Unknown,
+    /// The target was unwell: a tenth is injected, and this is not of it.
+    Probing,
+    /// The experiment is over, or its lease was not renewed.
+    Expired,
+    /// The failures that it may inject are spent.
+    Budget,
     /// The policy only wants to know.
     Shadow,
     /// Too many streams are held already.
@@ -46,6 +56,11 @@ pub enum Withheld {
 impl Injection {
     pub fn is_none(&self) -> bool {
         *self == Injection::default()
+    }
+
+    /// Whether the client is told of a failure.
+    pub fn fails(&self) -> bool {
+        self.abort.is_some() || self.response.is_some()
     }
 }
 
@@ -122,7 +137,7 @@ impl Status {
         LocalReply {
             status: self.http(),
             details: "trimtab_fault_abort",
-            headers: if marks { vec![(MARK, "abort".to_owned())] } else { Vec::new() },
+            headers: if marks { vec![(MARK.into(), "abort".to_owned())] } else { Vec::new() },
             body: MESSAGE.to_owned(),
             grpc_status: is_grpc.then(|| self.grpc()),
         }
@@ -139,24 +154,6 @@ fn grpc_from_http(status: u16) -> u8 {
         404 => 12,
         429 | 502 | 503 | 504 => 14,
         _ => 2,
-    }
-}
-
-/// The HTTP status of `google.rpc.Code`.
-fn http_from_grpc(code: u8) -> u16 {
-    match code {
-        0 => 200,
-        1 => 499,
-        3 | 9 | 11 => 400,
-        4 => 504,
-        5 => 404,
-        6 | 10 => 409,
-        7 => 403,
-        8 => 429,
-        12 => 501,
-        14 => 503,
-        16 => 401,
-        _ => 500,
     }
 }
 

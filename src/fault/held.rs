@@ -39,6 +39,11 @@ impl<T> HeldStreams<T> {
         self.streams.remove(&stream)
     }
 
+    /// Takes every stream that `is_wanted` is true of, due or not.
+    pub fn take_all(&mut self, is_wanted: impl Fn(&T) -> bool) -> Vec<(u32, T)> {
+        self.streams.extract_if(|_, then| is_wanted(then)).collect()
+    }
+
     /// Takes the next stream that is due at `now`.
     pub fn take_due(&mut self, now: Monotonic) -> Option<(u32, T)> {
         loop {
@@ -86,6 +91,19 @@ mod tests {
         assert_eq!(held.take_due(100), Some((2, ())));
         assert_eq!(held.take_due(100), None);
         assert_eq!(held.next_due(), None);
+    }
+
+    #[test]
+    fn those_that_are_wanted_come_back_at_once_and_not_again() {
+        let mut held = HeldStreams::default();
+        for stream in 0..6 {
+            held.hold(stream, 100, stream % 2);
+        }
+        let mut taken = held.take_all(|parity| *parity == 1);
+        taken.sort_unstable();
+        assert_eq!(taken, [(1, 1), (3, 1), (5, 1)]);
+        let rest: Vec<_> = std::iter::from_fn(|| held.take_due(100)).collect();
+        assert_eq!(rest, [(0, 0), (2, 0), (4, 0)]);
     }
 
     #[test]

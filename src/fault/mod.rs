@@ -4,20 +4,24 @@
 //! have a draw each, from the trace id or anew. A [`Target`] says whom an experiment is aimed at, [`HeaderControl`] lets
 //! requests ask for faults, [`Slots`] cap how many there are at once. Before anything is injected the [`Guard`] looks at
 //! how the target answers the requests that were *not* faulted; where too many of them fail, injection is suspended.
+//! What an experiment may break in all is its share of the error budget.
 
+mod budget;
 mod config;
 mod control;
 mod decision;
+mod experiment;
 mod guard;
 mod held;
 mod policy;
 mod slots;
 mod target;
 
+pub use budget::spend;
 pub use config::Surroundings;
 pub use control::{Asked, HeaderControl};
 pub use decision::{Draw, Injection, MARK, MESSAGE, Withheld};
-pub use guard::{Guard, State, Watch};
+pub use guard::{Admin, Cause, Evidence, Guard, Phase, State};
 pub use held::{HeldStreams, MAX_HELD};
 pub use policy::{Abort, Delay, Distribution, DrawnFrom, Fault, Status};
 pub use slots::{Slot, Slots, change};

@@ -55,6 +55,13 @@ impl Sample {
         self.route
     }
 
+    /// Notes that the request goes on only now.
+    pub(super) fn restart(&mut self, now: impl FnOnce() -> Monotonic) {
+        if self.since.is_some() {
+            self.since = Some(now());
+        }
+    }
+
     /// Notes that the head of the answer is there.
     pub(super) fn answered(&mut self, now: impl FnOnce() -> Monotonic) {
         if let (Some(since), None) = (self.since, self.took) {

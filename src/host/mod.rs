@@ -128,14 +128,21 @@ pub struct GrpcAnswer<'m> {
     pub message: &'m [u8],
 }
 
-/// Calls to other services. The answer, or that there is none, comes later, and exactly once.
+/// gRPC calls to other services. The answer, or that there is none, comes later, and exactly once.
 pub trait GrpcClient {
     /// Sends a call. `None` where the proxy cannot, because it does not know the cluster.
     fn call(&self, call: &GrpcCall<'_>) -> Option<CallId>;
 }
 
+/// HTTP calls to others, through the proxy.
+pub trait Calls {
+    /// Sends a GET for `path` to `cluster`, to be given up after `timeout` nanoseconds. Whoever runs the filter hands it
+    /// the answer with the number that is returned here; `None` where it cannot be sent, such as to an unknown cluster.
+    fn http_get(&self, cluster: &str, path: &str, timeout: u64) -> Option<u32>;
+}
+
 /// Everything together.
-pub trait Host: StateStore + Metrics + Properties + GrpcClient {
+pub trait Host: StateStore + Metrics + Properties + Calls + GrpcClient {
     /// The monotonic clock, one timeline for all workers of the process.
     fn now(&self) -> Monotonic;
     /// The wall clock, for what proxies have to agree on.

@@ -7,11 +7,12 @@
 #![allow(unsafe_code)]
 
 use super::{
-    CallId, Conflict, GrpcAnswer, GrpcCall, GrpcClient, Host, MetricId, Metrics, Properties, StateStore, Version,
+    CallId, Calls, Conflict, GrpcAnswer, GrpcCall, GrpcClient, Host, MetricId, Metrics, Properties, StateStore, Version,
 };
 use crate::fault::{HeldStreams, Slot};
 use crate::filter::{Exchange, Filter, Hold, Verdict, Waiting};
 use crate::http::{HeaderMutation, LocalReply, encode_headers};
+use crate::outlier::MAX_ANSWER_BYTES;
 use crate::policy::Policy;
 use crate::random::split_mix;
 use crate::ratelimit::service::{Outcome, Waiters};
@@ -20,6 +21,7 @@ use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::{Action, BufferType, ContextType, LogLevel, MapType, MetricType, StreamType};
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
+use std::time::Duration;
 
 proxy_wasm::main! {{
     proxy_wasm::set_log_level(LogLevel::Info);
@@ -269,6 +271,16 @@ impl GrpcClient for Envoy {
     }
 }
 
+impl Calls for Envoy {
+    /// Through the SDK: it hands over only the answers to calls that it has made itself. It panics on no status that
+    /// Envoy returns here.
+    fn http_get(&self, cluster: &str, path: &str, timeout: u64) -> Option<u32> {
+        let headers = vec![(":method", "GET"), (":path", path), (":authority", "trimtab")];
+        let timeout = Duration::from_nanos(timeout);
+        proxy_wasm::hostcalls::dispatch_http_call(cluster, headers, None, Vec::new(), timeout).ok()
+    }
+}
+
 impl Host for Envoy {
     fn now(&self) -> Monotonic {
         let mut now = 0;
@@ -345,7 +357,7 @@ impl Worker {
         const MILLISECOND: u64 = 1_000_000;
         let now = self.envoy.now();
         let due = self.held.borrow().next_due().map(|due| due.saturating_sub(now));
-        let windows = self.filter.borrow().as_ref().and_then(Filter::tick_period);
+        let windows = self.filter.borrow().as_ref().and_then(|filter| filter.tick_period(due.is_some()));
         let period = match (due, windows) {
             (Some(due), Some(windows)) => Some(due.min(windows)),
             (due, windows) => due.or(windows),
@@ -404,22 +416,41 @@ impl Worker {
         self.waiters.borrow_mut().wait(paused.waiting.call, stream, paused);
     }
 
-    /// Lets go of every stream whose delay is over.
+    /// Lets go of every stream whose delay is over, or whose experiment may inject nothing any more: unfaulted then.
     fn release(&self) {
         let now = self.envoy.now();
+        let ended = match self.filter.borrow().as_ref() {
+            Some(filter) => self.held.borrow_mut().take_all(|hold: &Box<Hold>| filter.ends_faults(hold.experiment)),
+            None => Vec::new(),
+        };
+        for (stream, hold) in ended {
+            self.let_go(stream, Hold { then: Verdict::Continue, ..*hold });
+        }
         loop {
-            let Some((stream, hold)) = self.held.borrow_mut().take_due(now) else { return };
-            if unsafe { proxy_set_effective_context(stream) } == OK {
-                match hold.then {
-                    Verdict::Answer(reply) => answer(&reply),
-                    Verdict::Reset => reset(),
-                    Verdict::Continue | Verdict::Delay(_) | Verdict::Wait(_) => {
-                        unsafe { proxy_continue_stream(StreamType::HttpRequest) };
-                    }
+            let Some((stream, mut hold)) = self.held.borrow_mut().take_due(now) else { return };
+            // It may have been suspended since the last tick.
+            if hold.then != Verdict::Continue
+                && let Some(filter) = self.filter.borrow_mut().as_mut()
+                && !filter.may_fault(&self.envoy, hold.experiment)
+            {
+                hold.then = Verdict::Continue;
+            }
+            self.let_go(stream, *hold);
+        }
+    }
+
+    /// Does what follows a delay.
+    fn let_go(&self, stream: u32, hold: Hold) {
+        if unsafe { proxy_set_effective_context(stream) } == OK {
+            match hold.then {
+                Verdict::Answer(reply) => answer(&reply),
+                Verdict::Reset => reset(),
+                Verdict::Continue | Verdict::Delay(_) | Verdict::Wait(_) => {
+                    unsafe { proxy_continue_stream(StreamType::HttpRequest) };
                 }
             }
-            self.free(hold.slot);
         }
+        self.free(hold.slot);
     }
 
     /// Gives back the slot of a fault that is over.
@@ -436,7 +467,20 @@ struct Root {
     worker: Rc<Worker>,
 }
 
-impl Context for Root {}
+impl Context for Root {
+    fn on_http_call_response(&mut self, call: u32, _: usize, size: usize, _: usize) {
+        let body = || {
+            fetch(|data, length| unsafe {
+                proxy_get_buffer_bytes(BufferType::HttpCallResponseBody, 0, size, data, length)
+            })
+        };
+        let status = header(MapType::HttpCallResponseHeaders, ":status");
+        let body = if size <= MAX_ANSWER_BYTES { Some(body().unwrap_or_default()) } else { None };
+        if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
+            filter.on_call_answered(&self.worker.envoy, call, status, body.as_deref());
+        }
+    }
+}
 
 impl RootContext for Root {
     fn on_configure(&mut self, size: usize) -> bool {
@@ -515,7 +559,7 @@ struct Stream {
 impl Context for Stream {}
 
 impl HttpContext for Stream {
-    fn on_http_request_headers(&mut self, _: usize, _: bool) -> Action {
+    fn on_http_request_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
         let worker = &*self.worker;
         let headers;
         let verdict = {
@@ -525,7 +569,7 @@ impl HttpContext for Stream {
                 fetch(|data, size| unsafe { proxy_get_header_map_pairs(MapType::HttpRequestHeaders, data, size) })
                     .unwrap_or_default();
             let may_hold = worker.held.borrow().has_room();
-            let decision = filter.on_request(&worker.envoy, &headers, may_hold);
+            let decision = filter.on_request(&worker.envoy, &headers, !end_of_stream, may_hold);
             mutate_all(&decision.mutations);
             self.exchange = decision.exchange;
             decision.verdict
@@ -550,7 +594,7 @@ impl HttpContext for Stream {
 
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
         if let Some(exchange) = self.waited.take() {
-            self.exchange = exchange.get();
+            self.exchange = exchange.take();
         }
         if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
             let header = |name: &str| header(MapType::HttpResponseHeaders, name);
@@ -580,8 +624,8 @@ impl Drop for Stream {
                 filter.on_gone(&self.worker.envoy, *paused.waiting);
             }
         }
-        let exchange = self.waited.as_ref().map_or(self.exchange, |waited| waited.get());
-        self.worker.free(exchange.slot);
+        let slot = self.waited.as_ref().map_or(self.exchange.slot, |waited| waited.take().slot);
+        self.worker.free(slot);
     }
 }
 
@@ -610,7 +654,8 @@ fn reset() {
 
 #[inline(never)]
 fn answer(reply: &LocalReply) {
-    let headers = encode_headers(&reply.headers);
+    let headers: Vec<(&str, &str)> = reply.headers.iter().map(|(name, value)| (&**name, &**value)).collect();
+    let headers = encode_headers(&headers);
     unsafe {
         proxy_send_local_response(
             u32::from(reply.status),

@@ -1,7 +1,7 @@
 //! A host without a proxy: a clock that stands still until it is moved, a seeded random source, words and metrics in
 //! memory. Tests and the command-line program run the filter on it.
 
-use super::{CallId, Conflict, GrpcCall, GrpcClient, Host, MetricId, Metrics, Properties, StateStore, Version};
+use super::{CallId, Calls, Conflict, GrpcCall, GrpcClient, Host, MetricId, Metrics, Properties, StateStore, Version};
 use crate::units::{Monotonic, Wall};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
@@ -17,7 +17,8 @@ pub struct Sim {
     metrics: RefCell<Vec<(String, u64)>>,
     properties: RefCell<BTreeMap<String, Vec<u8>>>,
     clusters: RefCell<Vec<String>>,
-    calls: RefCell<Vec<SentCall>>,
+    calls: RefCell<Vec<HttpCall>>,
+    grpc_calls: RefCell<Vec<SentCall>>,
     next_call: Cell<u32>,
 }
 
@@ -33,6 +34,14 @@ pub struct SentCall {
     pub timeout: u32,
 }
 
+/// An HTTP call that was sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HttpCall {
+    pub number: u32,
+    pub cluster: String,
+    pub path: String,
+}
+
 impl Sim {
     pub fn new(seed: u64) -> Sim {
         Sim {
@@ -45,18 +54,9 @@ impl Sim {
             properties: RefCell::default(),
             clusters: RefCell::default(),
             calls: RefCell::default(),
+            grpc_calls: RefCell::default(),
             next_call: Cell::new(1),
         }
-    }
-
-    /// Adds a cluster to which calls can be sent. There is none at first.
-    pub fn add_cluster(&self, name: &str) {
-        self.clusters.borrow_mut().push(name.to_owned());
-    }
-
-    /// The calls that were sent since this was last asked.
-    pub fn take_calls(&self) -> Vec<SentCall> {
-        self.calls.take()
     }
 
     /// Moves both clocks forward.
@@ -75,6 +75,21 @@ impl Sim {
         self.properties.borrow_mut().insert(path.to_owned(), value.to_vec());
     }
 
+    /// Makes a cluster known: others cannot be called.
+    pub fn add_cluster(&self, name: &str) {
+        self.clusters.borrow_mut().push(name.to_owned());
+    }
+
+    /// The HTTP calls since the last time.
+    pub fn take_calls(&self) -> Vec<HttpCall> {
+        self.calls.take()
+    }
+
+    /// The gRPC calls since the last time.
+    pub fn take_grpc_calls(&self) -> Vec<SentCall> {
+        self.grpc_calls.take()
+    }
+
     /// The value of the metric `name`; 0 where there is none.
     pub fn metric(&self, name: &str) -> u64 {
         self.metrics.borrow().iter().find(|(known, _)| known == name).map_or(0, |(_, value)| *value)
@@ -88,6 +103,11 @@ impl Sim {
     /// How many writes of shared words have succeeded.
     pub fn writes(&self) -> u64 {
         u64::from(self.version.get())
+    }
+
+    /// The bytes of all shared words, their keys included.
+    pub fn bytes(&self) -> usize {
+        self.words.borrow().iter().map(|(key, (value, _))| key.len() + value.len()).sum()
     }
 
     /// The keys of all shared words.
@@ -170,7 +190,7 @@ impl GrpcClient for Sim {
         }
         let id = CallId(self.next_call.get());
         self.next_call.set(id.0 + 1);
-        self.calls.borrow_mut().push(SentCall {
+        self.grpc_calls.borrow_mut().push(SentCall {
             id,
             cluster: call.cluster.to_owned(),
             path: format!("/{}/{}", call.service, call.method),
@@ -178,6 +198,17 @@ impl GrpcClient for Sim {
             timeout: call.timeout,
         });
         Some(id)
+    }
+}
+
+impl Calls for Sim {
+    fn http_get(&self, cluster: &str, path: &str, _: u64) -> Option<u32> {
+        if !self.clusters.borrow().iter().any(|known| known == cluster) {
+            return None;
+        }
+        let number = self.random() as u32;
+        self.calls.borrow_mut().push(HttpCall { number, cluster: cluster.to_owned(), path: path.to_owned() });
+        Some(number)
     }
 }
 

@@ -8,13 +8,20 @@ use std::collections::VecDeque;
 pub struct Totals {
     pub requests: u64,
     pub failures: u64,
+    /// Answers that took too long.
+    pub slow: u64,
+    /// Requests for which there was no host, or no room.
+    pub outages: u64,
 }
 
 impl Totals {
-    fn since(self, earlier: Totals) -> Totals {
+    /// What was counted after `earlier`.
+    pub fn since(self, earlier: Totals) -> Totals {
         Totals {
             requests: self.requests.saturating_sub(earlier.requests),
             failures: self.failures.saturating_sub(earlier.failures),
+            slow: self.slow.saturating_sub(earlier.slow),
+            outages: self.outages.saturating_sub(earlier.outages),
         }
     }
 }
@@ -55,6 +62,11 @@ impl Window {
         }
     }
 
+    /// Whether the window has been watched for its whole length.
+    pub fn is_full(&self, now: Monotonic) -> bool {
+        self.marks.front().is_some_and(|(first, _)| now.saturating_sub(*first) >= self.length)
+    }
+
     /// What was counted within the window that ends now, at `totals`.
     pub fn recent(&self, now: Monotonic, totals: Totals) -> Totals {
         let start = now.saturating_sub(self.length);
@@ -70,13 +82,14 @@ mod tests {
     const SECOND: u64 = 1_000_000_000;
 
     fn totals(requests: u64, failures: u64) -> Totals {
-        Totals { requests, failures }
+        Totals { requests, failures, ..Totals::default() }
     }
 
     #[test]
     fn sees_the_last_seconds_only() {
         let mut window = Window::new(10 * SECOND, 0, totals(500, 400));
         assert_eq!(window.recent(0, totals(500, 400)), totals(0, 0));
+        assert!(!window.is_full(10 * SECOND - 1) && window.is_full(10 * SECOND));
         for second in 1..=30 {
             window.mark(second * SECOND, || totals(500 + second * 10, 400 + second));
         }

@@ -1,22 +1,30 @@
 //! Reads `rateLimits`.
 
+use super::answer::{Answer, Body};
 use super::gcra::Gcra;
-use super::lease::most;
-use super::policy::{DEFAULT_MAX_KEYS, Limit, buckets};
+use super::policy::{
+    ANSWER_EPOCH, Candidate, Cost, DEFAULT_MAX_KEYS, Keyspace, Limit, MAX_OVERRIDES, OnMissing, Override, Rate,
+    Statuses, buckets,
+};
 use super::service::{self, GlobalLimit, Service};
+use super::table::Terms;
 use crate::document::{Value, quoted};
 use crate::http::HeaderNames;
 use crate::key::KeySource;
+use crate::matcher::{is_header_name, read_header_name};
 
 const UNITS: [(&str, (u64, &str)); 4] = [
-    ("second", (1_000_000_000, "second")),
-    ("minute", (60_000_000_000, "minute")),
-    ("hour", (3_600_000_000_000, "hour")),
-    ("day", (86_400_000_000_000, "day")),
+    ("second", (1_000_000_000, "a second")),
+    ("minute", (60_000_000_000, "a minute")),
+    ("hour", (3_600_000_000_000, "an hour")),
+    ("day", (86_400_000_000_000, "a day")),
 ];
 
-/// Reads the limits of the route called `route`, whose ids begin at `first`: those that the proxy keeps, and those that
-/// a service does. `prefix` is what the policy's shared words start with.
+/// The most requests of a rate, of a burst, and that one request counts as.
+const MOST_REQUESTS: u64 = 1_000_000_000;
+
+/// Reads the limits of the route called `route`: those that the proxy keeps, whose rates' ids begin at `first`, and those
+/// that a service does. `prefix` is what the policy's shared words start with.
 pub fn read(
     value: &Value<'_>,
     first: usize,
@@ -25,14 +33,11 @@ pub fn read(
     names: &mut HeaderNames,
 ) -> (Vec<Limit>, Vec<GlobalLimit>) {
     const MOST: usize = 16;
-    let items = value.array().unwrap_or_default();
-    if items.len() > MOST {
-        value.error(format!("{} limits", items.len()), format!("a route has at most {MOST}"));
-    }
     let mut limits: Vec<Limit> = Vec::new();
     let mut global: Vec<GlobalLimit> = Vec::new();
-    for item in items.iter().take(MOST) {
-        let Some((limit, service)) = read_limit(item, first + limits.len(), prefix, route, names) else { continue };
+    let mut next_id = first;
+    for item in &read_items(value, MOST) {
+        let Some((mut limit, service)) = read_limit(item, prefix, route, names) else { continue };
         let mut known = limits.iter().chain(global.iter().map(|global| &global.limit));
         if known.any(|known| known.name == limit.name) {
             item.error(
@@ -41,17 +46,36 @@ pub fn read(
             );
         }
         match service {
-            // Its fallback leases nothing: a worker's leases are those of the limits that the proxy keeps.
-            Some(service) => global.push(GlobalLimit { limit: Limit { lease: 0, ..limit }, service }),
-            None => limits.push(limit),
+            Some(service) => {
+                // Its fallback leases nothing: a worker's leases are those of the limits that the proxy keeps.
+                limit.rate.lease = 0;
+                global.push(GlobalLimit { limit, service });
+            }
+            None => {
+                let overrides = limit.overrides.iter_mut().map(|other| &mut other.rate);
+                for rate in std::iter::once(&mut limit.rate).chain(overrides) {
+                    rate.id = next_id;
+                    next_id += 1;
+                }
+                limits.push(limit);
+            }
         }
     }
     (limits, global)
 }
 
+/// The items of a list of at most `most`.
+fn read_items<'a>(value: &Value<'a>, most: usize) -> Vec<Value<'a>> {
+    let items = value.array().unwrap_or_default();
+    if items.len() > most {
+        value.error(format!("{} items", items.len()), format!("write at most {most}"));
+        return Vec::new();
+    }
+    items
+}
+
 fn read_limit(
     value: &Value<'_>,
-    id: usize,
     prefix: &str,
     route: &str,
     names: &mut HeaderNames,
@@ -59,36 +83,99 @@ fn read_limit(
     let mut fields = value.object()?;
     let name = fields.required("name").and_then(|value| crate::policy::read_name(&value));
     let rate = fields.required("limit").and_then(|value| read_rate(&value));
-    let key = fields.optional("key").map(|value| KeySource::read_list(&value, names)).unwrap_or_default();
+    let key = fields.optional("key").map(|value| KeySource::read_list(&value, false, names)).unwrap_or_default();
     let shadow = fields.optional("mode").and_then(|value| value.one_of(&[("enforce", false), ("shadow", true)]));
     let keys = fields.optional("maxKeys").and_then(|value| value.integer(1..=1 << 24)).unwrap_or(DEFAULT_MAX_KEYS);
-    let requests = rate.as_ref().map(|(gcra, _)| gcra.burst());
+    let requests = rate.as_ref().map(|rate| rate.gcra().burst());
     let service = service::read(&mut fields, requests, &key, names);
-    for field in ["onMissing", "overrides", "charge", "cost", "response"] {
-        fields.not_yet(field);
+    if let Some(Some(_)) = service {
+        for field in ["onMissing", "overrides", "cost", "charge", "candidates"] {
+            fields.refuse(field, "remove it, or keep the limit local: the service counts each request as one hit");
+        }
+    }
+    let on_missing = fields.optional("onMissing").and_then(|value| {
+        value.one_of(&[("share", OnMissing::Share), ("skip", OnMissing::Skip), ("deny", OnMissing::Deny)])
+    });
+    let overrides = fields.optional("overrides").map(|value| read_overrides(&value, key.len())).unwrap_or_default();
+    let cost = fields.optional("cost").and_then(|value| read_cost(&value, names));
+    let counted = fields.optional("charge").and_then(|value| read_charge(&value));
+    let candidates = fields.optional("candidates").map(|value| read_candidates(&value)).unwrap_or_default();
+    let answer = fields.optional("response").map(|value| read_answer(&value)).unwrap_or_default();
+    if let Some(Some(_)) = service
+        && answer.tells()
+    {
+        value.error(
+            "a response that tells what is left of a limit that a service keeps",
+            "remove enableXRatelimitHeaders and enableRateLimitFields",
+        );
     }
     fields.end();
-    let (name, (gcra, promise), service) = (name?, rate?, service?);
-    let limit = Limit {
-        id,
-        lease: most(gcra.burst()),
-        prefix: format!("{prefix}limit/{route}/{name}/").into(),
+    let (name, rate, service) = (name?, rate?, service?);
+    let buckets = if key.is_empty() { 1 } else { buckets(keys) };
+    let mut prefix = format!("{prefix}limit/{route}/{name}/");
+    if counted.is_some() {
+        prefix.push_str("answers/");
+    }
+    let keyspace = |prefix: &str, longest| Keyspace { prefix: prefix.into(), buckets, longest };
+    let longest = overrides.iter().fold(rate.terms, |longest, other: &Override| Terms {
+        gcra: longest.gcra.longer(other.rate.gcra()),
+        ..longest
+    });
+    let mut limit = Limit {
         name: name.into(),
-        gcra,
-        promise: promise.into(),
-        buckets: if key.is_empty() { 1 } else { buckets(keys) },
+        keyspace: keyspace(&prefix, longest),
         key,
+        on_missing: on_missing.unwrap_or_default(),
+        cost: cost.unwrap_or(Cost::Fixed(1)),
+        rate,
+        overrides,
+        candidates: candidates
+            .into_iter()
+            .map(|(name, rate)| {
+                let keyspace = keyspace(&format!("{prefix}candidate/{name}/"), rate.terms);
+                Candidate { name, rate: Rate { lease: 0, ..rate }, keyspace }
+            })
+            .collect(),
+        counted,
         shadow: shadow.unwrap_or(false),
+        answer,
     };
+    let lowest = limit.rates().map(|rate| rate.gcra().burst()).min();
+    if matches!(limit.cost, Cost::Fixed(cost) if lowest.is_some_and(|burst| u64::from(cost) > burst)) {
+        value.error("a cost above the burst", "write a larger burst: no request would ever be admitted");
+    }
+    limit.settle_terms();
     Some((limit, service))
 }
 
-fn read_rate(value: &Value<'_>) -> Option<(Gcra, String)> {
-    const MOST: u64 = 1_000_000_000;
+impl Limit {
+    /// Leases none of a limit of which every request has to be known: what is told of it, and what is held of it, is
+    /// exact.
+    fn settle_terms(&mut self) {
+        let (is_counted, is_told) = (self.counted.is_some(), self.answer.tells());
+        let rates = std::iter::once(&mut self.rate)
+            .chain(self.overrides.iter_mut().map(|other| &mut other.rate))
+            .chain(self.candidates.iter_mut().map(|candidate| &mut candidate.rate));
+        for rate in rates {
+            if is_counted {
+                rate.terms.epoch = ANSWER_EPOCH;
+            }
+            if is_counted || is_told {
+                rate.lease = 0;
+            }
+        }
+        let keyspaces = self.candidates.iter_mut().map(|candidate| &mut candidate.keyspace);
+        for keyspace in keyspaces.chain([&mut self.keyspace]) {
+            keyspace.longest.epoch = self.rate.terms.epoch;
+        }
+    }
+}
+
+fn read_rate(value: &Value<'_>) -> Option<Rate> {
     let mut fields = value.object()?;
-    let requests = fields.required("requestsPerUnit").and_then(|value| value.integer(1..=MOST));
+    let requests = fields.required("requestsPerUnit").and_then(|value| value.integer(1..=MOST_REQUESTS));
     let unit = fields.required("unit").and_then(|value| value.one_of(&UNITS));
-    let burst = fields.optional("burst").map(|value| value.integer(1..=MOST));
+    let burst = fields.optional("burst").map(|value| value.integer(1..=MOST_REQUESTS));
     fields.end();
     let (requests, (nanoseconds, unit)) = (requests?, unit?);
     let burst = burst.unwrap_or(Some(requests))?;
@@ -97,5 +184,175 @@ fn read_rate(value: &Value<'_>) -> Option<(Gcra, String)> {
         value.error("the burst takes centuries to regain", "write a smaller burst or a higher rate");
     }
     let plural = if requests == 1 { "" } else { "s" };
-    Some((gcra?, format!("{requests} request{plural} a {unit}")))
+    Some(Rate::new(gcra?, format!("{requests} request{plural} {unit}").into()))
+}
+
+fn read_overrides(value: &Value<'_>, parts: usize) -> Vec<Override> {
+    if parts == 0 {
+        value.error("overrides of a limit without a key", "write the key whose values they are for");
+    }
+    read_items(value, MAX_OVERRIDES).iter().filter_map(|item| read_override(item, parts)).collect()
+}
+
+fn read_override(value: &Value<'_>, parts: usize) -> Option<Override> {
+    let mut fields = value.object()?;
+    let wanted = fields.required("match").and_then(|value| {
+        let wanted = match value.as_string() {
+            Some(_) => vec![value.text()?],
+            None => value.array()?.iter().map(Value::text).collect::<Option<_>>()?,
+        };
+        if parts > 0 && wanted.len() != parts {
+            value.unfit(format!("expected one value for each of the {parts} parts of the key; \"*\" is any"));
+        }
+        Some(wanted.into_iter().map(|wanted| (wanted != "*").then(|| wanted.into())).collect())
+    });
+    let rate = fields.required("limit").and_then(|value| read_rate(&value));
+    fields.end();
+    Some(Override { parts: wanted?, rate: rate? })
+}
+
+fn read_cost(value: &Value<'_>, names: &mut HeaderNames) -> Option<Cost> {
+    let mut fields = value.object()?;
+    let number = fields
+        .optional("number")
+        .map(|value| value.integer(1..=MOST_REQUESTS).map(|number| Cost::Fixed(number as u32)));
+    let otherwise = fields.optional("default");
+    let is_by_default = otherwise.is_some();
+    let otherwise = otherwise.and_then(|value| value.integer(0..=MOST_REQUESTS)).unwrap_or(1) as u32;
+    let header = fields.optional("header").map(|value| {
+        let id = read_header_name(&value, value.text()?, names)?;
+        Some(Cost::Header { id, otherwise })
+    });
+    let bytes = fields.optional("bytesPerRequest").map(|value| {
+        let unit = value.integer(1..=MOST_REQUESTS)? as u32;
+        Some(Cost::ContentLength { id: read_header_name(&value, "content-length", names)?, unit, otherwise })
+    });
+    if number.is_some() && is_by_default {
+        value.error("a default beside a number", "remove it");
+    }
+    fields.end();
+    let found: Vec<_> = [number, header, bytes].into_iter().flatten().collect();
+    if found.len() != 1 {
+        value.error(format!("{} costs", found.len()), "write one of number, header and bytesPerRequest");
+    }
+    found.into_iter().next().flatten()
+}
+
+fn read_charge(value: &Value<'_>) -> Option<Statuses> {
+    let mut fields = value.object()?;
+    let statuses = fields.required("onResponse").and_then(|value| {
+        let mut fields = value.object()?;
+        let statuses = fields.required("statuses").and_then(|value| read_statuses(&value));
+        fields.end();
+        statuses
+    });
+    fields.end();
+    statuses
+}
+
+fn read_statuses(value: &Value<'_>) -> Option<Statuses> {
+    const CLASSES: [(&str, (u16, u16)); 4] =
+        [("2xx", (200, 299)), ("3xx", (300, 399)), ("4xx", (400, 499)), ("5xx", (500, 599))];
+    const MOST: usize = 16;
+    let items = read_items(value, MOST);
+    if items.is_empty() {
+        value.unfit("expected statuses, such as [401, \"5xx\"]");
+    }
+    let status = |item: &Value<'_>| match item.as_string() {
+        Some(_) => item.one_of(&CLASSES),
+        None => item.integer(200..=599).map(|status| (status as u16, status as u16)),
+    };
+    Some(Statuses(items.iter().filter_map(status).collect()))
+}
+
+fn read_candidates(value: &Value<'_>) -> Vec<(Box<str>, Rate)> {
+    const MOST: usize = 8;
+    let mut candidates: Vec<(Box<str>, Rate)> = Vec::new();
+    for item in &read_items(value, MOST) {
+        let Some(mut fields) = item.object() else { continue };
+        let name = fields.required("name").and_then(|value| crate::policy::read_name(&value));
+        let rate = fields.required("limit").and_then(|value| read_rate(&value));
+        fields.end();
+        let (Some(name), Some(rate)) = (name, rate) else { continue };
+        if candidates.iter().any(|(known, _)| **known == *name) {
+            item.error(format!("a second candidate called {}", quoted(name)), "give each its own name");
+        }
+        candidates.push((name.into(), rate));
+    }
+    candidates
+}
+
+fn read_answer(value: &Value<'_>) -> Answer {
+    let Some(mut fields) = value.object() else { return Answer::default() };
+    let standard = Answer::default();
+    let mut flag = |name, standard: bool| fields.optional(name).and_then(|value| value.bool()).unwrap_or(standard);
+    let retry_after = flag("enableRetryAfterHeader", standard.retry_after);
+    let x_envoy_ratelimited = !flag("disableXEnvoyRatelimitedHeader", !standard.x_envoy_ratelimited);
+    let rate_limit_fields = flag("enableRateLimitFields", standard.fields);
+    let is_problem = flag("problemDetails", false);
+    let x_ratelimit = fields
+        .optional("enableXRatelimitHeaders")
+        .and_then(|value| value.one_of(&[("OFF", false), ("DRAFT_VERSION_03", true)]));
+    let status = fields.optional("statusCode").and_then(|value| value.integer(400..=599));
+    let content_type = fields.optional("contentType");
+    let body = fields.optional("body");
+    if is_problem && (body.is_some() || content_type.is_some()) {
+        fields.value().error("problemDetails beside a body of your own", "remove one of them");
+    }
+    let headers = fields.optional("headers").map(|value| read_headers(&value)).unwrap_or_default();
+    fields.end();
+    let own = body.and_then(|value| {
+        let text = value.string()?;
+        if text.len() > MOST_BODY {
+            value.error(format!("{} bytes", text.len()), format!("a body has at most {MOST_BODY}"));
+        }
+        Some(Body::Own(text.into()))
+    });
+    Answer {
+        status: status.map_or(standard.status, |status| status as u16),
+        body: if is_problem { Body::Problem } else { own.unwrap_or_default() },
+        content_type: content_type.and_then(|value| read_header_value(&value)),
+        headers,
+        x_ratelimit: x_ratelimit.unwrap_or(standard.x_ratelimit),
+        fields: rate_limit_fields,
+        retry_after,
+        x_envoy_ratelimited,
+    }
+}
+
+/// The longest body of a refusal, in bytes: every refused request carries it.
+const MOST_BODY: usize = 4096;
+
+fn read_headers(value: &Value<'_>) -> Vec<(Box<str>, Box<str>)> {
+    const MOST: usize = 16;
+    let entries = value.entries().unwrap_or_default();
+    if entries.len() > MOST {
+        value.error(format!("{} headers", entries.len()), format!("an answer has at most {MOST} of your own"));
+    }
+    let mut headers = Vec::new();
+    for (name, value) in entries.iter().take(MOST) {
+        let lower = name.to_ascii_lowercase();
+        let is_ours = lower.starts_with(':')
+            || lower.starts_with("grpc-")
+            || ["content-length", "content-type", "transfer-encoding", "connection", "retry-after"].contains(&&*lower);
+        if is_ours || !is_header_name(name) {
+            value.error(
+                format!("{} cannot be set here", quoted(name)),
+                "write a header that is neither the proxy's own nor a field of this block",
+            );
+            continue;
+        }
+        headers.extend(read_header_value(value).map(|text| (lower.into(), text)));
+    }
+    headers
+}
+
+/// Reads a header's value: visible ASCII, blanks within.
+fn read_header_value(value: &Value<'_>) -> Option<Box<str>> {
+    let text = value.text()?;
+    if text.len() > 1024 || text.trim().len() != text.len() || !text.bytes().all(|byte| (0x20..0x7f).contains(&byte)) {
+        value.unfit("expected at most 1024 visible ASCII characters, with no blank at either end");
+        return None;
+    }
+    Some(text.into())
 }

@@ -42,10 +42,11 @@ impl Gcra {
         self.tolerance / self.interval
     }
 
-    /// Tests a request at `now` against the arrival time `tat`, of which any instant that has passed means "fresh",
-    /// where `reserved` further requests have been promised already.
-    pub fn test(&self, tat: Monotonic, reserved: u32, now: Monotonic) -> Test {
-        let after = self.charge(tat, 1, now);
+    /// Tests a request that counts as `cost` requests at `now` against the arrival time `tat`, of which any instant that
+    /// has passed means "fresh", where `reserved` further requests have been promised already. A cost above the burst
+    /// never conforms, however long one waits.
+    pub fn test(&self, tat: Monotonic, reserved: u32, cost: u32, now: Monotonic) -> Test {
+        let after = self.charge(tat, cost, now);
         let ahead = (after - now).saturating_add(self.interval.saturating_mul(reserved.into()));
         if ahead <= self.tolerance {
             Test::Conforms { tat: after }
@@ -65,9 +66,24 @@ impl Gcra {
         tat.max(now).saturating_add(self.interval.saturating_mul(requests.into()))
     }
 
-    /// The TAT after a request that had been admitted is taken back.
-    pub fn take_back(&self, tat: Monotonic) -> Monotonic {
-        tat.saturating_sub(self.interval)
+    /// The TAT after `requests` that had been admitted are taken back.
+    pub fn take_back(&self, tat: Monotonic, requests: u32) -> Monotonic {
+        tat.saturating_sub(self.interval.saturating_mul(requests.into()))
+    }
+
+    /// Nanoseconds until the whole burst could be admitted again.
+    pub fn regained(&self, tat: Monotonic, reserved: u32, now: Monotonic) -> u64 {
+        self.charge(tat, reserved, now) - now
+    }
+
+    /// In how many nanoseconds a burst is regained.
+    pub fn window(&self) -> u64 {
+        self.tolerance
+    }
+
+    /// The one of two rates whose arrival times may lie further ahead.
+    pub fn longer(self, other: Gcra) -> Gcra {
+        if other.tolerance > self.tolerance { other } else { self }
     }
 
     /// The latest arrival time that requests can have led to. A later one was left by a slower rate.
@@ -87,14 +103,14 @@ mod tests {
         let mut tat = 0;
         let now = 5_000_000_000;
         for _ in 0..3 {
-            let Test::Conforms { tat: after } = gcra.test(tat, 0, now) else { panic!("the burst is admitted") };
+            let Test::Conforms { tat: after } = gcra.test(tat, 0, 1, now) else { panic!("the burst is admitted") };
             tat = after;
         }
-        assert_eq!(gcra.test(tat, 0, now), Test::TooEarly { wait: 600_000_000 });
-        assert_eq!(gcra.test(tat, 0, now + 599_999_999), Test::TooEarly { wait: 1 });
-        assert!(matches!(gcra.test(tat, 0, now + 600_000_000), Test::Conforms { .. }));
-        let back = gcra.take_back(tat);
-        assert!(matches!(gcra.test(back, 0, now), Test::Conforms { .. }));
+        assert_eq!(gcra.test(tat, 0, 1, now), Test::TooEarly { wait: 600_000_000 });
+        assert_eq!(gcra.test(tat, 0, 1, now + 599_999_999), Test::TooEarly { wait: 1 });
+        assert!(matches!(gcra.test(tat, 0, 1, now + 600_000_000), Test::Conforms { .. }));
+        let back = gcra.take_back(tat, 1);
+        assert!(matches!(gcra.test(back, 0, 1, now), Test::Conforms { .. }));
     }
 
     #[test]
@@ -118,7 +134,7 @@ mod tests {
             let mut admitted = 0_u64;
             for step in steps {
                 now += step;
-                if let Test::Conforms { tat: after } = gcra.test(tat, 0, now) {
+                if let Test::Conforms { tat: after } = gcra.test(tat, 0, 1, now) {
                     tat = after;
                     admitted += 1;
                 }

@@ -5,8 +5,16 @@
 //! each reservation that it uses up within a second doubles the next, up to 1/512 of the burst. What one worker holds
 //! another may lack, for two seconds at most; so small limits, of which people count every request, are never leased.
 
-use super::table::{EPOCH, Reservation, epoch};
+use super::table::Reservation;
 use crate::units::Monotonic;
+
+/// The clock of leases, in nanoseconds.
+pub(super) const EPOCH: u64 = 1_000_000_000;
+
+/// The epoch of an instant; it wraps after 136 years.
+fn epoch(now: Monotonic) -> u32 {
+    (now / EPOCH) as u32
+}
 
 /// The part of the burst that one worker may hold.
 const SHARE: u64 = 512;
@@ -63,11 +71,11 @@ impl Leases {
         self.place(limit, fingerprint).filter(|lease| lease.limit == limit && lease.fingerprint == fingerprint)
     }
 
-    /// Spends one reserved request of a key, if there is one.
-    pub(super) fn spend(&mut self, limit: usize, fingerprint: u64, now: Monotonic) -> bool {
+    /// Spends `cost` reserved requests of a key, if there are so many.
+    pub(super) fn spend(&mut self, limit: usize, fingerprint: u64, cost: u32, now: Monotonic) -> bool {
         match self.find(limit, fingerprint) {
-            Some(lease) if lease.left() > 0 && lease.age(now) <= 1 => {
-                lease.held.used += 1;
+            Some(lease) if lease.left() >= cost && lease.age(now) <= 1 => {
+                lease.held.used += cost;
                 true
             }
             _ => false,
@@ -75,9 +83,9 @@ impl Leases {
     }
 
     /// Takes back what [`Leases::spend`] spent.
-    pub(super) fn take_back(&mut self, limit: usize, fingerprint: u64) {
+    pub(super) fn take_back(&mut self, limit: usize, fingerprint: u64, cost: u32) {
         if let Some(lease) = self.find(limit, fingerprint) {
-            lease.held.used = lease.held.used.saturating_sub(1);
+            lease.held.used = lease.held.used.saturating_sub(cost);
         }
     }
 

@@ -8,9 +8,13 @@
 //! admitted too often. A key that gets a place of its own later starts from the overflow time, so that what it spent
 //! there still counts. A bucket is read and written whole, in one compare-and-swap: no key can be in two places.
 //!
-//! A worker may *reserve* requests of a key, to admit them without asking again ([`super::lease`]). What is reserved is
-//! room that nobody else gets; it is charged when its holder settles, or as if all of it had been used when its time
-//! is over. So a worker that vanishes takes nothing away for good.
+//! A worker may *reserve* requests of a key, to admit them without asking again ([`super::lease`]), or until the
+//! answer tells whether a request counts ([`super::decision`]). What is reserved is room that nobody else gets; it is charged when its
+//! holder settles, or as if all of it had been used when its time is over. So a worker that vanishes takes nothing away
+//! for good.
+//!
+//! Keys of one limit may have different rates. So what a key spent is worked out when that key is asked for; of the
+//! others it is only known whether they could still matter, by the rate that takes the longest to regain.
 
 use super::gcra::{Gcra, Test};
 use crate::units::Monotonic;
@@ -24,12 +28,39 @@ const SCHEMA: u8 = 2;
 /// The bytes of one key in a word.
 const RESIDENT: usize = 28;
 
-/// The clock of reservations: one made in an epoch holds until the end of the next.
-pub(super) const EPOCH: u64 = 1_000_000_000;
+/// The terms of one key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Terms {
+    pub(super) gcra: Gcra,
+    /// The clock of reservations, in nanoseconds: one made in an epoch holds until the end of the next.
+    pub(super) epoch: u64,
+}
 
-/// The epoch of an instant; it wraps after 136 years.
-pub(super) fn epoch(now: Monotonic) -> u32 {
-    (now / EPOCH) as u32
+impl Terms {
+    /// The epoch of an instant. It wraps, in 136 years at the soonest.
+    pub(super) fn epoch_of(&self, now: Monotonic) -> u32 {
+        (now / self.epoch) as u32
+    }
+}
+
+/// What is left to a key.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Standing {
+    /// How many requests could be admitted now.
+    pub(super) remaining: u64,
+    /// Nanoseconds until the whole burst could be admitted; where nothing remains, until one request could.
+    pub(super) reset: u64,
+}
+
+impl Standing {
+    fn of(tat: Monotonic, reserved: u32, gcra: &Gcra, now: Monotonic) -> Standing {
+        let remaining = gcra.room(tat, reserved, now);
+        let reset = match gcra.test(tat, reserved, 1, now) {
+            Test::TooEarly { wait } => wait,
+            Test::Conforms { .. } => gcra.regained(tat, reserved, now),
+        };
+        Standing { remaining, reset }
+    }
 }
 
 /// The keys of one bucket.
@@ -71,19 +102,21 @@ impl Resident {
     }
 
     /// Charges what was reserved and is past its time as if it had been used, at the last instant at which it can have
-    /// been.
-    fn expire(&mut self, gcra: &Gcra, now: Monotonic) {
-        let current = epoch(now);
+    /// been. A time further ahead than the rate leads to was left by a slower one: what was spent stays spent, and is
+    /// regained at the rate of today.
+    fn catch_up(&mut self, terms: &Terms, now: Monotonic) {
+        let current = terms.epoch_of(now);
         while self.epoch != current && self.reserved() > 0 {
-            let end = u64::from(self.epoch).saturating_add(1).saturating_mul(EPOCH);
+            let end = u64::from(self.epoch).saturating_add(1).saturating_mul(terms.epoch);
             if self.reserved_before > 0 {
-                self.tat = gcra.charge(self.tat, self.reserved_before, end.min(now));
+                self.tat = terms.gcra.charge(self.tat, self.reserved_before, end.min(now));
             }
             self.reserved_before = self.reserved;
             self.reserved = 0;
             self.epoch = self.epoch.wrapping_add(1);
         }
         self.epoch = current;
+        self.tat = self.tat.min(terms.gcra.latest(now));
     }
 
     /// Charges what was used of a reservation, and frees the rest.
@@ -103,38 +136,36 @@ impl Resident {
         }
     }
 
-    fn is_live(&self, now: Monotonic) -> bool {
-        self.tat > now || self.reserved() > 0
+    /// Whether the key may differ from a fresh one, `longest` being the terms that take the longest to regain.
+    fn is_live(&self, longest: &Terms, now: Monotonic) -> bool {
+        let held_until = u64::from(self.epoch).saturating_add(2).saturating_mul(longest.epoch);
+        self.tat > now || self.reserved() > 0 && longest.gcra.latest(held_until) > now
     }
 }
 
 impl Bucket {
-    /// Reads a word; `None` where it is not one of ours. A time further ahead than `gcra` leads to was left by a slower
-    /// rate: what was spent stays spent, and is regained at the rate of today.
-    pub(super) fn decode(word: &[u8], gcra: &Gcra, now: Monotonic) -> Option<Bucket> {
+    /// Reads a word; `None` where it is not one of ours. No time is taken to be further ahead than `longest` leads to.
+    pub(super) fn decode(word: &[u8], longest: &Terms, now: Monotonic) -> Option<Bucket> {
         let (schema, rest) = word.split_first()?;
         let (overflow, rest) = rest.split_first_chunk::<8>()?;
         let (chunks, remainder) = rest.as_chunks::<RESIDENT>();
         if *schema != SCHEMA || !remainder.is_empty() || chunks.len() > WAYS {
             return None;
         }
-        let latest = gcra.latest(now);
+        let latest = longest.gcra.latest(now);
         let mut residents = Vec::with_capacity(chunks.len() + 1);
         for chunk in chunks {
             let (fingerprint, rest) = chunk.split_first_chunk::<8>()?;
             let (tat, rest) = rest.split_first_chunk::<8>()?;
             let (epoch, rest) = rest.split_first_chunk::<4>()?;
             let (reserved, reserved_before) = rest.split_first_chunk::<4>()?;
-            let mut resident = Resident {
+            residents.push(Resident {
                 fingerprint: u64::from_le_bytes(*fingerprint),
                 tat: u64::from_le_bytes(*tat).min(latest),
                 epoch: u32::from_le_bytes(*epoch),
                 reserved: u32::from_le_bytes(*reserved),
                 reserved_before: u32::from_le_bytes(*reserved_before.first_chunk()?),
-            };
-            resident.expire(gcra, now);
-            resident.tat = resident.tat.min(latest);
-            residents.push(resident);
+            });
         }
         Some(Bucket { overflow: u64::from_le_bytes(*overflow).min(latest), residents })
     }
@@ -153,31 +184,42 @@ impl Bucket {
         word
     }
 
-    fn resident(&mut self, fingerprint: u64) -> Option<&mut Resident> {
-        self.residents.iter_mut().find(|resident| resident.fingerprint == fingerprint)
+    fn resident(&mut self, fingerprint: u64, terms: &Terms, now: Monotonic) -> Option<&mut Resident> {
+        let resident = self.residents.iter_mut().find(|resident| resident.fingerprint == fingerprint)?;
+        resident.catch_up(terms, now);
+        Some(resident)
     }
 
     /// Settles a reservation of the key with `fingerprint`.
-    pub(super) fn settle(&mut self, fingerprint: u64, reservation: Reservation, gcra: &Gcra, now: Monotonic) {
-        if let Some(resident) = self.resident(fingerprint) {
-            resident.settle(reservation, gcra, now);
+    pub(super) fn settle(&mut self, fingerprint: u64, reservation: Reservation, terms: &Terms, now: Monotonic) {
+        if let Some(resident) = self.resident(fingerprint, terms, now) {
+            resident.settle(reservation, &terms.gcra, now);
         }
     }
 
-    /// Charges one request of the key with `fingerprint`; nothing has changed if it does not conform.
-    pub(super) fn charge(&mut self, fingerprint: u64, gcra: &Gcra, now: Monotonic) -> (Test, Place) {
-        if let Some(resident) = self.resident(fingerprint) {
-            let test = gcra.test(resident.tat, resident.reserved(), now);
+    /// Charges `cost` requests of the key with `fingerprint`; nothing has changed if they do not conform. `longest` is
+    /// as in [`Bucket::decode`].
+    pub(super) fn charge(
+        &mut self,
+        fingerprint: u64,
+        cost: u32,
+        terms: &Terms,
+        longest: &Terms,
+        now: Monotonic,
+    ) -> (Test, Place) {
+        if let Some(resident) = self.resident(fingerprint, terms, now) {
+            let test = terms.gcra.test(resident.tat, resident.reserved(), cost, now);
             if let Test::Conforms { tat } = test {
                 resident.tat = tat;
             }
             return (test, Place::Own);
         }
-        let test = gcra.test(self.overflow, 0, now);
+        let test = terms.gcra.test(self.overflow, 0, cost, now);
         let Test::Conforms { tat } = test else { return (test, Place::Overflow) };
-        self.residents.retain(|resident| resident.is_live(now));
+        self.residents.retain(|resident| resident.is_live(longest, now));
         if self.residents.len() < WAYS {
-            self.residents.push(Resident { fingerprint, tat, epoch: epoch(now), reserved: 0, reserved_before: 0 });
+            let epoch = terms.epoch_of(now);
+            self.residents.push(Resident { fingerprint, tat, epoch, reserved: 0, reserved_before: 0 });
             (test, Place::Own)
         } else {
             self.overflow = tat;
@@ -185,25 +227,43 @@ impl Bucket {
         }
     }
 
+    /// Makes the charge of a moment ago a reservation: it is not known yet whether it counts.
+    pub(super) fn hold(&mut self, fingerprint: u64, cost: u32, terms: &Terms, now: Monotonic) {
+        if let Some(resident) = self.resident(fingerprint, terms, now) {
+            resident.tat = terms.gcra.take_back(resident.tat, cost);
+            resident.reserved = resident.reserved.saturating_add(cost);
+        }
+    }
+
     /// Reserves up to `wanted` requests of a key that has a place of its own; how many it has got.
-    pub(super) fn reserve(&mut self, fingerprint: u64, wanted: u32, gcra: &Gcra, now: Monotonic) -> u32 {
-        let Some(resident) = self.resident(fingerprint) else { return 0 };
-        let room = gcra.room(resident.tat, resident.reserved(), now);
+    pub(super) fn reserve(&mut self, fingerprint: u64, wanted: u32, terms: &Terms, now: Monotonic) -> u32 {
+        let Some(resident) = self.resident(fingerprint, terms, now) else { return 0 };
+        let room = terms.gcra.room(resident.tat, resident.reserved(), now);
         let granted = wanted.min(u32::try_from(room).unwrap_or(u32::MAX));
         resident.reserved = resident.reserved.saturating_add(granted);
         granted
     }
 
-    /// Takes one charge back from where it was booked.
-    pub(super) fn take_back(&mut self, fingerprint: u64, place: Place, gcra: &Gcra) {
+    /// Takes a charge back from where it was booked.
+    pub(super) fn take_back(&mut self, fingerprint: u64, cost: u32, place: Place, terms: &Terms, now: Monotonic) {
         match place {
-            Place::Overflow => self.overflow = gcra.take_back(self.overflow),
+            Place::Overflow => self.overflow = terms.gcra.take_back(self.overflow, cost),
             Place::Own => {
-                if let Some(resident) = self.resident(fingerprint) {
-                    resident.tat = gcra.take_back(resident.tat);
+                if let Some(resident) = self.resident(fingerprint, terms, now) {
+                    resident.tat = terms.gcra.take_back(resident.tat, cost);
                 }
             }
         }
+    }
+
+    /// What is left to the key with `fingerprint`.
+    pub(super) fn standing(&mut self, fingerprint: u64, terms: &Terms, now: Monotonic) -> Standing {
+        let overflow = self.overflow;
+        let (tat, reserved) = match self.resident(fingerprint, terms, now) {
+            Some(resident) => (resident.tat, resident.reserved()),
+            None => (overflow, 0),
+        };
+        Standing::of(tat, reserved, &terms.gcra, now)
     }
 }
 
@@ -213,8 +273,16 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::HashMap;
 
-    fn gcra() -> Gcra {
-        Gcra::new(10, 1_000_000_000, 5).unwrap()
+    fn terms(requests: u64, unit: u64, burst: u64) -> Terms {
+        Terms { gcra: Gcra::new(requests, unit, burst).unwrap(), epoch: 1_000_000_000 }
+    }
+
+    fn usual() -> Terms {
+        terms(10, 1_000_000_000, 5)
+    }
+
+    fn charge(bucket: &mut Bucket, fingerprint: u64, terms: &Terms, now: Monotonic) -> (Test, Place) {
+        bucket.charge(fingerprint, 1, terms, terms, now)
     }
 
     #[test]
@@ -222,48 +290,49 @@ mod tests {
         let now = 1_000_000_000_000;
         let mut bucket = Bucket::default();
         for fingerprint in 0..20 {
-            bucket.charge(fingerprint, &gcra(), now);
+            charge(&mut bucket, fingerprint, &usual(), now);
         }
         let word = bucket.encode();
         assert_eq!(word.len(), 1 + 8 + WAYS * RESIDENT);
-        assert_eq!(Bucket::decode(&word, &gcra(), now), Some(bucket));
+        assert_eq!(Bucket::decode(&word, &usual(), now), Some(bucket));
         let mut newer = word.clone();
         newer[0] += 1;
         let long: Vec<u8> = word.iter().chain(&[0; RESIDENT]).copied().collect();
         for garbage in [&b""[..], b"x", &word[..word.len() - 1], &newer, &long] {
-            assert_eq!(Bucket::decode(garbage, &gcra(), now), None, "{garbage:?}");
+            assert_eq!(Bucket::decode(garbage, &usual(), now), None, "{garbage:?}");
         }
     }
 
     #[test]
     fn a_faster_rate_forgives_nothing_and_punishes_no_longer() {
         let now = 1_000_000_000_000;
-        let slow = Gcra::new(2, 86_400_000_000_000, 2).unwrap();
+        let slow = terms(2, 86_400_000_000_000, 2);
         let mut bucket = Bucket::default();
-        while let (Test::Conforms { .. }, _) = bucket.charge(1, &slow, now) {}
-        let mut bucket = Bucket::decode(&bucket.encode(), &gcra(), now).unwrap();
-        assert_eq!(bucket.charge(1, &gcra(), now).0, Test::TooEarly { wait: 100_000_000 });
+        while let (Test::Conforms { .. }, _) = charge(&mut bucket, 1, &slow, now) {}
+        let mut bucket = Bucket::decode(&bucket.encode(), &usual(), now).unwrap();
+        assert_eq!(charge(&mut bucket, 1, &usual(), now).0, Test::TooEarly { wait: 100_000_000 });
     }
 
     #[test]
     fn what_a_vanished_worker_reserved_is_charged_once_and_comes_back() {
         let now = 1_000_000_000_000;
         let mut bucket = Bucket::default();
-        bucket.charge(1, &gcra(), now);
-        assert_eq!(bucket.reserve(1, 10, &gcra(), now), 4, "the rest of the burst");
-        assert!(matches!(bucket.charge(1, &gcra(), now + 100_000_000).0, Test::Conforms { .. }));
-        assert!(matches!(bucket.charge(1, &gcra(), now + 100_000_000).0, Test::TooEarly { .. }));
+        charge(&mut bucket, 1, &usual(), now);
+        assert_eq!(bucket.reserve(1, 10, &usual(), now), 4, "the rest of the burst");
+        assert!(matches!(charge(&mut bucket, 1, &usual(), now + 100_000_000).0, Test::Conforms { .. }));
+        assert!(matches!(charge(&mut bucket, 1, &usual(), now + 100_000_000).0, Test::TooEarly { .. }));
         let later = now + 2_000_000_000;
-        let mut after = Bucket::decode(&bucket.encode(), &gcra(), later).unwrap();
-        assert_eq!(after.residents[0].reserved(), 0);
-        let admitted = (0..10).filter(|_| matches!(after.charge(1, &gcra(), later).0, Test::Conforms { .. })).count();
+        let mut after = Bucket::decode(&bucket.encode(), &usual(), later).unwrap();
+        assert_eq!(after.resident(1, &usual(), later).unwrap().reserved(), 0);
+        let admitted =
+            (0..10).filter(|_| matches!(charge(&mut after, 1, &usual(), later).0, Test::Conforms { .. })).count();
         assert_eq!(admitted, 1, "charged at the end of the reservation's time, as if all had been used then");
     }
 
     proptest! {
         #[test]
         fn any_bytes_decode_to_something_or_nothing(word in proptest::collection::vec(any::<u8>(), 0..300), now: u64) {
-            let _ = Bucket::decode(&word, &gcra(), now);
+            let _ = Bucket::decode(&word, &usual(), now);
         }
 
         /// However many keys crowd into one bucket, none is admitted more often than alone.
@@ -277,7 +346,7 @@ mod tests {
             let mut admitted: HashMap<u64, Vec<u64>> = HashMap::new();
             for (key, step) in requests {
                 now += step;
-                if let (Test::Conforms { .. }, _) = bucket.charge(key, &gcra(), now) {
+                if let (Test::Conforms { .. }, _) = charge(&mut bucket, key, &usual(), now) {
                     let times = admitted.entry(key).or_default();
                     times.push(now);
                     for (index, since) in times.iter().enumerate() {
@@ -285,7 +354,35 @@ mod tests {
                         prop_assert!(count <= 5 + (now - since) / 100_000_000, "key {key}");
                     }
                 }
-                bucket = Bucket::decode(&bucket.encode(), &gcra(), now).unwrap();
+                bucket = Bucket::decode(&bucket.encode(), &usual(), now).unwrap();
+            }
+        }
+
+        /// The same where keys differ in their rates and requests in their costs.
+        #[test]
+        fn crowding_keys_of_several_rates_never_over_admits(
+            requests in proptest::collection::vec((0..24_u64, 1..4_u32, 0..200_000_000_u64), 1..600),
+        ) {
+            const INTERVAL: u64 = 100_000_000;
+            let rates = [usual(), terms(5, 1_000_000_000, 3), terms(1, 1_000_000_000, 4)];
+            let longest = rates[2];
+            let start = 1_000_000_000_000;
+            let mut now = start;
+            let mut bucket = Bucket::default();
+            let mut admitted: HashMap<u64, Vec<(u64, u64)>> = HashMap::new();
+            for (key, cost, step) in requests {
+                now += step;
+                let rate = (key % 3) as usize;
+                if let (Test::Conforms { .. }, _) = bucket.charge(key, cost, &rates[rate], &longest, now) {
+                    let times = admitted.entry(key).or_default();
+                    times.push((now, cost.into()));
+                    let (interval, burst) = [(INTERVAL, 5), (2 * INTERVAL, 3), (10 * INTERVAL, 4)][rate];
+                    for (index, (since, _)) in times.iter().enumerate() {
+                        let count: u64 = times[index..].iter().map(|(_, cost)| cost).sum();
+                        prop_assert!(count <= burst + (now - since) / interval, "key {key}");
+                    }
+                }
+                bucket = Bucket::decode(&bucket.encode(), &longest, now).unwrap();
             }
         }
 
@@ -295,13 +392,13 @@ mod tests {
             let mut bucket = Bucket::default();
             for key in keys {
                 let before = bucket.clone();
-                let (test, place) = bucket.charge(key, &gcra(), now);
+                let (test, place) = charge(&mut bucket, key, &usual(), now);
                 if let Test::Conforms { .. } = test {
-                    bucket.take_back(key, place, &gcra());
-                    let (again, _) = bucket.clone().charge(key, &gcra(), now);
+                    bucket.take_back(key, 1, place, &usual(), now);
+                    let (again, _) = charge(&mut bucket.clone(), key, &usual(), now);
                     let conforms = matches!(again, Test::Conforms { .. });
                     prop_assert!(conforms);
-                    bucket.charge(key, &gcra(), now);
+                    charge(&mut bucket, key, &usual(), now);
                 } else {
                     prop_assert_eq!(&before, &bucket);
                 }

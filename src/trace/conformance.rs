@@ -21,7 +21,7 @@ fn filter(host: &Sim, direction: &str) -> Filter {
 
 fn pass(filter: &mut Filter, host: &Sim, headers: &Headers) -> Headers {
     let block = encode_headers(headers);
-    let decision = filter.on_request(host, &block, true);
+    let decision = filter.on_request(host, &block, false, true);
     let bytes = |text: &String| text.as_bytes().to_vec();
     let mut after: Vec<_> = headers.iter().map(|(name, value)| (bytes(name), bytes(value))).collect();
     decision.mutations.iter().for_each(|mutation| mutation.apply(&mut after));

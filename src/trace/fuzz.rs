@@ -106,7 +106,7 @@ fn whatever_arrives_what_leaves_is_valid_and_no_larger() {
         let headers = fuzz.headers();
         let block = encode_headers(&headers);
         for filter in &mut filters {
-            let decision = filter.on_request(&host, &block, true);
+            let decision = filter.on_request(&host, &block, false, true);
             let written: usize = decision
                 .mutations
                 .iter()

@@ -31,10 +31,15 @@ impl World {
     }
 
     pub async fn with(policy: &str, setup: Setup) -> World {
+        World::behind(listener(policy), setup).await
+    }
+
+    /// A world with a listener of its own, called `inbound` too.
+    pub async fn behind(listener: Listener, setup: Setup) -> World {
         let (v1, v2) = (Upstream::start("v1").await, Upstream::start("v2").await);
         let cluster = if setup.http2 { http2_cluster } else { cluster };
         let mut bootstrap = Bootstrap::new()
-            .listener(listener(policy))
+            .listener(listener)
             .cluster(cluster("v1", v1.address()))
             .cluster(cluster("v2", v2.address()));
         if setup.dynamic {

@@ -1,6 +1,6 @@
 //! Limits that a rate limit service keeps: the calls, what their answers do, and what happens without one.
 
-use crate::proxy::{Call, Outcome, Proxy, StreamId, get, value};
+use crate::proxy::{GrpcCall, Outcome, Proxy, StreamId, get, value};
 use crate::{Start, policy};
 use std::time::Duration;
 
@@ -29,10 +29,10 @@ fn ask(proxy: &mut dyn Proxy, worker: usize, user: &str) -> (StreamId, Outcome) 
 
 /// Sends a request that has to wait; the call that it waits for is the worker's only one.
 #[track_caller]
-fn wait(proxy: &mut dyn Proxy, worker: usize, user: &str) -> (StreamId, Call) {
+fn wait(proxy: &mut dyn Proxy, worker: usize, user: &str) -> (StreamId, GrpcCall) {
     let (stream, outcome) = ask(proxy, worker, user);
     assert_eq!(outcome, Outcome::Held);
-    let calls = proxy.calls(worker);
+    let calls = proxy.grpc_calls(worker);
     assert_eq!(calls.len(), 1, "{calls:?}");
     (stream, calls[0].clone())
 }
@@ -42,7 +42,7 @@ fn metric(proxy: &mut dyn Proxy, name: &str) -> u64 {
 }
 
 /// The hits that a call asks for: its last field.
-fn hits(call: &Call) -> u32 {
+fn hits(call: &GrpcCall) -> u32 {
     let at = call.message.iter().rposition(|byte| *byte == 0x18).expect("hits_addend");
     call.message[at + 1..].iter().rev().fold(0, |sum, byte| sum << 7 | u32::from(byte & 0x7f))
 }
@@ -81,11 +81,11 @@ pub fn a_call_names_the_key_and_its_answer_lets_the_request_go_on(start: Start) 
     assert_eq!(call.path, "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit");
     assert_eq!(call.timeout, Duration::from_millis(20));
     assert_eq!(call.message, b"\x0a\x04shop\x12\x0f\x0a\x0d\x0a\x06x-user\x12\x03ann\x18\x01");
-    proxy.answer_call(0, call.id, 0, &ok(999, 30));
+    proxy.answer_grpc_call(0, call.id, 0, &ok(999, 30));
     let headers = proxy.outcome(stream).continued();
     assert_eq!(value(&headers, "x-user"), Some("ann"));
     assert_eq!(metric(&mut *proxy, "service.calls"), 1);
-    assert_eq!(proxy.calls(0), []);
+    assert_eq!(proxy.grpc_calls(0), []);
     let (_, call) = wait(&mut *proxy, 0, "bob");
     assert!(call.message.ends_with(b"bob\x18\x01"), "another user, another call: {:?}", call.message);
 }
@@ -94,15 +94,15 @@ pub fn one_call_serves_those_who_wait_together(start: Start) {
     let mut proxy = start_with_service(start, &limited(r#", "batch": 1"#, ""));
     let (first, call) = wait(&mut *proxy, 0, "ann");
     let others: Vec<StreamId> = (0..4).map(|_| wait(&mut *proxy, 0, "ann").0).collect();
-    proxy.answer_call(0, call.id, 0, &ok(999, 30));
+    proxy.answer_grpc_call(0, call.id, 0, &ok(999, 30));
     proxy.outcome(first).continued();
-    let call = proxy.calls(0).remove(0);
+    let call = proxy.grpc_calls(0).remove(0);
     assert_eq!(hits(&call), 4, "as many as wait");
-    proxy.answer_call(0, call.id, 0, &ok(995, 30));
+    proxy.answer_grpc_call(0, call.id, 0, &ok(995, 30));
     for stream in others {
         proxy.outcome(stream).continued();
     }
-    assert_eq!(proxy.calls(0), []);
+    assert_eq!(proxy.grpc_calls(0), []);
     assert_eq!(metric(&mut *proxy, "service.calls"), 2);
 }
 
@@ -114,10 +114,10 @@ fn serve(proxy: &mut dyn Proxy, requests: u32, left: &mut u32) -> u32 {
         let worker = n as usize % 2;
         let (stream, outcome) = ask(proxy, worker, "ann");
         if outcome == Outcome::Held {
-            let call = proxy.calls(worker).remove(0);
+            let call = proxy.grpc_calls(worker).remove(0);
             *left -= hits(&call);
             calls += 1;
-            proxy.answer_call(worker, call.id, 0, &ok(*left, 30));
+            proxy.answer_grpc_call(worker, call.id, 0, &ok(*left, 30));
         }
         proxy.outcome(stream).continued();
     }
@@ -133,7 +133,7 @@ pub fn hits_are_charged_ahead_and_shared_by_all_workers(start: Start) {
     assert!(calls <= 60, "{calls} calls");
     let (stream, call) = wait(&mut *proxy, 1, "ann");
     assert_eq!(hits(&call), 1);
-    proxy.answer_call(1, call.id, 0, &over(30));
+    proxy.answer_grpc_call(1, call.id, 0, &over(30));
     assert_eq!(proxy.outcome(stream).answered().status, 429);
 }
 
@@ -148,13 +148,13 @@ pub fn hits_are_not_spent_in_another_window(start: Start) {
     proxy.advance(Duration::from_millis(1));
     let (_, call) = wait(&mut *proxy, 0, "ann");
     assert_eq!(hits(&call), 1);
-    proxy.answer_call(0, call.id, 0, &ok(999, 60));
+    proxy.answer_grpc_call(0, call.id, 0, &ok(999, 60));
     // In a window's first second the hit may have been charged to the window before.
     let (_, call) = wait(&mut *proxy, 0, "ann");
-    proxy.answer_call(0, call.id, 0, &ok(997, 60));
+    proxy.answer_grpc_call(0, call.id, 0, &ok(997, 60));
     let (_, call) = wait(&mut *proxy, 1, "ann");
     assert_eq!(hits(&call), 2, "now the window is known");
-    proxy.answer_call(1, call.id, 0, &ok(995, 60));
+    proxy.answer_grpc_call(1, call.id, 0, &ok(995, 60));
     ask(&mut *proxy, 0, "ann").1.continued();
 }
 
@@ -162,7 +162,7 @@ pub fn what_is_over_is_remembered_until_its_reset(start: Start) {
     let mut proxy = start_with_service(start, &limited("", ""));
     let (first, call) = wait(&mut *proxy, 0, "ann");
     let (second, _) = wait(&mut *proxy, 0, "ann");
-    proxy.answer_call(0, call.id, 0, &over(10));
+    proxy.answer_grpc_call(0, call.id, 0, &over(10));
     for stream in [first, second] {
         let reply = proxy.outcome(stream).answered();
         assert_eq!((reply.status, value(&reply.headers, "retry-after")), (429, Some("10")));
@@ -173,7 +173,7 @@ pub fn what_is_over_is_remembered_until_its_reset(start: Start) {
     assert_eq!(value(&reply.headers, "retry-after"), Some("2"), "never before the reset");
     proxy.advance(Duration::from_millis(1));
     let (_, call) = wait(&mut *proxy, 1, "ann");
-    proxy.answer_call(1, call.id, 0, &over(1));
+    proxy.answer_grpc_call(1, call.id, 0, &over(1));
     proxy.advance(Duration::from_millis(49));
     ask(&mut *proxy, 0, "ann").1.answered();
     proxy.advance(Duration::from_millis(1));
@@ -188,11 +188,11 @@ pub fn a_batch_that_is_too_large_is_followed_by_a_single_hit(start: Start) {
     serve(&mut *proxy, 7, &mut left);
     let (stream, call) = wait(&mut *proxy, 0, "ann");
     assert_eq!(hits(&call), 8);
-    proxy.answer_call(0, call.id, 0, &over(30));
+    proxy.answer_grpc_call(0, call.id, 0, &over(30));
     assert_eq!(proxy.outcome(stream), Outcome::Held);
-    let call = proxy.calls(0).remove(0);
+    let call = proxy.grpc_calls(0).remove(0);
     assert_eq!(hits(&call), 1);
-    proxy.answer_call(0, call.id, 0, &ok(0, 30));
+    proxy.answer_grpc_call(0, call.id, 0, &ok(0, 30));
     proxy.outcome(stream).continued();
 }
 
@@ -209,7 +209,7 @@ pub fn a_service_that_fails_is_counted_and_the_policy_decides(start: Start) {
         let mut proxy = start_with_service(start, &limited(&format!(r#", "onFailure": "{on_failure}""#), ""));
         for (code, message) in failures {
             let (stream, call) = wait(&mut *proxy, 0, "ann");
-            proxy.answer_call(0, call.id, code, message);
+            proxy.answer_grpc_call(0, call.id, code, message);
             match (proxy.outcome(stream), status) {
                 (Outcome::Continued(_), None) => {}
                 (Outcome::Answered(reply), Some(status)) => {
@@ -250,7 +250,7 @@ pub fn a_local_limit_takes_over(start: Start) {
         let worker = n % 2;
         let (stream, call) = wait(&mut *proxy, worker, "");
         assert!(call.message.ends_with(b"\x0a\x0bgeneric_key\x12\x05fleet\x18\x01"), "{:?}", call.message);
-        proxy.answer_call(worker, call.id, 14, b"");
+        proxy.answer_grpc_call(worker, call.id, 14, b"");
         match proxy.outcome(stream) {
             Outcome::Continued(_) => admitted += 1,
             outcome => assert_eq!(value(&outcome.answered().headers, "retry-after"), Some("20")),
@@ -272,11 +272,11 @@ fn several(start: Start) -> Box<dyn Proxy> {
 pub fn what_is_refused_globally_is_charged_nowhere(start: Start) {
     let mut proxy = several(start);
     let (stream, call) = wait(&mut *proxy, 0, "ann");
-    proxy.answer_call(0, call.id, 0, &ok(999, 30));
+    proxy.answer_grpc_call(0, call.id, 0, &ok(999, 30));
     assert_eq!(proxy.outcome(stream), Outcome::Held, "the second is asked now");
-    let call = proxy.calls(0).remove(0);
+    let call = proxy.grpc_calls(0).remove(0);
     assert!(call.message.starts_with(b"\x0a\x04mall"));
-    proxy.answer_call(0, call.id, 0, &over(30));
+    proxy.answer_grpc_call(0, call.id, 0, &over(30));
     assert!(proxy.outcome(stream).answered().body.starts_with("rate limit second exceeded"));
 
     // The first one's hit is there again, for as often as the second refuses: from what it knows.
@@ -288,8 +288,8 @@ pub fn what_is_refused_globally_is_charged_nowhere(start: Start) {
     proxy.advance(Duration::from_secs(29));
     for _ in 0..2 {
         let (stream, _) = ask(&mut *proxy, 0, "ann");
-        while let Some(call) = proxy.calls(0).pop() {
-            proxy.answer_call(0, call.id, 0, &ok(900, 30));
+        while let Some(call) = proxy.grpc_calls(0).pop() {
+            proxy.answer_grpc_call(0, call.id, 0, &ok(900, 30));
         }
         proxy.outcome(stream).continued();
     }
@@ -303,11 +303,11 @@ pub fn who_leaves_while_waiting_is_not_charged(start: Start) {
         proxy.end(stream);
     }
     assert_eq!(metric(&mut *proxy, "service.gone"), 5);
-    let call = proxy.calls(0).remove(0);
-    proxy.answer_call(0, call.id, 0, &ok(999, 30));
+    let call = proxy.grpc_calls(0).remove(0);
+    proxy.answer_grpc_call(0, call.id, 0, &ok(999, 30));
     let (stream, call) = wait(&mut *proxy, 0, "ann");
     assert!(call.message.starts_with(b"\x0a\x04mall"), "the hit that nobody waited for any more is ahead");
-    proxy.answer_call(0, call.id, 0, &ok(999, 30));
+    proxy.answer_grpc_call(0, call.id, 0, &ok(999, 30));
     proxy.outcome(stream).continued();
 }
 
@@ -322,7 +322,7 @@ pub fn a_request_that_waited_is_decided_on_like_any_other(start: Start) {
     let mut proxy = start_with_service(start, &policy(&route, trace));
     let (stream, call) = wait(&mut *proxy, 0, "ann");
     assert_eq!(proxy.metric("trimtab.policy.p.trace.missing"), 0, "not decided yet");
-    proxy.answer_call(0, call.id, 0, &ok(999, 30));
+    proxy.answer_grpc_call(0, call.id, 0, &ok(999, 30));
     assert_eq!(proxy.outcome(stream), Outcome::Held, "for the delay now");
     proxy.advance(Duration::from_millis(250));
     let headers = proxy.outcome(stream).continued();
@@ -334,16 +334,105 @@ pub fn a_request_that_waited_is_decided_on_like_any_other(start: Start) {
     proxy.end(stream);
 }
 
+pub fn what_is_held_for_an_answer_is_let_go_with_who_waited(start: Start) {
+    let own = r#"{"name": "own", "limit": {"requestsPerUnit": 1, "unit": "hour"},
+                  "charge": {"onResponse": {"statuses": [401]}}, "response": {"enableXRatelimitHeaders": "DRAFT_VERSION_03"}}"#;
+    let limits = format!("{own}, {}", limit(r#", "batch": 1"#, ""));
+    let route = format!(r#"{{"name": "r", "rateLimits": [{limits}]}}"#);
+    let mut proxy = start_with_service(start, &policy(&route, ""));
+
+    let (left, _) = wait(&mut *proxy, 0, "ann");
+    proxy.end(left);
+    let (refused, call) = wait(&mut *proxy, 0, "ann");
+    proxy.answer_grpc_call(0, call.id, 0, &over(30));
+    let reply = proxy.outcome(refused).answered();
+    assert!(reply.body.starts_with("rate limit fleet exceeded"), "{reply:?}");
+    assert_eq!(proxy.response(refused, &[(":status", "429")]).len(), 1, "nothing is told of what was given back");
+    proxy.end(refused);
+
+    proxy.advance(Duration::from_secs(30));
+    for status in ["200", "401"] {
+        let (stream, call) = wait(&mut *proxy, 0, "ann");
+        assert!(ask(&mut *proxy, 0, "ann").1.answered().body.starts_with("rate limit own exceeded"), "one is held");
+        proxy.answer_grpc_call(0, call.id, 0, &ok(999, 30));
+        proxy.outcome(stream).continued();
+        let told = proxy.response(stream, &[(":status", status)]);
+        assert_eq!(value(&told, "x-ratelimit-remaining"), Some("0"), "{told:?}");
+        proxy.end(stream);
+    }
+    assert!(ask(&mut *proxy, 0, "ann").1.answered().body.starts_with("rate limit own exceeded"), "401 counts");
+}
+
+pub fn who_waits_takes_no_probe_of_the_breaker(start: Start) {
+    let breaker =
+        r#"{"errorThresholdPercentage": 50, "volumeThreshold": 10, "resetTimeout": "30s", "halfOpenRequests": 3}"#;
+    let route =
+        format!(r#"{{"name": "r", "circuitBreaker": {breaker}, "rateLimits": [{}]}}"#, limit(r#", "batch": 1"#, ""));
+    let mut proxy = start_with_service(start, &policy(&route, ""));
+    let settled = |proxy: &mut dyn Proxy| {
+        let (stream, call) = wait(proxy, 0, "ann");
+        proxy.answer_grpc_call(0, call.id, 0, &ok(900, 30));
+        stream
+    };
+    for _ in 0..10 {
+        let stream = settled(&mut *proxy);
+        proxy.outcome(stream).continued();
+        proxy.response(stream, &[(":status", "503")]);
+        proxy.end(stream);
+    }
+    let refused = settled(&mut *proxy);
+    assert_eq!(proxy.outcome(refused).answered().details, "trimtab_circuit_open");
+    proxy.advance(Duration::from_secs(31));
+    for _ in 0..4 {
+        let (stream, _) = wait(&mut *proxy, 0, "ann");
+        proxy.end(stream);
+    }
+    let call = proxy.grpc_calls(0).remove(0);
+    proxy.answer_grpc_call(0, call.id, 0, &over(1));
+    proxy.advance(Duration::from_secs(2));
+    for probe in 0..3 {
+        let stream = settled(&mut *proxy);
+        assert!(matches!(proxy.outcome(stream), Outcome::Continued(_)), "probe {probe}");
+    }
+    let fourth = settled(&mut *proxy);
+    assert_eq!(proxy.outcome(fourth).answered().details, "trimtab_circuit_open");
+}
+
+pub fn the_choice_outlasts_the_wait(start: Start) {
+    let by_subset = |text: String| text.replace(r#"{"header": "x-user"}"#, r#"{"subset": {}}"#);
+    let route = format!(
+        r#"{{"name": "r", "rateLimits": [{}, {}],
+            "route": [{{"destination": {{"host": "h", "subset": "v1"}}, "weight": 50}},
+                      {{"destination": {{"host": "h", "subset": "v2"}}, "weight": 50}}],
+            "canary": {{"destination": "v2", "rollout": "r"}}}}"#,
+        r#"{"name": "own", "limit": {"requestsPerUnit": 15, "unit": "hour"}, "key": [{"subset": {}}]}"#,
+        by_subset(limit(r#", "batch": 1"#, "")),
+    );
+    let mut proxy = start_with_service(start, &policy(&route, ""));
+    for n in 0..16 {
+        let (stream, call) = wait(&mut *proxy, n % 2, "ann");
+        let message = String::from_utf8_lossy(&call.message).into_owned();
+        proxy.answer_grpc_call(n % 2, call.id, 0, &ok(900, 30));
+        let headers = proxy.outcome(stream).continued();
+        let subset = value(&headers, "x-trimtab-subset").expect("it is steered");
+        assert!(message.contains(subset), "asked about {message:?}, sent to {subset}");
+    }
+    let requests =
+        |proxy: &mut dyn Proxy, subset| proxy.metric(&format!("trimtab.policy.p.route.r.subset.{subset}.requests"));
+    let (v1, v2) = (requests(&mut *proxy, "v1"), requests(&mut *proxy, "v2"));
+    assert!(v1 > 0 && v2 > 0 && v1 + v2 == 16, "{v1} and {v2}");
+}
+
 pub fn values_that_are_no_text_cannot_pass_a_limit_by(start: Start) {
     let mut proxy = start_with_service(start, &limited("", ""));
     let large = vec![b'x'; 60_000];
     for user in [&b"\xff\xfe"[..], &large] {
         let (stream, outcome) = proxy.request(0, &[(":path", b"/"), ("x-user", user)]);
         assert_eq!(outcome, Outcome::Held);
-        let call = proxy.calls(0).remove(0);
+        let call = proxy.grpc_calls(0).remove(0);
         let message = String::from_utf8(call.message.clone()).expect("only text goes out");
         assert!(message.contains("xxh64:") && message.len() < 80, "{message:?}");
-        proxy.answer_call(0, call.id, 0, &over(30));
+        proxy.answer_grpc_call(0, call.id, 0, &over(30));
         proxy.outcome(stream).answered();
     }
 }
@@ -353,7 +442,7 @@ pub fn garbage_among_the_hits_is_counted_and_replaced(start: Start) {
     let mut proxy = start_with_service(start, &unkeyed);
     proxy.write_shared("trimtab/1/p/limit/r/fleet/quota/00000000", b"not ours");
     let (stream, call) = wait(&mut *proxy, 0, "");
-    proxy.answer_call(0, call.id, 0, &over(30));
+    proxy.answer_grpc_call(0, call.id, 0, &over(30));
     proxy.outcome(stream).answered();
     ask(&mut *proxy, 1, "").1.answered();
     assert_eq!(proxy.metric("trimtab.policy.p.state.garbage"), 1);
@@ -362,7 +451,7 @@ pub fn garbage_among_the_hits_is_counted_and_replaced(start: Start) {
 pub fn in_shadow_a_global_limit_only_counts(start: Start) {
     let mut proxy = start_with_service(start, &limited("", r#", "mode": "shadow""#));
     let (stream, call) = wait(&mut *proxy, 0, "ann");
-    proxy.answer_call(0, call.id, 0, &over(30));
+    proxy.answer_grpc_call(0, call.id, 0, &over(30));
     proxy.outcome(stream).continued();
     ask(&mut *proxy, 1, "ann").1.continued();
     assert_eq!(metric(&mut *proxy, "refused"), 2);
@@ -377,6 +466,6 @@ pub fn an_update_does_not_lose_who_waits(start: Start) {
         ask(&mut *proxy, 0, "ann").1.continued();
     }
     let (stream, call) = wait(&mut *proxy, 1, "ann");
-    proxy.answer_call(1, call.id, 0, &ok(left, 30));
+    proxy.answer_grpc_call(1, call.id, 0, &ok(left, 30));
     proxy.outcome(stream).continued();
 }

@@ -1,14 +1,21 @@
 //! The lifecycle table: what happens to requests, from their head to their end. Every case runs twice, natively on the
 //! simulated host and in the module that ships.
 
+mod breaker;
 mod canary;
 mod fault;
 mod global;
+mod guard;
+mod limits;
 mod native;
 mod proxy;
 mod trace;
 mod wasm;
 
+use breaker::{
+    a_breaker_opens_in_all_workers, a_probe_is_not_faulted, a_probe_whose_client_left_does_not_keep_it_open,
+    garbage_opens_nothing, half_open_lets_exactly_so_many_through, own_answers_do_not_open_a_breaker,
+};
 use canary::{
     a_canary_that_failed_here_is_not_followed_into, a_cap_on_exposure_is_exact,
     a_decision_at_another_weight_is_no_evidence, a_decision_is_carried_and_followed,
@@ -31,9 +38,25 @@ use global::{
     a_service_that_fails_is_counted_and_the_policy_decides, an_unknown_cluster_is_a_failure_like_any_other,
     an_update_does_not_lose_who_waits, garbage_among_the_hits_is_counted_and_replaced,
     hits_are_charged_ahead_and_shared_by_all_workers, hits_are_not_spent_in_another_window,
-    in_shadow_a_global_limit_only_counts, one_call_serves_those_who_wait_together,
-    values_that_are_no_text_cannot_pass_a_limit_by, what_is_over_is_remembered_until_its_reset,
-    what_is_refused_globally_is_charged_nowhere, who_leaves_while_waiting_is_not_charged,
+    in_shadow_a_global_limit_only_counts, one_call_serves_those_who_wait_together, the_choice_outlasts_the_wait,
+    values_that_are_no_text_cannot_pass_a_limit_by, what_is_held_for_an_answer_is_let_go_with_who_waited,
+    what_is_over_is_remembered_until_its_reset, what_is_refused_globally_is_charged_nowhere,
+    who_leaves_while_waiting_is_not_charged, who_waits_takes_no_probe_of_the_breaker,
+};
+use guard::{
+    a_budget_is_exact_over_the_workers, an_abort_that_follows_a_delay_is_not_injected_any_more,
+    an_answer_is_not_replaced_once_the_experiment_is_suspended, an_answer_that_says_nothing_permits_nothing,
+    an_experiment_ends_in_time, an_outlier_stops_injection_and_comes_back, envoys_own_ejections_stop_it,
+    garbage_is_no_permission, held_requests_are_let_go_when_the_upstream_fails, injection_comes_back_by_a_tenth,
+    injection_stops_in_all_workers_while_the_upstream_fails, replaced_answers_spend_the_budget,
+    slow_answers_and_outages_stop_it_too, the_last_suspension_is_for_good, who_is_let_go_gives_back_its_place,
+};
+use limits::{
+    a_candidate_counts_what_it_would_refuse, a_forged_address_buys_nothing, a_key_of_60_kb_is_hashed,
+    a_limit_may_count_each_subset_apart, a_missing_part_is_shared_skipped_or_denied, a_refusal_is_worded_as_configured,
+    a_step_of_the_wall_clock_changes_nothing, costs_are_fixed_or_the_requests_own, grpc_statuses_count_as_http_ones,
+    nothing_is_told_unless_asked, only_failed_attempts_are_charged, some_keys_have_limits_of_their_own,
+    the_most_restrictive_limit_is_told, what_is_held_counts_if_no_answer_comes, what_we_inject_is_no_failed_attempt,
 };
 use proxy::{Headers, Outcome, Proxy, exchange, get, value};
 use std::time::Duration;
@@ -75,11 +98,46 @@ cases![
     limits_are_charged_all_or_none,
     spent_allowance_survives_an_update,
     garbage_in_shared_data_is_counted_and_replaced,
+    nothing_is_told_unless_asked,
+    the_most_restrictive_limit_is_told,
+    a_refusal_is_worded_as_configured,
+    some_keys_have_limits_of_their_own,
+    costs_are_fixed_or_the_requests_own,
+    a_missing_part_is_shared_skipped_or_denied,
+    a_limit_may_count_each_subset_apart,
+    a_forged_address_buys_nothing,
+    a_key_of_60_kb_is_hashed,
+    only_failed_attempts_are_charged,
+    grpc_statuses_count_as_http_ones,
+    what_is_held_counts_if_no_answer_comes,
+    what_we_inject_is_no_failed_attempt,
+    a_candidate_counts_what_it_would_refuse,
+    a_step_of_the_wall_clock_changes_nothing,
     a_delay_ends_on_time,
     a_delay_may_be_followed_by_an_abort,
     a_client_may_leave_while_it_is_held,
     an_abort_speaks_the_clients_protocol,
     injection_stops_in_all_workers_while_the_upstream_fails,
+    injection_comes_back_by_a_tenth,
+    the_last_suspension_is_for_good,
+    held_requests_are_let_go_when_the_upstream_fails,
+    slow_answers_and_outages_stop_it_too,
+    an_experiment_ends_in_time,
+    a_budget_is_exact_over_the_workers,
+    replaced_answers_spend_the_budget,
+    an_answer_is_not_replaced_once_the_experiment_is_suspended,
+    who_is_let_go_gives_back_its_place,
+    garbage_is_no_permission,
+    an_abort_that_follows_a_delay_is_not_injected_any_more,
+    an_outlier_stops_injection_and_comes_back,
+    envoys_own_ejections_stop_it,
+    an_answer_that_says_nothing_permits_nothing,
+    a_breaker_opens_in_all_workers,
+    half_open_lets_exactly_so_many_through,
+    a_probe_whose_client_left_does_not_keep_it_open,
+    own_answers_do_not_open_a_breaker,
+    a_probe_is_not_faulted,
+    garbage_opens_nothing,
     grpc_failures_are_seen_in_trailers,
     own_faults_are_no_failures_of_the_upstream,
     a_trace_is_faulted_alike_everywhere,
@@ -120,6 +178,9 @@ cases![
     what_is_refused_globally_is_charged_nowhere,
     who_leaves_while_waiting_is_not_charged,
     a_request_that_waited_is_decided_on_like_any_other,
+    what_is_held_for_an_answer_is_let_go_with_who_waited,
+    who_waits_takes_no_probe_of_the_breaker,
+    the_choice_outlasts_the_wait,
     values_that_are_no_text_cannot_pass_a_limit_by,
     garbage_among_the_hits_is_counted_and_replaced,
     in_shadow_a_global_limit_only_counts,
@@ -461,23 +522,6 @@ fn guarded() -> String {
 
 fn is_faulted(proxy: &mut dyn Proxy, worker: usize) -> bool {
     matches!(exchange(proxy, worker, &[("x-fault", "")], "200"), Outcome::Answered(_))
-}
-
-fn injection_stops_in_all_workers_while_the_upstream_fails(start: Start) {
-    let mut proxy = start(&guarded());
-    for n in 0..8 {
-        exchange(&mut *proxy, 0, &[], if n < 2 { "500" } else { "200" });
-    }
-    assert!(is_faulted(&mut *proxy, 0), "8 requests are too few to tell");
-    exchange(&mut *proxy, 0, &[], "200");
-    exchange(&mut *proxy, 1, &[], "200");
-    assert!(!is_faulted(&mut *proxy, 1), "2 of 10 failed, half of them seen by the other worker");
-    assert!(!is_faulted(&mut *proxy, 0));
-    proxy.advance(Duration::from_millis(29_900));
-    assert!(!is_faulted(&mut *proxy, 0), "held down for 30 seconds");
-    proxy.advance(Duration::from_millis(200));
-    assert!(is_faulted(&mut *proxy, 0) && is_faulted(&mut *proxy, 1), "the failures have left the window");
-    assert_eq!(proxy.metric("trimtab.policy.p.route.experiment.fault.suspended"), 3);
 }
 
 fn grpc_failures_are_seen_in_trailers(start: Start) {

@@ -1,6 +1,6 @@
 //! The filter on the simulated host: what `host/proxy_wasm.rs` does for Envoy, done here for a clock that stands still.
 
-use crate::proxy::{Call, ENVIRONMENT, Headers, Outcome, Proxy, Reply, StreamId};
+use crate::proxy::{Call, ENVIRONMENT, GrpcCall, Headers, Outcome, Proxy, Reply, StreamId, has_body};
 use std::collections::HashMap;
 use std::time::Duration;
 use trimtab::fault::HeldStreams;
@@ -8,6 +8,7 @@ use trimtab::filter::{Decision, Exchange, Filter, Hold, Verdict, Waiting};
 use trimtab::host::sim::Sim;
 use trimtab::host::{CallId, GrpcAnswer, Host, Properties, StateStore, Version};
 use trimtab::http::{HeaderMutation, LocalReply, encode_headers};
+use trimtab::outlier::MAX_ANSWER_BYTES;
 use trimtab::policy::Policy;
 use trimtab::ratelimit::service::Waiters;
 
@@ -16,7 +17,7 @@ struct Worker {
     filter: Option<Filter>,
     held: HeldStreams<Box<Hold>>,
     waiters: Waiters<Box<Waiting>>,
-    calls: Vec<Call>,
+    grpc_calls: Vec<GrpcCall>,
     next_stream: u32,
     streams: HashMap<u32, Stream>,
 }
@@ -30,11 +31,12 @@ struct Stream {
 pub struct Native {
     host: Sim,
     workers: [Worker; 2],
+    calls: Vec<Call>,
 }
 
 impl Native {
     pub fn start(policy: &str) -> Box<dyn Proxy> {
-        let mut native = Native { host: Sim::new(1), workers: Default::default() };
+        let mut native = Native { host: Sim::new(1), workers: Default::default(), calls: Vec::new() };
         native.update(policy).expect("the case's policy is valid");
         Box::new(native)
     }
@@ -57,7 +59,7 @@ impl Proxy for Native {
         worker.next_stream += 1;
         let filter = worker.filter.as_mut().expect("a policy is loaded");
         let block = encode_headers(headers);
-        let decision = filter.on_request(&self.host, &block, worker.held.has_room());
+        let decision = filter.on_request(&self.host, &block, has_body(headers), worker.held.has_room());
         let headers = headers.iter().map(|(name, value)| ((*name).to_owned(), value.to_vec())).collect();
         let stream = Stream { exchange: Exchange::default(), headers, outcome: Outcome::Held };
         let stream = carry_out(id, stream, decision, &mut worker.held, &mut worker.waiters, &self.host);
@@ -102,11 +104,30 @@ impl Proxy for Native {
             let step = left.min(TICK);
             left -= step;
             self.host.advance(step);
-            for worker in &mut self.workers {
+            for (at, worker) in self.workers.iter_mut().enumerate() {
                 if let Some(filter) = &mut worker.filter {
                     filter.on_tick(&self.host);
+                    self.calls.extend(self.host.take_calls().into_iter().map(|call| Call {
+                        worker: at,
+                        number: call.number,
+                        cluster: call.cluster,
+                        path: call.path,
+                    }));
+                    let is_ended = |hold: &Box<Hold>| filter.ends_faults(hold.experiment);
+                    for (id, hold) in worker.held.take_all(is_ended) {
+                        if let Some(slot) = hold.slot {
+                            filter.free(slot, &self.host);
+                        }
+                        if let Some(stream) = worker.streams.get_mut(&id) {
+                            stream.outcome = Outcome::Continued(stream.headers.clone());
+                        }
+                    }
                 }
-                while let Some((id, hold)) = worker.held.take_due(self.host.now()) {
+                while let Some((id, mut hold)) = worker.held.take_due(self.host.now()) {
+                    let filter = worker.filter.as_mut().unwrap();
+                    if hold.then != Verdict::Continue && !filter.may_fault(&self.host, hold.experiment) {
+                        hold.then = Verdict::Continue;
+                    }
                     if let Some(stream) = worker.streams.get_mut(&id) {
                         stream.outcome = match hold.then {
                             Verdict::Answer(reply) => Outcome::Answered(answer(reply)),
@@ -123,22 +144,22 @@ impl Proxy for Native {
         }
     }
 
+    fn step_wall_clock(&mut self, seconds: i64) {
+        self.host.set_wall(self.host.wall_now().checked_add_signed(seconds * 1_000_000_000).expect("after 1970"));
+    }
+
     fn outcome(&mut self, stream: StreamId) -> Outcome {
         self.workers[stream.worker].streams[&stream.id].outcome.clone()
     }
 
-    fn add_cluster(&mut self, name: &str) {
-        self.host.add_cluster(name);
+    fn grpc_calls(&mut self, worker: usize) -> Vec<GrpcCall> {
+        self.workers[worker].grpc_calls.clone()
     }
 
-    fn calls(&mut self, worker: usize) -> Vec<Call> {
-        self.workers[worker].calls.clone()
-    }
-
-    fn answer_call(&mut self, worker: usize, call: u32, status: u32, message: &[u8]) {
-        let Worker { filter, held, waiters, calls, streams, .. } = &mut self.workers[worker];
+    fn answer_grpc_call(&mut self, worker: usize, call: u32, status: u32, message: &[u8]) {
+        let Worker { filter, held, waiters, grpc_calls, streams, .. } = &mut self.workers[worker];
         let filter = filter.as_mut().unwrap();
-        calls.retain(|known| known.id != call);
+        grpc_calls.retain(|known| known.id != call);
         let answer = GrpcAnswer { call: CallId(call), status, message };
         let settled = filter.on_answer(&self.host, answer, waiters.count(CallId(call)));
         for (id, waiting, outcome) in waiters.settle(CallId(call), settled) {
@@ -158,6 +179,23 @@ impl Proxy for Native {
         self.host.property(&[name])
     }
 
+    fn add_cluster(&mut self, name: &str) {
+        self.host.add_cluster(name);
+    }
+
+    fn calls(&mut self) -> Vec<Call> {
+        self.calls.clone()
+    }
+
+    fn answer_call(&mut self, call: &Call, answer: Option<(&str, &[u8])>) {
+        self.calls.retain(|waiting| waiting != call);
+        let filter = self.workers[call.worker].filter.as_mut().unwrap();
+        let status = answer.map(|(status, _)| status.as_bytes().to_vec());
+        let body = answer.map_or(&b""[..], |(_, body)| body);
+        let body = (body.len() <= MAX_ANSWER_BYTES).then_some(body);
+        filter.on_call_answered(&self.host, call.number, status, body);
+    }
+
     fn write_shared(&mut self, key: &str, value: &[u8]) {
         let version = self.host.get(key).map_or(Version::ABSENT, |(_, version)| version);
         self.host.set(key, value, version).expect("nobody else writes");
@@ -170,7 +208,7 @@ impl Proxy for Native {
 
 impl Worker {
     fn note_calls(&mut self, host: &Sim) {
-        self.calls.extend(host.take_calls().into_iter().map(|call| Call {
+        self.grpc_calls.extend(host.take_grpc_calls().into_iter().map(|call| GrpcCall {
             id: call.id.0,
             cluster: call.cluster,
             path: call.path,
@@ -232,7 +270,7 @@ fn answer(reply: LocalReply) -> Reply {
     Reply {
         status: u32::from(reply.status),
         details: reply.details.to_owned(),
-        headers: reply.headers.into_iter().map(|(name, value)| (name.to_owned(), value.into_bytes())).collect(),
+        headers: reply.headers.into_iter().map(|(name, value)| (name.into_owned(), value.into_bytes())).collect(),
         body: reply.body,
         grpc_status: reply.grpc_status.map(u32::from),
     }

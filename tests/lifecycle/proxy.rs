@@ -40,13 +40,22 @@ pub struct StreamId {
 
 /// A gRPC call that waits for its answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Call {
+pub struct GrpcCall {
     pub id: u32,
     pub cluster: String,
     /// The path of the request.
     pub path: String,
     pub message: Vec<u8>,
     pub timeout: Duration,
+}
+
+/// An HTTP call of the filter to another cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Call {
+    pub worker: usize,
+    pub number: u32,
+    pub cluster: String,
+    pub path: String,
 }
 
 /// A proxy of two workers with one policy, on a clock that only [`Proxy::advance`] moves.
@@ -72,17 +81,17 @@ pub trait Proxy {
     /// Lets time pass, with the ticks that fall due.
     fn advance(&mut self, time: Duration);
 
+    /// Steps the wall clock by so many seconds, as an operator might; the monotonic clock stays where it is.
+    fn step_wall_clock(&mut self, seconds: i64);
+
     /// What became of a request that was held.
     fn outcome(&mut self, stream: StreamId) -> Outcome;
 
-    /// Adds a cluster that calls can be sent to. There is none at first.
-    fn add_cluster(&mut self, name: &str);
+    /// The gRPC calls of a worker that wait for an answer, oldest first.
+    fn grpc_calls(&mut self, worker: usize) -> Vec<GrpcCall>;
 
-    /// The calls of a worker that wait for an answer, oldest first.
-    fn calls(&mut self, worker: usize) -> Vec<Call>;
-
-    /// Ends a call: with a message where the gRPC status is 0, else with the text that goes with the status.
-    fn answer_call(&mut self, worker: usize, call: u32, status: u32, message: &[u8]);
+    /// Ends a gRPC call: with a message where the gRPC status is 0, else with the text that goes with the status.
+    fn answer_grpc_call(&mut self, worker: usize, call: u32, status: u32, message: &[u8]);
 
     /// A property of the streams to come; its path is joined by dots.
     fn set_property(&mut self, path: &str, value: &[u8]);
@@ -90,11 +99,25 @@ pub trait Proxy {
     /// What the filter has left with a stream under `name`.
     fn left(&mut self, stream: StreamId, name: &str) -> Option<Vec<u8>>;
 
+    /// Makes a cluster known, so that it can be called.
+    fn add_cluster(&mut self, name: &str);
+
+    /// The calls that the filter has sent and that wait for their answer.
+    fn calls(&mut self) -> Vec<Call>;
+
+    /// Answers a call; with `None`, by a reset.
+    fn answer_call(&mut self, call: &Call, answer: Option<(&str, &[u8])>);
+
     /// Writes a shared word, as a neighbour could.
     fn write_shared(&mut self, key: &str, value: &[u8]);
 
     /// The value of a metric, all workers together.
     fn metric(&mut self, name: &str) -> u64;
+}
+
+/// Whether a body follows on the head of a request.
+pub fn has_body(headers: &[(&str, &[u8])]) -> bool {
+    headers.iter().any(|(name, _)| *name == "transfer-encoding")
 }
 
 /// Finds a header.

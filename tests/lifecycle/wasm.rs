@@ -1,6 +1,6 @@
 //! The module that ships, in a virtual machine for each worker.
 
-use crate::proxy::{Call, ENVIRONMENT, Headers, Outcome, Proxy, Reply, StreamId};
+use crate::proxy::{Call, ENVIRONMENT, GrpcCall, Headers, Outcome, Proxy, Reply, StreamId, has_body};
 use std::sync::LazyLock;
 use std::time::Duration;
 use trimtab_vm::{Action, Options, Refused, RootId, Vm, World, advance};
@@ -64,7 +64,8 @@ impl Proxy for Module {
         let worker = &mut self.workers[worker];
         let stream = worker.vm.open_stream(worker.root);
         worker.streams.push(stream);
-        let action = worker.vm.request_headers(stream, headers, true).unwrap_or_else(|trap| panic!("{trap}"));
+        let action =
+            worker.vm.request_headers(stream, headers, !has_body(headers)).unwrap_or_else(|trap| panic!("{trap}"));
         let stream = StreamId { worker: at, id: worker.streams.len() as u32 - 1 };
         let outcome = self.outcome(stream);
         assert_eq!(action == Action::Continue, matches!(outcome, Outcome::Continued(_)), "{outcome:?}");
@@ -93,6 +94,11 @@ impl Proxy for Module {
         advance(vms, time).unwrap_or_else(|trap| panic!("{trap}"));
     }
 
+    fn step_wall_clock(&mut self, seconds: i64) {
+        let wall = self.world.wall_clock().as_secs().checked_add_signed(seconds).expect("after 1970");
+        self.world.set_wall_clock(Duration::from_secs(wall));
+    }
+
     fn outcome(&mut self, stream: StreamId) -> Outcome {
         let (vm, stream) = self.stream(stream);
         let stream = vm.stream(stream);
@@ -110,14 +116,10 @@ impl Proxy for Module {
         }
     }
 
-    fn add_cluster(&mut self, name: &str) {
-        self.world.add_cluster(name);
-    }
-
-    fn calls(&mut self, worker: usize) -> Vec<Call> {
+    fn grpc_calls(&mut self, worker: usize) -> Vec<GrpcCall> {
         let calls = self.workers[worker].vm.grpc_calls();
         calls
-            .map(|call| Call {
+            .map(|call| GrpcCall {
                 id: call.token,
                 cluster: call.cluster.clone(),
                 path: format!("/{}/{}", call.service, call.method),
@@ -127,7 +129,7 @@ impl Proxy for Module {
             .collect()
     }
 
-    fn answer_call(&mut self, worker: usize, call: u32, status: u32, message: &[u8]) {
+    fn answer_grpc_call(&mut self, worker: usize, call: u32, status: u32, message: &[u8]) {
         self.workers[worker].vm.answer_grpc_call(call, status, message).unwrap_or_else(|trap| panic!("{trap}"));
     }
 
@@ -139,6 +141,31 @@ impl Proxy for Module {
         let (vm, stream) = self.stream(stream);
         let written = vm.stream(stream).written_properties();
         written.iter().rev().find(|(known, _)| known == name).map(|(_, value)| value.clone())
+    }
+
+    fn add_cluster(&mut self, name: &str) {
+        self.world.add_cluster(name);
+    }
+
+    fn calls(&mut self) -> Vec<Call> {
+        let calls = self.workers.iter().enumerate().flat_map(|(at, worker)| {
+            worker.vm.http_calls().map(move |call| Call {
+                worker: at,
+                number: call.token,
+                cluster: call.cluster.clone(),
+                path: String::from_utf8(call.headers.get(":path").unwrap().to_vec()).unwrap(),
+            })
+        });
+        calls.collect()
+    }
+
+    fn answer_call(&mut self, call: &Call, answer: Option<(&str, &[u8])>) {
+        let vm = &mut self.workers[call.worker].vm;
+        let answered = match answer {
+            Some((status, body)) => vm.answer_http_call(call.number, &[(":status", status)], body),
+            None => vm.fail_http_call(call.number),
+        };
+        answered.unwrap_or_else(|trap| panic!("{trap}"));
     }
 
     fn write_shared(&mut self, key: &str, value: &[u8]) {

@@ -14,19 +14,20 @@ use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::path::PathBuf;
 use std::time::SystemTime;
+use trimtab::breaker::Breaker;
 use trimtab::canary::{Choice, Split, Term, Why};
 use trimtab::decimal::Decimal;
 use trimtab::document::quoted;
-use trimtab::fault::{Abort, Delay, Draw, DrawnFrom, Fault, Status, Withheld};
+use trimtab::fault::{Abort, Delay, Draw, DrawnFrom, Fault, Guard, Status, Withheld};
 use trimtab::filter::{Decision, Filter, Reasons, Verdict};
 use trimtab::host::Properties;
 use trimtab::host::sim::Sim;
 use trimtab::http::{HeaderMutation, LocalReply, Request};
-use trimtab::key::KeySource;
+use trimtab::key::{KeySource, Scene};
 use trimtab::matcher::Condition;
 use trimtab::policy::{Policy, Route};
-use trimtab::ratelimit::Limit;
 use trimtab::ratelimit::service::Outcome::Admitted;
+use trimtab::ratelimit::{Admission, Limit, OnMissing, Reason, Remark};
 use trimtab::trace::w3c::{Flags, Invalid, format_traceparent};
 use trimtab::trace::{self, Arrived, Continuation, Edge};
 use trimtab::units::{Fraction, Wall, nanoseconds, parse_instant, point};
@@ -107,7 +108,11 @@ impl Explain {
         outcome
     }
 
-    fn explain(&self, policy: Policy) -> String {
+    fn explain(&self, mut policy: Policy) -> String {
+        // Envoy is not here to be asked about its hosts; they are taken for well, as the target is.
+        for fault in policy.routes.iter_mut().filter_map(|route| route.fault.as_mut()) {
+            fault.guard.continues_unknown = true;
+        }
         // Small enough to be typed again.
         let seed = self.seed.unwrap_or_else(|| RandomState::new().hash_one(0) % 1_000_000);
         let host = Sim::new(seed);
@@ -126,7 +131,7 @@ impl Explain {
         let owned = |Decision { verdict, mutations, reasons, .. }: Decision<'_>| {
             (verdict, mutations.iter().map(Change::from).collect(), reasons)
         };
-        let (mut verdict, mut changes, mut reasons) = owned(filter.on_request(&host, &block, true));
+        let (mut verdict, mut changes, mut reasons) = owned(filter.on_request(&host, &block, false, true));
         // No service is asked here: each is taken to admit the request.
         while let Verdict::Wait(waiting) = verdict {
             let decision = filter.on_settled(&host, &block, true, waiting, Admitted(0));
@@ -212,10 +217,22 @@ impl Story<'_> {
         condition.value(&self.request).map(|value| String::from_utf8_lossy(&value).into_owned())
     }
 
+    /// What the keys are taken from.
+    fn scene(&self) -> Scene<'_, '_> {
+        let route = self.route();
+        let chosen = route.and_then(|route| route.split.as_ref()).zip(self.reasons.choice);
+        let destination = chosen.and_then(|(split, choice)| split.destinations.get(choice.destination));
+        Scene {
+            request: &self.request,
+            route: route.map_or("", |route| &route.name),
+            subset: destination.map(|(destination, _)| &*destination.subset).filter(|subset| !subset.is_empty()),
+            properties: self.host,
+        }
+    }
+
     /// A key's source in words, and its value.
     fn key_part(&self, source: &KeySource) -> (String, Option<String>) {
-        let route = self.route().map_or("", |route| &route.name);
-        let value = source.find(&self.request, route, self.host);
+        let value = source.find(&self.scene());
         (source.describe(&self.policy.header_names), value.map(|value| String::from_utf8_lossy(&value).into_owned()))
     }
 
@@ -300,6 +317,7 @@ impl Story<'_> {
         self.tell_trace(&mut table);
         self.tell_routes(&mut table);
         self.tell_limits(&mut table);
+        self.tell_breaker(&mut table);
         self.tell_destination(&mut table);
         self.tell_fault(&mut table);
         self.tell_headers(&mut table);
@@ -378,26 +396,45 @@ impl Story<'_> {
     }
 
     fn tell_limits(&self, table: &mut Table) {
-        let Some(route) = self.route().filter(|route| !route.limits.is_empty() || !route.global_limits.is_empty())
-        else {
-            return;
-        };
+        let Some(route) = self.route().filter(|route| route.has_limits()) else { return };
+        let admission = self.admission();
         table.section("limit");
-        let refused = self.reasons.admission.as_ref().and_then(|admission| admission.refused);
-        let would_refuse = self.reasons.admission.as_ref().map_or(&[][..], |admission| &admission.would_refuse);
         for (index, limit) in route.limits.iter().enumerate() {
-            let verdict = match refused {
-                Some((refused, wait)) if refused == index => format!("refused, for {}", duration(wait)),
-                Some((refused, _)) if refused < index => "not asked".to_owned(),
-                _ if would_refuse.contains(&index) => "would be refused, but mode is shadow".to_owned(),
+            let refusal = admission.refused.filter(|refusal| refusal.told.limit == index);
+            let verdict = match (refusal.map(|refusal| refusal.reason), admission.refused) {
+                (Some(Reason::TooEarly(wait)), _) => format!("refused, for {}", duration(wait)),
+                (Some(Reason::TooDear), _) => "refused, as it costs more than the burst".to_owned(),
+                (Some(Reason::Incomplete), _) => "refused, as a part of the key is absent".to_owned(),
+                (None, Some(refusal)) if refusal.told.limit < index => "not asked".to_owned(),
+                _ if admission.remarks.contains(&Remark::WouldRefuse(index)) => {
+                    "would be refused, but mode is shadow".to_owned()
+                }
+                _ if admission.remarks.contains(&Remark::Incomplete(index)) && limit.on_missing == OnMissing::Skip => {
+                    "skipped, as a part of the key is absent".to_owned()
+                }
+                _ if limit.counted.is_some() => "admitted, and counted if the answer is".to_owned(),
                 _ => "admitted".to_owned(),
             };
-            table.row(&*limit.name, format!("{verdict}: {}; {}", limit.promise, self.whom(limit)));
+            let promise = &limit.rate_of(self.exception(limit)).promise;
+            let cost = match limit.cost.of(&self.request) {
+                1 => String::new(),
+                cost => format!(", of which this one costs {cost}"),
+            };
+            table.row(&*limit.name, format!("{verdict}: {promise}{cost}; {}", self.whom(limit)));
+            let is_skipped =
+                admission.remarks.contains(&Remark::Incomplete(index)) && limit.on_missing != OnMissing::Share;
+            let is_asked = !is_skipped && admission.refused.is_none_or(|refusal| refusal.told.limit >= index);
+            let is_tried = is_asked && self.exception(limit).is_none();
+            for (number, candidate) in limit.candidates.iter().enumerate().filter(|_| is_tried) {
+                let is_refused = admission.remarks.contains(&Remark::CandidateWouldRefuse(index, number));
+                let verdict = if is_refused { "would be refused" } else { "would be admitted" };
+                table.row(format!("  {}", candidate.name), format!("{verdict}: {}", candidate.rate.promise));
+            }
         }
         for global in &route.global_limits {
             let service = &global.service;
-            let verdict = if refused.is_some() { "not asked" } else { "asked, and taken to admit it" };
-            let entries = global.descriptor(&self.request, &route.name, self.host);
+            let verdict = if admission.refused.is_some() { "not asked" } else { "asked, and taken to admit it" };
+            let entries = global.descriptor(&self.scene());
             let entries: Vec<String> = entries.iter().map(|(key, value)| format!("{key}={}", quoted(value))).collect();
             table.row(
                 &*global.limit.name,
@@ -414,6 +451,22 @@ impl Story<'_> {
         };
         let parts: Vec<String> = limit.key.iter().map(part).collect();
         if parts.is_empty() { "one allowance for all".to_owned() } else { parts.join(", ") }
+    }
+
+    fn admission(&self) -> Admission {
+        self.reasons.admission.as_deref().cloned().unwrap_or_default()
+    }
+
+    /// Which override of `limit` is for the request.
+    fn exception(&self, limit: &Limit) -> Option<usize> {
+        let key: Vec<Option<String>> = limit.key.iter().map(|source| self.key_part(source).1).collect();
+        limit.overrides.iter().position(|exception| {
+            exception
+                .parts
+                .iter()
+                .zip(&key)
+                .all(|(wanted, part)| wanted.is_none() || wanted.as_deref() == part.as_deref())
+        })
     }
 
     fn tell_destination(&self, table: &mut Table) {
@@ -459,11 +512,33 @@ impl Story<'_> {
         table.row(self.destination(), why);
     }
 
+    fn tell_breaker(&self, table: &mut Table) {
+        let Some(breaker) = self.route().and_then(|route| route.breaker.as_ref()) else { return };
+        table.section("breaker");
+        if self.reasons.admission.as_ref().is_some_and(|admission| admission.refused.is_some()) {
+            table.row("none", "a limit refused the request before");
+            return;
+        }
+        let state = if self.reasons.broken { "open" } else { "closed" };
+        let Breaker { threshold, volume, window, reset, probes, .. } = breaker;
+        let (window, reset) = (duration(*window), duration(*reset));
+        table.row(
+            state,
+            format!(
+                "opens at {threshold}% failures among {volume} or more in {window}, for {reset}; then probes {probes}"
+            ),
+        );
+    }
+
     fn tell_fault(&self, table: &mut Table) {
         let Some(fault) = self.route().and_then(|route| route.fault.as_ref()) else { return };
         table.section("fault");
         if self.reasons.admission.as_ref().is_some_and(|admission| admission.refused.is_some()) {
             table.row("none", "a limit refused the request before");
+            return;
+        }
+        if self.reasons.broken {
+            table.row("none", "the circuit breaker refused the request before");
             return;
         }
         if self.reasons.withheld == Some(Withheld::NotAimed) {
@@ -476,6 +551,10 @@ impl Story<'_> {
                 (true, None) => "yes",
                 (true, Some(Withheld::Shadow)) => "only counted, mode is shadow",
                 (true, Some(Withheld::Suspended)) => "withheld, the guard has suspended it",
+                (true, Some(Withheld::Unknown)) => "withheld, Envoy has not told yet which hosts are ejected",
+                (true, Some(Withheld::Probing)) => "withheld, only a tenth is injected while probing",
+                (true, Some(Withheld::Expired)) => "withheld, the experiment is over or its lease not renewed",
+                (true, Some(Withheld::Budget)) => "withheld until the error budget has earned a failure",
                 (true, Some(Withheld::Overflow)) => "withheld, too many requests are held",
                 (true, Some(Withheld::MaxActive)) => "withheld, maxActive requests are faulted already",
             };
@@ -486,12 +565,27 @@ impl Story<'_> {
             };
             table.row(fault, format!("{outcome}: {why}"));
         }
-        let guard = fault.guard;
+        table.row("guard", self.guard(&fault.guard));
+    }
+
+    /// What the guard does, and what else ends or limits the experiment.
+    fn guard(&self, guard: &Guard) -> String {
         let window = duration(guard.window);
-        table.row(
-            "guard",
-            format!("armed: trips at {} failures among {} or more in {window}", guard.error_rate, guard.min_requests),
-        );
+        let mut told =
+            format!("armed: trips at {} failures among {} or more in {window}", guard.error_rate, guard.min_requests);
+        if let Some(limit) = guard.latency_p95 {
+            told.push_str(&format!(", or a 95th percentile over {}", duration(limit)));
+        }
+        if let Some(admin) = &guard.admin {
+            told.push_str(&format!("; asks {} which hosts are ejected", admin.cluster));
+        }
+        if let Some(spacing) = guard.spacing {
+            told.push_str(&format!("; aborts at most one in {spacing} requests"));
+        }
+        if let Some(experiment) = &guard.experiment {
+            told.push_str(&format!("; its state is kept as {experiment}"));
+        }
+        told
     }
 
     fn tell_headers(&self, table: &mut Table) {
@@ -568,26 +662,34 @@ impl Story<'_> {
 
     fn json_limits(&self) -> Vec<Value> {
         let Some(route) = self.route() else { return Vec::new() };
+        let admission = self.admission();
         let key = |source: &KeySource| {
             let (source, value) = self.key_part(source);
             json!({"source": source, "value": value})
         };
-        let refused = self.reasons.admission.as_ref().and_then(|admission| admission.refused);
         let limits = route.limits.iter().enumerate().map(|(index, limit)| {
             json!({
                 "name": &*limit.name,
-                "promise": &*limit.promise,
+                "promise": &*limit.rate_of(self.exception(limit)).promise,
+                "cost": limit.cost.of(&self.request),
                 "key": limit.key.iter().map(key).collect::<Vec<_>>(),
-                "admitted": refused.is_none_or(|(refused, _)| refused != index),
+                "admitted": admission.refused.is_none_or(|refusal| refusal.told.limit != index),
                 "shadow": limit.shadow,
+                "wouldRefuse": admission.remarks.contains(&Remark::WouldRefuse(index)),
+                "incomplete": admission.remarks.contains(&Remark::Incomplete(index)),
+                "candidates": limit.candidates.iter().enumerate().map(|(number, candidate)| json!({
+                    "name": &*candidate.name,
+                    "promise": &*candidate.rate.promise,
+                    "wouldRefuse": admission.remarks.contains(&Remark::CandidateWouldRefuse(index, number)),
+                })).collect::<Vec<_>>(),
             })
         });
         let global_limits = route.global_limits.iter().map(|global| {
-            let entries = global.descriptor(&self.request, &route.name, self.host);
+            let entries = global.descriptor(&self.scene());
             let entries = entries.iter().map(|(key, value)| json!({"key": key, "value": value}));
             json!({
                 "name": &*global.limit.name,
-                "promise": &*global.limit.promise,
+                "promise": &*global.limit.rate.promise,
                 "key": global.limit.key.iter().map(key).collect::<Vec<_>>(),
                 "shadow": global.limit.shadow,
                 "service": {
@@ -634,6 +736,10 @@ impl Story<'_> {
         };
         let withheld = self.reasons.withheld.map(|withheld| match withheld {
             Withheld::Suspended => "suspended",
+            Withheld::Unknown => "unknown",
+            Withheld::Probing => "probing",
+            Withheld::Expired => "expired",
+            Withheld::Budget => "budget",
             Withheld::Shadow => "shadow",
             Withheld::Overflow => "overflow",
             Withheld::NotAimed => "not_aimed",

@@ -284,10 +284,10 @@ impl GlobalLimit {
     /// The shared word that holds a key.
     fn word(&self, fingerprint: u64) -> String {
         const NAME: &str = "quota/";
-        let mut word = String::with_capacity(self.limit.prefix.len() + NAME.len() + 8);
-        word.push_str(&self.limit.prefix);
+        let mut word = String::with_capacity(self.limit.keyspace.prefix.len() + NAME.len() + 8);
+        word.push_str(&self.limit.keyspace.prefix);
         word.push_str(NAME);
-        let bucket = (u128::from(fingerprint) * u128::from(self.limit.buckets)) >> 64;
+        let bucket = (u128::from(fingerprint) * u128::from(self.limit.keyspace.buckets)) >> 64;
         let digit = |digit: u32| char::from_digit(digit, 16).unwrap_or('0');
         word.extend((0..8).map(|place| digit((bucket >> (28 - place * 4)) as u32 & 0xf)));
         word

@@ -103,10 +103,13 @@ fn read_keys(value: &Value<'_>, wanted: usize) -> Option<Vec<Box<str>>> {
 #[inline(never)]
 fn descriptor_key(source: &KeySource, names: &HeaderNames) -> Box<str> {
     let name = match source {
+        KeySource::Header(HeaderNames::METHOD) => "method",
         KeySource::Header(id) => names.name(*id),
         KeySource::Cookie(name) | KeySource::QueryParameter(name) => name,
-        KeySource::SourceAddress => "remote_address",
+        KeySource::Network(network) if network.masks() => "masked_remote_address",
+        KeySource::SourceAddress | KeySource::Network(_) => "remote_address",
         KeySource::Route => "route",
+        KeySource::Subset => "subset",
         KeySource::PathSegment(index) => return format!("path_segment_{index}").into(),
         KeySource::Property(path) => {
             let mut name = String::new();

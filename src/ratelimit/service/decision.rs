@@ -7,10 +7,10 @@ use super::calls::{Calls, Failure, Place, Subject};
 use super::codec::encode;
 use super::policy::{GlobalLimit, OnFailure, Service};
 use super::quota::{Found, Known};
-use crate::host::{CallId, GrpcClient, Properties, StateStore};
-use crate::http::{LocalReply, Request};
-use crate::key::KeySource;
-use crate::ratelimit::{Admission, Leases, Secret, admit};
+use crate::host::{CallId, GrpcClient, StateStore};
+use crate::http::LocalReply;
+use crate::key::{KeySource, Scene};
+use crate::ratelimit::{self, Admission, Leases, Reason, Remark, Secret, Told, admit};
 use crate::units::Monotonic;
 use std::borrow::Cow;
 use std::hash::Hasher;
@@ -73,7 +73,6 @@ pub struct Asker<'w> {
     pub limits: &'w [GlobalLimit],
     /// The route's place in the policy.
     pub route: usize,
-    pub route_name: &'w str,
     pub secret: &'w Secret,
     pub calls: &'w mut Calls,
     pub leases: &'w mut Leases,
@@ -84,18 +83,18 @@ pub struct Asker<'w> {
 impl Asker<'_> {
     /// Takes what was found at the limit that the request waited at.
     #[inline(never)]
-    pub fn hear<H: StateStore + Properties>(
+    pub fn hear(
         &mut self,
         inquiry: &mut Inquiry,
         outcome: Outcome,
-        request: &Request<'_>,
+        scene: &Scene<'_, '_>,
         now: Monotonic,
-        host: &H,
+        store: &impl StateStore,
     ) {
         let Some(limit) = self.limits.get(inquiry.next) else { return };
         match outcome {
             Outcome::Admitted(until) => {
-                let (_, fingerprint) = limit.subject(self.secret, request, self.route_name, host);
+                let (_, fingerprint) = limit.subject(self.secret, scene);
                 inquiry.spent.push((inquiry.next, fingerprint, until));
             }
             Outcome::Refused(wait) => self.refuse(inquiry, limit, Some(wait)),
@@ -106,11 +105,12 @@ impl Asker<'_> {
                     OnFailure::Deny => self.refuse(inquiry, limit, None),
                     OnFailure::Local => {
                         let limits = std::slice::from_ref(&limit.limit);
-                        let local = admit(limits, self.secret, self.leases, request, self.route_name, now, host);
+                        let local = admit(limits, true, self.secret, self.leases, scene, now, store);
                         self.count_local(inquiry.next, &local);
-                        if let Some((_, wait)) = local.refused {
-                            self.refuse(inquiry, limit, Some(wait));
-                        } else if !local.would_refuse.is_empty() {
+                        if let Some(refusal) = local.refused {
+                            let wait = if let Reason::TooEarly(wait) = refusal.reason { Some(wait) } else { None };
+                            self.refuse(inquiry, limit, wait);
+                        } else if local.remarks.contains(&Remark::WouldRefuse(0)) {
                             self.refuse(inquiry, limit, None);
                         }
                     }
@@ -142,17 +142,17 @@ impl Asker<'_> {
 
     /// Asks on, until all have admitted, one has refused, or the request has to wait for the call that is returned.
     #[inline(never)]
-    pub fn ask<H: StateStore + Properties + GrpcClient>(
+    pub fn ask(
         &mut self,
         inquiry: &mut Inquiry,
-        request: &Request<'_>,
+        scene: &Scene<'_, '_>,
         now: Monotonic,
-        host: &H,
+        host: &(impl StateStore + GrpcClient),
     ) -> Option<CallId> {
         while inquiry.refused.is_none() {
             let index = inquiry.next;
             let limit = self.limits.get(index)?;
-            let (message, fingerprint) = limit.subject(self.secret, request, self.route_name, host);
+            let (message, fingerprint) = limit.subject(self.secret, scene);
             let outcome = match limit.spend(fingerprint, now, host) {
                 Err(_) => {
                     (self.count)(index, Event::Contended);
@@ -179,7 +179,7 @@ impl Asker<'_> {
                     }
                 }
             };
-            self.hear(inquiry, outcome, request, now, host);
+            self.hear(inquiry, outcome, scene, now, host);
         }
         None
     }
@@ -229,19 +229,14 @@ impl Inquiry {
 
 impl GlobalLimit {
     /// The entries of the descriptor that the service is asked about.
-    pub fn descriptor<'a>(
-        &'a self,
-        request: &Request<'a>,
-        route: &'a str,
-        properties: &impl Properties,
-    ) -> Vec<(&'a str, Cow<'a, str>)> {
+    pub fn descriptor<'a>(&'a self, scene: &Scene<'_, 'a>) -> Vec<(&'a str, Cow<'a, str>)> {
         let GlobalLimit { limit, service } = self;
         let keys = service.descriptor_keys.iter().map(|key| &**key);
         if limit.key.is_empty() {
             return keys.map(|key| (key, Cow::Borrowed(&*limit.name))).collect();
         }
         let value = |source: &'a KeySource| {
-            let part = text(source.find(request, route, properties));
+            let part = text(source.find(scene));
             // An IPv6 address without the brackets that its port needs, as Envoy's own remote_address.
             match (source, part.strip_prefix('[').and_then(|part| part.strip_suffix(']'))) {
                 (KeySource::SourceAddress, Some(address)) => Cow::Owned(address.to_owned()),
@@ -253,14 +248,8 @@ impl GlobalLimit {
 
     /// What the service is asked about the request, without hits, and what stands for it here.
     #[inline(never)]
-    fn subject(
-        &self,
-        secret: &Secret,
-        request: &Request<'_>,
-        route: &str,
-        properties: &impl Properties,
-    ) -> (Vec<u8>, u64) {
-        let message = encode(&self.service.domain, &self.descriptor(request, route, properties));
+    fn subject(&self, secret: &Secret, scene: &Scene<'_, '_>) -> (Vec<u8>, u64) {
+        let message = encode(&self.service.domain, &self.descriptor(scene));
         let mut hasher = secret.hasher();
         hasher.write(&message);
         (message, hasher.finish())
@@ -270,7 +259,8 @@ impl GlobalLimit {
     #[inline(never)]
     pub fn refusal(&self, wait: Option<u64>, is_grpc: bool) -> LocalReply {
         if let Some(wait) = wait {
-            return self.limit.refusal(wait, is_grpc);
+            let refusal = ratelimit::Refusal { reason: Reason::TooEarly(wait), told: Told::default() };
+            return self.limit.refusal(&refusal, is_grpc);
         }
         let mut body = String::from("rate limit ");
         body.push_str(&self.limit.name);
@@ -317,7 +307,7 @@ mod tests {
     use crate::document::{Node, Value};
     use crate::host::sim::{SentCall, Sim};
     use crate::host::{GrpcAnswer, Host};
-    use crate::http::{HeaderNames, encode_headers};
+    use crate::http::{HeaderNames, Request, encode_headers};
     use crate::ratelimit::service::{Rest, Waiters};
     use proptest::prelude::*;
     use std::collections::HashMap;
@@ -444,7 +434,7 @@ mod tests {
                     }
                 }
                 assert!(!matches!(settled.rest, Rest::Failed) || settled.admitted == waiting);
-                flights.extend(host.take_calls().into_iter().map(|call| {
+                flights.extend(host.take_grpc_calls().into_iter().map(|call| {
                     let charge = host.now() + there;
                     let told = charge + reads;
                     Flight { worker: flight.worker, call, charge, told, arrives: told + back }
@@ -458,14 +448,14 @@ mod tests {
             let mut asker = Asker {
                 limits: &limits,
                 route: 0,
-                route_name: "r",
                 secret: &Secret([7; 16]),
                 calls: &mut calls[worker],
                 leases: &mut Leases::default(),
                 count: &|_, event| assert_eq!(event, Event::Sent),
             };
+            let scene = Scene { request: &request, route: "r", subset: None, properties: host };
             let mut inquiry = Inquiry::default();
-            match asker.ask(&mut inquiry, &request, host.now(), host) {
+            match asker.ask(&mut inquiry, &scene, host.now(), host) {
                 Some(call) => waiters[worker].wait(call, 0, ()),
                 None if inquiry.refused.is_some() => admitted.refused += 1,
                 None => {
@@ -473,7 +463,7 @@ mod tests {
                     *admitted.ahead.entry(service.window(host.now())).or_default() += 1;
                 }
             }
-            flights.extend(host.take_calls().into_iter().map(|call| {
+            flights.extend(host.take_grpc_calls().into_iter().map(|call| {
                 let charge = next + there;
                 let told = charge + reads;
                 Flight { worker, call, charge, told, arrives: told + back }
@@ -528,7 +518,8 @@ mod tests {
         let host = Sim::new(1);
         host.set_property("source.address", b"[2001:db8::1]:4711");
         let block = encode_headers(&[(":path", "/users"), ("x-user", "[ann]")]);
-        let found = limits[0].descriptor(&Request::parse(&block, &names), "r", &host);
+        let request = Request::parse(&block, &names);
+        let found = limits[0].descriptor(&Scene { request: &request, route: "r", subset: None, properties: &host });
         let found: Vec<(&str, &str)> = found.iter().map(|(key, value)| (*key, &**value)).collect();
         assert_eq!(
             found,

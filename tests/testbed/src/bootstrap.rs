@@ -289,19 +289,23 @@ pub fn direct_response(status: u16, body: &str) -> Value {
 
 /// A cluster of one endpoint that speaks HTTP/1.1.
 pub fn cluster(name: &str, endpoint: SocketAddr) -> Value {
-    cluster_at(name, &socket_address(endpoint))
+    cluster_of(name, &[endpoint])
 }
 
-fn cluster_at(name: &str, address: &Value) -> Value {
+/// A cluster of several endpoints that speak HTTP/1.1.
+pub fn cluster_of(name: &str, endpoints: &[SocketAddr]) -> Value {
+    cluster_at(name, endpoints.iter().map(|endpoint| socket_address(*endpoint)))
+}
+
+fn cluster_at(name: &str, addresses: impl Iterator<Item = Value>) -> Value {
+    let endpoints = addresses.map(|address| json!({"endpoint": {"address": address}}));
     json!({
         "name": name,
         "type": "STATIC",
         "connect_timeout": "5s",
         "load_assignment": {
             "cluster_name": name,
-            "endpoints": [{"lb_endpoints": [
-                {"endpoint": {"address": address}},
-            ]}],
+            "endpoints": [{"lb_endpoints": endpoints.collect::<Value>()}],
         },
     })
 }
@@ -314,7 +318,7 @@ pub fn http2_cluster(name: &str, endpoint: SocketAddr) -> Value {
 /// A cluster of one endpoint that listens on a socket at a path and speaks
 /// HTTP/2.
 pub fn pipe_cluster(name: &str, path: &Path) -> Value {
-    with_http2(cluster_at(name, &json!({"pipe": {"path": path}})))
+    with_http2(cluster_at(name, std::iter::once(json!({"pipe": {"path": path}}))))
 }
 
 fn with_http2(mut cluster: Value) -> Value {

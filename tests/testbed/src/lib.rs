@@ -33,6 +33,7 @@ mod message;
 mod process;
 mod ratelimit;
 mod raw;
+mod relay;
 mod upstream;
 mod yaml;
 
@@ -40,7 +41,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use bootstrap::{
-    Bootstrap, Direction, Listener, by_cluster_header, by_subset, cluster, direct_response, http2_cluster,
+    Bootstrap, Direction, Listener, by_cluster_header, by_subset, cluster, cluster_of, direct_response, http2_cluster,
     pipe_cluster, wasm_filter,
 };
 pub use client::Client;
@@ -49,6 +50,7 @@ pub use installation::{ENVOY_VERSION, Installation, Launcher};
 pub use message::{Request, Response};
 pub use ratelimit::{RateLimit, Redis};
 pub use raw::{RawConnection, raw};
+pub use relay::Relay;
 pub use upstream::{Behaviour, Received, Upstream};
 pub use yaml::json_from_yaml;
 

@@ -285,8 +285,8 @@ async fn guarded_experiment(stage: &Stage) -> Outcome {
         expect(before.total() < 200, "a suspension within 200 requests", &before)?;
     }
     terminal.saw(&format!("v2 fails every other time: {before}"))?;
-    let line = stage.envoy.wait_for_log("fault injection suspended").await;
-    let told = line.find("fault injection suspended").map_or(&*line, |start| &line[start..]);
+    let line = stage.envoy.wait_for_log("fault guard: ").await;
+    let told = line.find("fault guard: ").map_or(&*line, |start| &line[start..]);
     terminal.saw(&format!("Envoy's log: {told}"))?;
     let suspended_at = Instant::now();
 
@@ -301,7 +301,7 @@ async fn guarded_experiment(stage: &Stage) -> Outcome {
     expect(withheld > 0, "aborts that were withheld are counted", withheld)?;
 
     stage.v2.set_behaviour(Behaviour::echo());
-    terminal.saw("v2 is well again; now for the rest of the 5 s that the guard holds injection down ...")?;
+    terminal.saw("v2 is well again; now for the 5 s that the guard holds injection down, and a first probe ...")?;
     let resumed = eventually("injection to resume", async || match stage.send(&ask).await {
         Ok(answer) if answer.status == 418 => Some(Ok(suspended_at.elapsed())),
         Ok(answer) if answer.status == 200 => {

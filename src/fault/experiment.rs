@@ -1,0 +1,79 @@
+//! Reads what keeps an experiment safe: its `guard`, its name, and its end.
+
+use super::budget::spacing;
+use super::guard::{Admin, Guard};
+use crate::document::{Fields, Value};
+use crate::slo::Slo;
+use crate::units::{Fraction, Wall, duration_or, nanoseconds, read_duration, read_instant};
+use std::time::Duration;
+
+const LEAST: Duration = Duration::from_secs(1);
+
+impl Guard {
+    /// Reads the fields of a `fault` block. `slo` is the objective of its route.
+    pub fn read(fault: &mut Fields<'_>, slo: &Slo) -> Guard {
+        let mut guard = Guard { latency_p95: slo.latency_p99, ..Guard::default() };
+        if let Some(value) = fault.optional("guard") {
+            guard.read_block(&value, slo);
+        }
+        guard.experiment =
+            fault.optional("experiment").and_then(|value| crate::policy::read_name(&value)).map(Into::into);
+        let until = fault.optional("until").and_then(|value| read_instant(&value));
+        let lease = fault.optional("lease").and_then(|value| read_lease(&value));
+        if until.is_some() || lease.is_some() {
+            let (begin, end) = lease.unwrap_or((0, Wall::MAX));
+            guard.term = Some((begin, end.min(until.unwrap_or(Wall::MAX))));
+        }
+        guard
+    }
+
+    fn read_block(&mut self, value: &Value<'_>, slo: &Slo) {
+        let Some(mut fields) = value.object() else { return };
+        self.window = duration_or(&mut fields, "window", LEAST, self.window);
+        self.hold_down = duration_or(&mut fields, "holdDown", LEAST, self.hold_down);
+        let latency = duration_or(&mut fields, "latencyP95", Duration::from_millis(1), self.latency_p95.unwrap_or(0));
+        self.latency_p95 = Some(latency).filter(|latency| *latency > 0);
+        for (name, field) in [("errorRate", &mut self.error_rate), ("ejectedPercent", &mut self.ejected)] {
+            *field = fields.optional(name).and_then(|value| Fraction::read(&value)).unwrap_or(*field);
+        }
+        self.min_requests = fields.integer_or("minRequests", 1..=1_000_000, self.min_requests);
+        self.latch_after = fields.integer_or("latchAfter", 1..=100, self.latch_after.into()) as u8;
+        if let Some(value) = fields.optional("budget") {
+            let share = Fraction::read(&value);
+            self.spacing = slo.availability.zip(share).and_then(|(availability, share)| spacing(availability, share));
+            if slo.availability.is_none() {
+                value.error("a budget without an objective", "write slo: {availability: \"99.9%\"} on the route");
+            } else if share.is_some() && self.spacing.is_none() {
+                value.error("a budget that lets nothing fail", "write more than 0%, of an availability below 100%");
+            }
+        }
+        self.admin = fields.optional("admin").and_then(|value| read_admin(&value));
+        let on_unknown = fields.optional("onUnknown");
+        if let (Some(value), None) = (&on_unknown, &self.admin) {
+            value.warning("onUnknown without admin", "nothing can be unknown: write admin, or remove it");
+        }
+        let continues = on_unknown.and_then(|value| value.one_of(&[("suspend", false), ("continue", true)]));
+        self.continues_unknown = continues.unwrap_or(false);
+        fields.end();
+    }
+}
+
+fn read_admin(value: &Value<'_>) -> Option<Admin> {
+    const USUAL: u64 = 5_000_000_000;
+    let mut fields = value.object()?;
+    let cluster = fields.required("cluster").and_then(|value| value.text());
+    let interval = duration_or(&mut fields, "interval", LEAST, USUAL);
+    fields.end();
+    Some(Admin { cluster: cluster?.into(), interval })
+}
+
+/// `{renewed, duration}`: from when until when the lease runs. It is counted from an instant that is written, not from
+/// when a proxy saw it first, so that a proxy that starts again prolongs nothing.
+fn read_lease(value: &Value<'_>) -> Option<(Wall, Wall)> {
+    let mut fields = value.object()?;
+    let renewed = fields.required("renewed").and_then(|value| read_instant(&value));
+    let duration = fields.required("duration").and_then(|value| read_duration(&value, LEAST));
+    fields.end();
+    let renewed = renewed?;
+    Some((renewed, renewed.saturating_add(nanoseconds(duration?))))
+}
