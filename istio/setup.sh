@@ -47,6 +47,8 @@ mv -- bin/server bin/etcd
 istio=$(go list -mod=mod -m -f '{{.Dir}}' istio.io/istio)
 cp -- "$istio/manifests/charts/base/files/crd-all.gen.yaml" bin/crds.yaml
 chmod u+w bin/crds.yaml
+# The key that the API server of the tests signs its tokens with.
+(cd bin && go run "$(go env GOROOT)/src/crypto/tls/generate_cert.go" --host 127.0.0.1 --ecdsa-curve P256 >/dev/null 2>&1)
 
 rm -rf -- "$place/bin" "$mark"
 mv -- bin "$place/bin"

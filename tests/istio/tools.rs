@@ -1,0 +1,76 @@
+//! The programs that `istio/setup.sh` builds.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use trimtab_testbed::repository;
+
+/// Leaves the test, saying so, where the programs were not built, or Envoy or the module are missing. Where
+/// `TRIMTAB_ISTIO` is set (`make test-istio` sets it where there is Go) that is a failure.
+macro_rules! needs_istio {
+    () => {
+        if let Err(reason) = $crate::tools::find() {
+            assert!(std::env::var_os("TRIMTAB_ISTIO").is_none(), "{reason}");
+            println!("skipped: {reason}");
+            return;
+        }
+    };
+}
+pub(crate) use needs_istio;
+
+/// Whether everything is there.
+pub fn find() -> Result<(), String> {
+    trimtab_testbed::Installation::find()?;
+    trimtab_testbed::find_wasm()?;
+    match folder().join("../built-from").exists() {
+        true => Ok(()),
+        false => Err("no Istio: run istio/setup.sh, which needs Go".to_owned()),
+    }
+}
+
+fn folder() -> PathBuf {
+    repository().join(".cache/istio/bin")
+}
+
+/// Where the program or file `name` is.
+pub fn path(name: &str) -> PathBuf {
+    folder().join(name)
+}
+
+/// What a program answered.
+#[derive(Debug)]
+pub struct Answer {
+    pub ok: bool,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+impl Answer {
+    /// The standard output of a program that has to succeed.
+    pub fn unwrap(self) -> String {
+        assert!(self.ok, "{}{}", self.stdout, self.stderr);
+        self.stdout
+    }
+}
+
+/// Runs one of the programs in the repository, with `input` as its standard input.
+pub fn run(name: &str, arguments: &[&str], input: &str) -> Answer {
+    answer(Command::new(path(name)).args(arguments), input)
+}
+
+/// As [`run`], for any command.
+pub fn answer(command: &mut Command, input: &str) -> Answer {
+    let program = command.get_program().to_owned();
+    command.current_dir(repository()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap_or_else(|error| panic!("{}: {error}", program.display()));
+    let (mut stdin, input) = (child.stdin.take().unwrap(), input.to_owned());
+    // The program may have seen enough before the end.
+    let writer = std::thread::spawn(move || drop(stdin.write_all(input.as_bytes())));
+    let output = child.wait_with_output().unwrap();
+    writer.join().unwrap();
+    Answer {
+        ok: output.status.success(),
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
