@@ -25,6 +25,11 @@ run: setup build ## Try Trimtab on real traffic: Envoy, two upstreams, a tour (O
 test: setup format lint build ## Run everything: format, lints, unit, property, lifecycle, command-line and end-to-end tests
 	$(CARGO) test --workspace --features cli
 
+.PHONY: test-istio
+test-istio: setup build image ## Run the manifests of istio/ for real: an API server, istiod, Envoy, a registry (needs Go)
+	@istio/setup.sh
+	TRIMTAB_ISTIO=$$(command -v go >/dev/null && echo required) $(CARGO) test --features cli --test istio -- --nocapture
+
 .PHONY: build
 build: setup-target $(MODULE) ## Build the module that ships, and print its size
 	@printf '%s: %s KB\n' $(MODULE) $$(( ($$(wc -c < $(MODULE)) + 999) / 1000 ))
@@ -41,6 +46,15 @@ check: ## Check a policy: make check POLICY=policy.yaml
 .PHONY: bench
 bench: build ## Count what a request costs inside the module, policy by policy
 	@$(CARGO) bench --quiet --profile dev --bench cost
+
+.PHONY: image
+image: build ## Make an OCI image of the module that Istio accepts, in target/image, and print its digest
+	@rm -rf target/image
+	@$(CARGO) run --quiet --package trimtab-image -- $(MODULE) target/image
+
+.PHONY: push
+push: image ## Push it, and write its address and digest into istio/components/image (REGISTRY=registry.example/team)
+	@istio/push.sh "$(REGISTRY)"
 
 .PHONY: docker
 docker: build ## Run the same configuration with docker compose (ENVOY_IMAGE overrides the image)

@@ -13,7 +13,7 @@ use trimtab_testbed::{Client, PATIENCE, ProcessGroup, Request, eventually};
 
 /// Everything of Istio's that a test may leave behind.
 const KINDS: &str = "wasmplugins,trafficextensions,virtualservices,destinationrules,envoyfilters,gateways.networking.istio.io,\
-                     sidecars,serviceentries,requestauthentications";
+                     sidecars,serviceentries,requestauthentications,peerauthentications,authorizationpolicies";
 
 pub struct ControlPlane {
     /// What istiod's clients speak to, in the clear.

@@ -84,6 +84,42 @@ impl Mesh {
         Envoy::options().node(node).try_start_text(&configuration).await.unwrap_or_else(|failure| panic!("{failure}"))
     }
 
+    /// Applies manifests whose Gateway is to listen on port 80, on a free port in its place; a client of that.
+    pub fn listen_at_gateway(&self, manifests: &str) -> Client {
+        let port = free_port();
+        assert!(manifests.contains("number: 80\n"), "{manifests}");
+        // On loopback only.
+        let bound = manifests.replace("number: 80\n", &format!("number: {port}\n"));
+        self.apply(&bound.replace("  servers:\n  - hosts:", "  servers:\n  - bind: 127.0.0.1\n    hosts:"));
+        Client::http1(SocketAddr::from(([127, 0, 0, 1], port))).without_reuse()
+    }
+
+    /// Lets the sidecars of `app` take what comes for it, and send it on to `target`; a client of that.
+    pub fn listen_inbound(&self, app: &str, target: SocketAddr) -> Client {
+        let inbound = SocketAddr::from(([127, 0, 0, 1], free_port()));
+        // There are no certificates here, which a listener that offers TLS would wait for.
+        self.apply_json(&json!({
+            "apiVersion": "security.istio.io/v1", "kind": "PeerAuthentication",
+            "metadata": {"name": "default", "namespace": "default"}, "spec": {"mtls": {"mode": "DISABLE"}},
+        }));
+        self.apply_json(&json!({
+            "apiVersion": "networking.istio.io/v1", "kind": "Sidecar",
+            "metadata": {"name": app, "namespace": "default"},
+            "spec": {
+                "workloadSelector": {"labels": {"app": app}},
+                "ingress": [{
+                    "port": {"number": inbound.port(), "name": "http", "protocol": "HTTP"},
+                    "bind": "127.0.0.1", "captureMode": "NONE", "defaultEndpoint": target.to_string(),
+                }],
+                "egress": [{
+                    "port": {"number": self.outbound.port(), "name": "proxy", "protocol": "HTTP_PROXY"},
+                    "bind": "127.0.0.1", "captureMode": "NONE", "hosts": ["*/*"],
+                }],
+            },
+        }));
+        Client::http1(inbound).without_reuse()
+    }
+
     /// A client of the listener that takes a sidecar's outbound requests.
     pub fn outbound(&self) -> Client {
         Client::http1(self.outbound).without_reuse()
