@@ -46,7 +46,8 @@ GOBIN=$scratch/bin go install -mod=mod -trimpath -buildvcs=false -ldflags '-s -w
 mv -- bin/server bin/etcd
 istio=$(go list -mod=mod -m -f '{{.Dir}}' istio.io/istio)
 cp -- "$istio/manifests/charts/base/files/crd-all.gen.yaml" bin/crds.yaml
-chmod u+w bin/crds.yaml
+cp -- "$istio/tools/packaging/common/envoy_bootstrap.json" bin/envoy_bootstrap.json
+chmod u+w bin/crds.yaml bin/envoy_bootstrap.json
 # The key that the API server of the tests signs its tokens with.
 (cd bin && go run "$(go env GOROOT)/src/crypto/tls/generate_cert.go" --host 127.0.0.1 --ecdsa-curve P256 >/dev/null 2>&1)
 

@@ -6,8 +6,9 @@ use crate::tools::{Answer, path, run};
 use std::ffi::OsString;
 use std::fs::File;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use tempfile::TempDir;
+use std::process::{Child, Command, Stdio};
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
 use trimtab_testbed::{Client, PATIENCE, ProcessGroup, Request, eventually};
 
@@ -18,8 +19,9 @@ const KINDS: &str = "wasmplugins,trafficextensions,virtualservices,destinationru
 pub struct ControlPlane {
     /// What istiod's clients speak to, in the clear.
     discovery: SocketAddr,
-    folder: TempDir,
+    folder: PathBuf,
     _processes: [ProcessGroup; 3],
+    _cleaner: Child,
 }
 
 /// The control plane, empty, for one test.
@@ -33,8 +35,9 @@ pub async fn control_plane() -> MutexGuard<'static, ControlPlane> {
 
 impl ControlPlane {
     async fn start() -> ControlPlane {
-        let folder = tempfile::Builder::new().prefix("trimtab-istio-").tempdir().unwrap();
-        let at = |name: &str| folder.path().join(name);
+        let folder = tempfile::Builder::new().prefix("trimtab-istio-").tempdir().unwrap().keep();
+        let cleaner = remove_in_the_end(&folder);
+        let at = |name: &str| folder.join(name);
 
         let (etcd_port, peer_port) = (free_port(), free_port());
         let etcd = start(
@@ -141,7 +144,7 @@ impl ControlPlane {
             answer.is_ok_and(|response| response.status == 200).then_some(())
         })
         .await;
-        ControlPlane { discovery, folder, _processes: [etcd, api_server, istiod] }
+        ControlPlane { discovery, folder, _processes: [etcd, api_server, istiod], _cleaner: cleaner }
     }
 
     pub fn discovery(&self) -> SocketAddr {
@@ -149,7 +152,7 @@ impl ControlPlane {
     }
 
     pub fn kubectl(&self, arguments: &[&str], input: &str) -> Answer {
-        kubectl(&self.folder.path().join("kubeconfig"), arguments, input)
+        kubectl(&self.folder.join("kubeconfig"), arguments, input)
     }
 
     /// Applies manifests, as a user does. What the API server refuses is in the answer.
@@ -159,7 +162,7 @@ impl ControlPlane {
 
     /// All that istiod has logged.
     pub fn log(&self) -> String {
-        std::fs::read_to_string(self.folder.path().join("istiod.log")).unwrap_or_default()
+        std::fs::read_to_string(self.folder.join("istiod.log")).unwrap_or_default()
     }
 
     /// Waits until istiod has logged `needle` after the first `before` bytes, and returns the line.
@@ -170,6 +173,14 @@ impl ControlPlane {
         })
         .await
     }
+}
+
+/// Removes `folder` when the test process has ended. What all tests share is dropped by nobody, so a shell waits for the
+/// end of its standard input, whose other end only the test process holds.
+fn remove_in_the_end(folder: &Path) -> Child {
+    let mut command = Command::new("sh");
+    command.args(["-c", r#"read -r _; until rm -rf "$0"; do sleep 1; done"#]).arg(folder);
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0).spawn().unwrap()
 }
 
 fn kubectl(kubeconfig: &Path, arguments: &[&str], input: &str) -> Answer {

@@ -3,6 +3,7 @@
 //!
 //! `make test-istio` builds all of them first. Where they were not built, each test says so and is skipped.
 
+mod agent;
 mod control_plane;
 mod delivery;
 mod manifests;

@@ -1,0 +1,189 @@
+//! Istio's agent between istiod and Envoy, as in a pod: it fetches the module, from a registry, by its digest.
+
+use crate::control_plane::{free_port, start};
+use crate::manifests::render;
+use crate::mesh::{Mesh, call, settled};
+use crate::tools::{answer, needs_istio, path};
+use serde_json::json;
+use std::ffi::OsString;
+use std::fs::File;
+use std::path::Path;
+use std::process::Command;
+use tempfile::TempDir;
+use trimtab_testbed::{Installation, ProcessGroup, Request, Response, eventually, repository};
+
+/// A registry on loopback that has the image of `make image`.
+struct Registry {
+    image: String,
+    digest: String,
+    _process: ProcessGroup,
+    _folder: TempDir,
+}
+
+impl Registry {
+    async fn start() -> Registry {
+        let folder = tempfile::tempdir().unwrap();
+        let address = format!("127.0.0.1:{}", free_port());
+        let arguments = ["registry", "serve", "--address", &address].map(str::to_owned);
+        let process = start("crane", &folder.path().join("log"), &arguments, &[]);
+        let image = format!("{address}/team/trimtab:test");
+        let layout = repository().join("target/image");
+        assert!(layout.join("index.json").exists(), "no image: run `make image`");
+        let pushed = eventually("the registry to take the image", async || {
+            let answer = answer(Command::new(path("crane")).arg("push").arg(&layout).arg(&image), "");
+            answer.ok.then_some(answer.stdout)
+        })
+        .await;
+        let digest = pushed.trim().rsplit_once("sha256:").unwrap().1.to_owned();
+        Registry { image, digest, _process: process, _folder: folder }
+    }
+
+    /// The base with this image.
+    fn manifests(&self, digest: &str) -> String {
+        let base = render("istio/base");
+        let lines = base.lines().map(|line| match line.trim_start() {
+            key if key.starts_with("url: oci://") => format!("  url: oci://{}", self.image),
+            key if key.starts_with("sha256:") => format!("  sha256: \"{digest}\""),
+            _ => line.to_owned(),
+        });
+        lines.collect::<Vec<_>>().join("\n") + "\n"
+    }
+}
+
+/// A pod's istio-proxy container: the agent, and the Envoy that it starts.
+struct Pod {
+    folder: TempDir,
+    _process: ProcessGroup,
+}
+
+impl Pod {
+    fn start(mesh: &Mesh, app: &str) -> Pod {
+        let folder = tempfile::Builder::new().prefix("trimtab-pod-").tempdir().unwrap();
+        let configuration = json!({
+            "discoveryAddress": mesh.control_plane.discovery().to_string(),
+            "controlPlaneAuthPolicy": "NONE",
+            "binaryPath": Installation::find().unwrap().envoy,
+            "configPath": folder.path().join("proxy"),
+            "proxyAdminPort": free_port(),
+            "statusPort": free_port(),
+            "concurrency": 2,
+        });
+        let template = path("envoy_bootstrap.json");
+        let arguments = [
+            "proxy",
+            "sidecar",
+            "--domain=default.svc.cluster.local",
+            "--serviceCluster=storefront.default",
+            &format!("--templateFile={}", template.display()),
+            "--proxyLogLevel=info",
+        ]
+        .map(str::to_owned);
+        let (configuration, labels) = (configuration.to_string(), json!({"app": app}).to_string());
+        let ports = [(); 3].map(|()| free_port().to_string());
+        let environment = [
+            ("PROXY_CONFIG", configuration.as_str()),
+            ("ISTIO_METAJSON_LABELS", &labels),
+            ("ISTIO_META_CLUSTER_ID", "Kubernetes"),
+            ("ISTIO_META_INTERCEPTION_MODE", "NONE"),
+            ("INSTANCE_IP", "10.0.0.1"),
+            ("POD_NAME", "storefront"),
+            ("POD_NAMESPACE", "default"),
+            // No certificates here, and so no authority to ask for them.
+            ("FILE_MOUNTED_CERTS", "true"),
+            ("ENVOY_PROMETHEUS_PORT", &ports[0]),
+            ("ENVOY_STATUS_PORT", &ports[1]),
+            ("DNS_PROXY_ADDR", ""),
+        ];
+        // The agent keeps its socket and what it fetched below the working directory.
+        let process = in_folder(folder.path(), &arguments, &environment);
+        Pod { folder, _process: process }
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+
+    async fn wait_for_log(&self, needle: &str) -> String {
+        eventually(&format!("{needle:?} in the agent's log"), async || {
+            self.log().lines().find(|line| line.contains(needle)).map(ToOwned::to_owned)
+        })
+        .await
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = self.log();
+            let lines: Vec<_> = log.lines().collect();
+            eprintln!("the end of the agent's log:\n{}", lines[lines.len().saturating_sub(40)..].join("\n"));
+        }
+    }
+}
+
+/// Gives the agent a `/var/lib` of its own, where it keeps what it fetched: its place there is not to be chosen.
+const OWN_DATA: &str = "mount -t tmpfs none /var/lib && mkdir -p /var/lib/istio/data";
+
+/// Leaves the test, saying so, where a process cannot have file systems of its own.
+macro_rules! needs_namespaces {
+    () => {
+        let answer = answer(Command::new("unshare").args(["-rm", "sh", "-c", OWN_DATA]), "");
+        if !answer.ok {
+            println!("skipped: no mount namespaces here: {}", answer.stderr);
+            return;
+        }
+    };
+}
+
+fn in_folder(folder: &Path, arguments: &[String], environment: &[(&str, &str)]) -> ProcessGroup {
+    let script = format!(r#"{OWN_DATA} && cd "$1" && shift && exec "$@""#);
+    let shell = ["unshare", "-rm", "sh", "-c", &script, "sh"].map(OsString::from);
+    let program = [folder.as_os_str().to_owned(), path("pilot-agent").into_os_string()];
+    let command = shell.into_iter().chain(program).chain(arguments.iter().map(OsString::from));
+    let environment: Vec<_> = environment.iter().map(|(key, value)| (*key, value.as_ref())).collect();
+    let log = File::create(folder.join("log")).unwrap();
+    ProcessGroup::start(command, &environment, &log).unwrap()
+}
+
+/// A request of a tester, who is to be on v2.
+fn tester() -> Request {
+    call("/").header("x-canary", "true")
+}
+
+#[tokio::test]
+async fn the_agent_fetches_the_image_and_checks_its_digest() {
+    needs_istio!();
+    needs_namespaces!();
+    let (mesh, registry) = (Mesh::start().await, Registry::start().await);
+    mesh.control_plane.apply(&registry.manifests(&registry.digest)).unwrap();
+    let pod = Pod::start(&mesh, "storefront");
+    settled("testers to be on v2", &mesh.outbound(), tester(), |response| response.version() == "v2").await;
+    pod.wait_for_log("fetching image team/trimtab from registry").await;
+    pod.wait_for_log("policy user-service is loaded: 2 routes").await;
+}
+
+#[tokio::test]
+async fn a_wrong_digest_is_not_run_and_the_strategy_decides() {
+    needs_istio!();
+    needs_namespaces!();
+    let (mesh, registry) = (Mesh::start().await, Registry::start().await);
+    let wrong = registry.manifests(&"0".repeat(64));
+    mesh.control_plane.apply(&wrong).unwrap();
+    let pod = Pod::start(&mesh, "storefront");
+    let client = mesh.outbound();
+    // FAIL_OPEN, as the base has it: traffic is what it would be without the module, and that is stable.
+    settled("the stable version", &client, tester(), |response| response.version() == "v1").await;
+    let line = pod.wait_for_log("error in converting the wasm config to local").await;
+    assert!(line.contains(&registry.digest) && line.ends_with("applying allow RBAC filter"), "{line}");
+    // FAIL_CLOSE and FAIL_RELOAD: what cannot be guarded is not let through.
+    for strategy in ["FAIL_CLOSE", "FAIL_RELOAD"] {
+        mesh.control_plane.apply(&wrong.replace("FAIL_OPEN", strategy)).unwrap();
+        let denied = |response: &Response| response.status == 403;
+        settled(&format!("a denial, with {strategy}"), &client, tester(), denied).await;
+        mesh.control_plane.apply(&wrong).unwrap();
+        settled("the stable version again", &client, tester(), |response| response.version() == "v1").await;
+    }
+    // The right digest mends it, without a restart.
+    mesh.control_plane.apply(&registry.manifests(&registry.digest)).unwrap();
+    settled("testers to be on v2", &client, tester(), |response| response.version() == "v2").await;
+}
