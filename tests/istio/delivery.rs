@@ -1,5 +1,6 @@
 //! What is applied arrives: istiod turns it into Envoy's configuration, and Envoy does what the policy says.
 
+use crate::examples::assert_limit;
 use crate::manifests::{render, render_with};
 use crate::mesh::{Mesh, call, settled};
 use crate::tools::needs_istio;
@@ -71,10 +72,7 @@ async fn the_services_own_sidecar_limits_its_callers() {
     settled("the service to answer", &client, Request::get("/"), |response| response.version() == "v1").await;
     let per_user = |user: &str| Request::get("/").header("x-user-id", user);
     envoy.wait_for_stat("wasmcustom.trimtab.policy.user-service-inbound.unmatched", |_| true).await;
-    for sent in 0..100 {
-        assert_eq!(client.send(per_user("ann")).await.status, 200, "request {sent} of 100 a minute");
-    }
-    assert_eq!(client.send(per_user("ann")).await.status, 429);
+    assert_limit(&client, per_user("ann"), 100, 100.0 / 60.0).await;
     assert_eq!(client.send(per_user("bob")).await.status, 200);
 }
 

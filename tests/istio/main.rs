@@ -6,6 +6,7 @@
 mod agent;
 mod control_plane;
 mod delivery;
+mod examples;
 mod manifests;
 mod mesh;
 mod tools;
