@@ -118,10 +118,9 @@ async fn envoys_own_tracer_leaves_the_headers_alone() {
 fn limited(header: &str) -> String {
     let base = render("istio/base");
     let limit = "rateLimits: [{name: all, limit: {requestsPerUnit: 3, unit: hour}}]";
-    let limited = base.replace("x-canary:", &format!("{header}:")).replace(
-        "      name: default\n      route:",
-        &format!("      name: default\n      {limit}\n      route:"),
-    );
+    let limited = base
+        .replace("x-canary:", &format!("{header}:"))
+        .replace("      name: default\n      route:", &format!("      name: default\n      {limit}\n      route:"));
     assert!(limited.contains(limit), "{base}");
     limited
 }
@@ -197,8 +196,10 @@ async fn a_broken_policy_is_refused_and_the_old_one_serves_on() {
     }
     let fixed = base.replace("x-canary", "x-fixed");
     mesh.apply(&fixed);
-    settled("the next good policy", &client, call("/").header("x-fixed", "true"), |response| response.version() == "v2")
-        .await;
+    settled("the next good policy", &client, call("/").header("x-fixed", "true"), |response| {
+        response.version() == "v2"
+    })
+    .await;
 }
 
 #[tokio::test]

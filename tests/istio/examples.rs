@@ -125,7 +125,12 @@ async fn outlier_detection() {
     }
     assert!(slow >= 3, "three requests were delayed, {slow} were slow");
     let clusters = envoy.config_dump().await["configs"][1].to_string();
-    for field in [r#""consecutive_5xx":5"#, r#""interval":"30s""#, r#""base_ejection_time":"30s""#, r#""max_ejection_percent":50"#] {
+    for field in [
+        r#""consecutive_5xx":5"#,
+        r#""interval":"30s""#,
+        r#""base_ejection_time":"30s""#,
+        r#""max_ejection_percent":50"#,
+    ] {
         assert!(clusters.contains(field), "{field} is not in {clusters}");
     }
     mesh.v1.set_behaviour(Behaviour::echo().status(500));
@@ -191,7 +196,11 @@ async fn trace_bridge() {
     assert_eq!(outbound.send(copied).await.version(), "v1");
     let made = mesh.v1.next_request().await;
     let traceparent = made.header("traceparent").unwrap_or_default();
-    assert!(traceparent.contains(trace), "{traceparent:?}, of a request that copied {:?}", served.header("x-request-id"));
+    assert!(
+        traceparent.contains(trace),
+        "{traceparent:?}, of a request that copied {:?}",
+        served.header("x-request-id")
+    );
     assert_eq!(made.header("baggage"), Some("tenant=acme"));
     envoy.wait_for_stat(&format!("{METRICS}.storefront.outbound.trace.bridged"), |count| count > 0).await;
 }

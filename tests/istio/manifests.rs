@@ -147,7 +147,13 @@ fn what_is_broken_is_refused() {
             "imagePullPolicie",
             &[(Webhook, "imagePullPolicie"), (Server, "unknown fields [spec.imagePullPolicie]")],
         ),
-        ("istio/base", "a mode that there is not", "mode: CLIENT", "mode: BOTH", &[(Webhook, "BOTH"), (Server, "BOTH")]),
+        (
+            "istio/base",
+            "a mode that there is not",
+            "mode: CLIENT",
+            "mode: BOTH",
+            &[(Webhook, "BOTH"), (Server, "BOTH")],
+        ),
         (
             "istio/base",
             "a destination without a host",

@@ -27,7 +27,12 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { launcher: None, concurrency: 2, arguments: Vec::new(), node: json!({"id": "testbed", "cluster": "testbed"}) }
+        Self {
+            launcher: None,
+            concurrency: 2,
+            arguments: Vec::new(),
+            node: json!({"id": "testbed", "cluster": "testbed"}),
+        }
     }
 }
 

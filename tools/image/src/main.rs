@@ -112,7 +112,10 @@ mod tests {
     /// The digests of images of one module, which anybody who makes them gets.
     #[test]
     fn the_same_module_gives_the_same_image_everywhere() {
-        for (artifact, expected) in [(false, "sha256:940d0f492f4c8689ddaf1fbd34fe415b111ae1059a5f0ac2851db089baa5fd0f"), (true, "sha256:ca4216be666a64db8d4d7e1a02b8a006e851e6e7a61c1a6f80967a2d8925b2aa")] {
+        for (artifact, expected) in [
+            (false, "sha256:940d0f492f4c8689ddaf1fbd34fe415b111ae1059a5f0ac2851db089baa5fd0f"),
+            (true, "sha256:ca4216be666a64db8d4d7e1a02b8a006e851e6e7a61c1a6f80967a2d8925b2aa"),
+        ] {
             let folder = tempfile::tempdir().unwrap();
             let module = b"\0asm\x01\0\0\0".repeat(1000);
             let digest = Layout::create(folder.path()).unwrap().image(&module, artifact).unwrap();
