@@ -7,17 +7,23 @@ use crate::tools::{answer, needs_istio, path};
 use serde_json::json;
 use std::ffi::OsString;
 use std::fs::File;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
 use tempfile::TempDir;
-use trimtab_testbed::{Installation, ProcessGroup, Request, Response, eventually, repository};
+use trimtab_testbed::{Behaviour, Client, Installation, ProcessGroup, Request, Response, eventually, repository};
 
-/// A registry on loopback that has the image of `make image`.
+/// A registry on loopback.
 struct Registry {
-    image: String,
-    digest: String,
+    address: String,
     _process: ProcessGroup,
     _folder: TempDir,
+}
+
+/// An image in a registry.
+struct Image {
+    name: String,
+    digest: String,
 }
 
 impl Registry {
@@ -26,23 +32,28 @@ impl Registry {
         let address = format!("127.0.0.1:{}", free_port());
         let arguments = ["registry", "serve", "--address", &address].map(str::to_owned);
         let process = start("crane", &folder.path().join("log"), &arguments, &[]);
-        let image = format!("{address}/team/trimtab:test");
-        let layout = repository().join("target/image");
-        assert!(layout.join("index.json").exists(), "no image: run `make image`");
-        let pushed = eventually("the registry to take the image", async || {
-            let answer = answer(Command::new(path("crane")).arg("push").arg(&layout).arg(&image), "");
-            answer.ok.then_some(answer.stdout)
-        })
-        .await;
-        let digest = pushed.trim().rsplit_once("sha256:").unwrap().1.to_owned();
-        Registry { image, digest, _process: process, _folder: folder }
+        let client = Client::http1(address.parse().unwrap());
+        eventually("the registry", async || client.try_send(Request::get("/v2/")).await.ok()).await;
+        Registry { address, _process: process, _folder: folder }
     }
 
+    /// Pushes what `make image` made.
+    fn push(&self) -> Image {
+        let name = format!("{}/team/trimtab:test", self.address);
+        let layout = repository().join("target/image");
+        assert!(layout.join("index.json").exists(), "no image: run `make image`");
+        let pushed = answer(Command::new(path("crane")).arg("push").arg(&layout).arg(&name), "").unwrap();
+        let digest = pushed.trim().rsplit_once("sha256:").unwrap().1.to_owned();
+        Image { name, digest }
+    }
+}
+
+impl Image {
     /// The base with this image.
     fn manifests(&self, digest: &str) -> String {
         let base = render("istio/base");
         let lines = base.lines().map(|line| match line.trim_start() {
-            key if key.starts_with("url: oci://") => format!("  url: oci://{}", self.image),
+            key if key.starts_with("url: oci://") => format!("  url: oci://{}", self.name),
             key if key.starts_with("sha256:") => format!("  sha256: \"{digest}\""),
             _ => line.to_owned(),
         });
@@ -53,18 +64,20 @@ impl Registry {
 /// A pod's istio-proxy container: the agent, and the Envoy that it starts.
 struct Pod {
     folder: TempDir,
+    admin_port: u16,
     _process: ProcessGroup,
 }
 
 impl Pod {
     fn start(mesh: &Mesh, app: &str) -> Pod {
         let folder = tempfile::Builder::new().prefix("trimtab-pod-").tempdir().unwrap();
+        let admin_port = free_port();
         let configuration = json!({
             "discoveryAddress": mesh.control_plane.discovery().to_string(),
             "controlPlaneAuthPolicy": "NONE",
             "binaryPath": Installation::find().unwrap().envoy,
             "configPath": folder.path().join("proxy"),
-            "proxyAdminPort": free_port(),
+            "proxyAdminPort": admin_port,
             "statusPort": free_port(),
             "concurrency": 2,
         });
@@ -96,11 +109,17 @@ impl Pod {
         ];
         // The agent keeps its socket and what it fetched below the working directory.
         let process = in_folder(folder.path(), &arguments, &environment);
-        Pod { folder, _process: process }
+        Pod { folder, admin_port, _process: process }
     }
 
     fn log(&self) -> String {
         std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default()
+    }
+
+    /// What `pilot-agent request GET` answers in a pod: it asks Envoy's admin interface, but on no other port than 15000.
+    async fn request(&self, what: &str) -> String {
+        let admin = Client::http1(SocketAddr::from(([127, 0, 0, 1], self.admin_port)));
+        admin.send(Request::get(&format!("/{what}"))).await.text()
     }
 
     async fn wait_for_log(&self, needle: &str) -> String {
@@ -155,7 +174,8 @@ async fn the_agent_fetches_the_image_and_checks_its_digest() {
     needs_istio!();
     needs_namespaces!();
     let (mesh, registry) = (Mesh::start().await, Registry::start().await);
-    mesh.control_plane.apply(&registry.manifests(&registry.digest)).unwrap();
+    let image = registry.push();
+    mesh.control_plane.apply(&image.manifests(&image.digest)).unwrap();
     let pod = Pod::start(&mesh, "storefront");
     settled("testers to be on v2", &mesh.outbound(), tester(), |response| response.version() == "v2").await;
     pod.wait_for_log("fetching image team/trimtab from registry").await;
@@ -167,14 +187,15 @@ async fn a_wrong_digest_is_not_run_and_the_strategy_decides() {
     needs_istio!();
     needs_namespaces!();
     let (mesh, registry) = (Mesh::start().await, Registry::start().await);
-    let wrong = registry.manifests(&"0".repeat(64));
+    let image = registry.push();
+    let wrong = image.manifests(&"0".repeat(64));
     mesh.control_plane.apply(&wrong).unwrap();
     let pod = Pod::start(&mesh, "storefront");
     let client = mesh.outbound();
     // FAIL_OPEN, as the base has it: traffic is what it would be without the module, and that is stable.
     settled("the stable version", &client, tester(), |response| response.version() == "v1").await;
     let line = pod.wait_for_log("error in converting the wasm config to local").await;
-    assert!(line.contains(&registry.digest) && line.ends_with("applying allow RBAC filter"), "{line}");
+    assert!(line.contains(&image.digest) && line.ends_with("applying allow RBAC filter"), "{line}");
     // FAIL_CLOSE and FAIL_RELOAD: what cannot be guarded is not let through.
     for strategy in ["FAIL_CLOSE", "FAIL_RELOAD"] {
         mesh.control_plane.apply(&wrong.replace("FAIL_OPEN", strategy)).unwrap();
@@ -184,6 +205,61 @@ async fn a_wrong_digest_is_not_run_and_the_strategy_decides() {
         settled("the stable version again", &client, tester(), |response| response.version() == "v1").await;
     }
     // The right digest mends it, without a restart.
-    mesh.control_plane.apply(&registry.manifests(&registry.digest)).unwrap();
+    mesh.control_plane.apply(&image.manifests(&image.digest)).unwrap();
     settled("testers to be on v2", &client, tester(), |response| response.version() == "v2").await;
+}
+
+#[tokio::test]
+async fn five_commands_from_nothing_to_a_judged_canary() {
+    needs_istio!();
+    needs_namespaces!();
+    let (mesh, registry) = (Mesh::start().await, Registry::start().await);
+    let readme = std::fs::read_to_string(repository().join("istio/README.md")).unwrap();
+    let commands: Vec<&str> = readme.lines().filter_map(|line| line.strip_prefix("$ ")).take(5).collect();
+    let [push, check, begin, apply, look] = commands.as_slice() else { panic!("{commands:?}") };
+
+    // A checkout of one's own: two of the commands write into it.
+    let checkout = tempfile::tempdir().unwrap();
+    let within = checkout.path();
+    answer(Command::new("cp").args(["-R", "istio", "Cargo.toml"]).arg(within), "").unwrap();
+    for shared in ["target", ".cache"] {
+        std::os::unix::fs::symlink(repository().join(shared), within.join(shared)).unwrap();
+    }
+    let shell = |script: &str| {
+        let program = Path::new(env!("CARGO_BIN_EXE_trimtab")).parent().unwrap().to_owned();
+        let path = std::env::join_paths(
+            [program].into_iter().chain(std::env::split_paths(&std::env::var_os("PATH").unwrap())),
+        );
+        let script = format!("cd {} && {script}", within.display());
+        answer(Command::new("sh").args(["-c", &script]).env("PATH", path.unwrap()), "").unwrap()
+    };
+
+    assert_eq!(*push, "make push REGISTRY=registry.example/team");
+    // `make image` was there before the tests; this is what else the target does.
+    let pushed = shell(&format!("istio/push.sh {}/team", registry.address));
+    assert!(pushed.contains("sha256: "), "{pushed}");
+    assert!(shell(check).contains("ok (1 route)"));
+    shell(begin);
+    let folder = apply.strip_prefix("kubectl apply -k ").unwrap();
+    mesh.control_plane.kubectl(&["apply", "-k", within.join(folder).to_str().unwrap()], "").unwrap();
+
+    mesh.v2.set_behaviour(Behaviour::echo().status(500));
+    let pod = Pod::start(&mesh, "storefront");
+    let client = mesh.outbound();
+    let by = |user: usize| call("/").header("x-user-id", format!("user-{user}"));
+    settled("the stable version", &client, by(0), |response| response.version() == "v1").await;
+    let what = look.split_once("GET ").unwrap().1.trim_matches('\'');
+    let mut asked = 0;
+    while !pod.request(what).await.contains("judge.failed: 1") {
+        for _ in 0..100 {
+            client.send(by(asked)).await;
+            asked += 1;
+        }
+        assert!(asked < 5_000, "v2 fails always, and after {asked} requests: {}", pod.request(what).await);
+    }
+    let before = mesh.v2.count();
+    for user in 0..200 {
+        assert_eq!(client.send(by(user)).await.version(), "v1", "after the verdict: user-{user}");
+    }
+    assert_eq!(mesh.v2.count(), before);
 }
