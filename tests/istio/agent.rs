@@ -1,7 +1,7 @@
 //! Istio's agent between istiod and Envoy, as in a pod: it fetches the module, from a registry, by its digest.
 
 use crate::control_plane::{free_port, start};
-use crate::manifests::render;
+use crate::manifests::{render, render_with};
 use crate::mesh::{Mesh, call, settled};
 use crate::tools::{answer, needs_istio, path};
 use serde_json::json;
@@ -51,8 +51,11 @@ impl Registry {
 impl Image {
     /// The base with this image.
     fn manifests(&self, digest: &str) -> String {
-        let base = render("istio/base");
-        let lines = base.lines().map(|line| match line.trim_start() {
+        self.put_into(&render("istio/base"), digest)
+    }
+
+    fn put_into(&self, manifests: &str, digest: &str) -> String {
+        let lines = manifests.lines().map(|line| match line.trim_start() {
             key if key.starts_with("url: oci://") => format!("  url: oci://{}", self.name),
             key if key.starts_with("sha256:") => format!("  sha256: \"{digest}\""),
             _ => line.to_owned(),
@@ -70,6 +73,11 @@ struct Pod {
 
 impl Pod {
     fn start(mesh: &Mesh, app: &str) -> Pod {
+        Pod::start_with(mesh, app, None)
+    }
+
+    /// As [`start`](Self::start), with what the annotation `sidecar.istio.io/bootstrapOverride` mounts.
+    fn start_with(mesh: &Mesh, app: &str, bootstrap: Option<&str>) -> Pod {
         let folder = tempfile::Builder::new().prefix("trimtab-pod-").tempdir().unwrap();
         let admin_port = free_port();
         let configuration = json!({
@@ -93,7 +101,8 @@ impl Pod {
         .map(str::to_owned);
         let (configuration, labels) = (configuration.to_string(), json!({"app": app}).to_string());
         let ports = [(); 3].map(|()| free_port().to_string());
-        let environment = [
+        let mounted = folder.path().join("custom_bootstrap.json");
+        let mut environment = vec![
             ("PROXY_CONFIG", configuration.as_str()),
             ("ISTIO_METAJSON_LABELS", &labels),
             ("ISTIO_META_CLUSTER_ID", "Kubernetes"),
@@ -107,6 +116,10 @@ impl Pod {
             ("ENVOY_STATUS_PORT", &ports[1]),
             ("DNS_PROXY_ADDR", ""),
         ];
+        if let Some(bootstrap) = bootstrap {
+            std::fs::write(&mounted, bootstrap).unwrap();
+            environment.push(("ISTIO_BOOTSTRAP_OVERRIDE", mounted.to_str().unwrap()));
+        }
         // The agent keeps its socket and what it fetched below the working directory.
         let process = in_folder(folder.path(), &arguments, &environment);
         Pod { folder, admin_port, _process: process }
@@ -262,4 +275,20 @@ async fn five_commands_from_nothing_to_a_judged_canary() {
         assert_eq!(client.send(by(user)).await.version(), "v1", "after the verdict: user-{user}");
     }
     assert_eq!(mesh.v2.count(), before);
+}
+
+#[tokio::test]
+async fn prometheus_gets_labels() {
+    needs_istio!();
+    needs_namespaces!();
+    let (mesh, registry) = (Mesh::start().await, Registry::start().await);
+    let image = registry.push();
+    mesh.control_plane.apply(&image.put_into(&render_with("metrics"), &image.digest)).unwrap();
+    let jsonpath = r"jsonpath={.data.custom_bootstrap\.json}";
+    let bootstrap = ["get", "configmap", "trimtab-bootstrap", "--output", jsonpath];
+    let bootstrap = mesh.control_plane.kubectl(&bootstrap, "").unwrap();
+    let pod = Pod::start_with(&mesh, "storefront", Some(&bootstrap));
+    settled("testers to be on v2", &mesh.outbound(), tester(), |response| response.version() == "v2").await;
+    let line = r#"trimtab_policy_route_subset_requests{policy="user-service",route="by-header",subset="v2"} "#;
+    eventually(line, async || pod.request("stats/prometheus").await.contains(line).then_some(())).await;
 }
