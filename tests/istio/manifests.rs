@@ -113,11 +113,13 @@ enum Judge {
 }
 use Judge::{Server, Webhook};
 
+/// A folder, the fault that is put into it, what is replaced by what, and who has to say what of it.
+type Case = (&'static str, &'static str, &'static str, &'static str, &'static [(Judge, &'static str)]);
+
 #[test]
 fn what_is_broken_is_refused() {
     needs_istio!();
-    let sha = format!("sha256: \"{}\"", "0".repeat(64));
-    let cases: &[(&str, &str, &str, &str, &[(Judge, &str)])] = &[
+    let cases: &[Case] = &[
         (
             "istio/base",
             "a scheme that Istio does not fetch",
@@ -125,7 +127,13 @@ fn what_is_broken_is_refused() {
             "url: ftp://",
             &[(Webhook, "url contains unsupported scheme: ftp"), (Server, "url must have schema one of")],
         ),
-        ("istio/base", "half a digest", &sha, "sha256: abc", &[(Webhook, "sha256"), (Server, "spec.sha256")]),
+        (
+            "istio/base",
+            "a digest that is none",
+            "sha256: \"",
+            "sha256: \"abc",
+            &[(Webhook, "sha256"), (Server, "spec.sha256")],
+        ),
         (
             "istio/base",
             "a selector and a target at once",
