@@ -337,6 +337,20 @@ proptest! {
     }
 
     #[test]
+    fn anything_is_imported_or_not(
+        spec in r"([ \n:\-,{}\[\]'a-c0-9]|- |: |\n  http:|\n  - |\n    |match|route|destination: |host: |subset: |weight: |hosts: |fault: |name: ){0,40}",
+    ) {
+        let manifest = format!("kind: VirtualService\nmetadata: {{name: a}}\nspec:\n  hosts: [a]{spec}\n");
+        let answer = run_in(&policies(), &["import", "-"], manifest.as_bytes());
+        prop_assert!(matches!(answer.code, 0..=2), "{answer:?}");
+        prop_assert!((answer.code == 0) == !answer.stdout.is_empty(), "{answer:?}");
+        if answer.code == 0 {
+            let checked = check(&answer.stdout);
+            prop_assert_eq!(checked.code, 0, "{:?} of {}", checked, answer.stdout);
+        }
+    }
+
+    #[test]
     fn any_header_gets_an_answer(header in r"\PC{0,20}", target in r"/?\PC{0,20}") {
         let header = format!("--header={header}");
         let target = format!("--request={target}");
