@@ -25,6 +25,10 @@ async fn a_wasm_plugin_steers_what_leaves_the_caller() {
     let seen = mesh.v2.next_request().await;
     assert_eq!(seen.header("x-trimtab-subset"), Some("v2"));
     assert!(seen.header("traceparent").is_some(), "{seen:?}");
+    // Istio hands the policy over as the JSON text that the module reads.
+    let configuration = envoy.config_dump().await.to_string();
+    let handed = r#""configuration":{"@type":"type.googleapis.com/google.protobuf.StringValue","value":"{"#;
+    assert!(configuration.contains(handed), "{configuration}");
     // A client's own choice is not taken, and one user stays where they are.
     for user in ["ann", "bob", "cyd"] {
         let ask = || client.send(call("/").header("x-user-id", user).header("x-trimtab-subset", "v2"));

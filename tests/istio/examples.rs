@@ -3,9 +3,10 @@
 use crate::manifests::render;
 use crate::mesh::{Mesh, call, settled};
 use crate::tools::{answer, needs_istio};
+use serde_json::Value;
 use std::process::Command;
 use std::time::Instant;
-use trimtab_testbed::{Behaviour, Client, Request, repository};
+use trimtab_testbed::{Behaviour, Client, Envoy, Request, repository};
 
 const METRICS: &str = "wasmcustom.trimtab.policy";
 
@@ -31,6 +32,32 @@ pub async fn assert_limit(client: &Client, request: Request, burst: u32, rate: f
     }
     let most = burst + (rate * begin.elapsed().as_secs_f64()) as u32 + 1;
     assert!((burst..=most).contains(&admitted), "{admitted} were admitted, {burst} to {most} were to be");
+}
+
+/// That the filters whose names contain these follow one another in each connection manager that has them all.
+async fn assert_order(envoy: &Envoy, names: &[&str]) {
+    let mut managers = Vec::new();
+    collect_filters(&envoy.config_dump().await, &mut managers);
+    let place = |manager: &[String], name: &str| manager.iter().position(|filter| filter.contains(name));
+    let places = managers.iter().map(|manager| names.iter().map(|name| place(manager, name)).collect());
+    let complete: Vec<Vec<usize>> = places.flat_map(|places: Option<Vec<usize>>| places).collect();
+    assert!(!complete.is_empty(), "no connection manager has {names:?}: {managers:?}");
+    assert!(complete.iter().all(|places| places.is_sorted()), "{names:?} stand in another order: {managers:?}");
+}
+
+/// The names of the HTTP filters of each connection manager.
+fn collect_filters(value: &Value, managers: &mut Vec<Vec<String>>) {
+    match value {
+        Value::Array(items) => items.iter().for_each(|item| collect_filters(item, managers)),
+        Value::Object(fields) => {
+            if let Some(filters) = fields.get("http_filters").and_then(Value::as_array) {
+                managers
+                    .push(filters.iter().map(|filter| filter["name"].as_str().unwrap_or_default().into()).collect());
+            }
+            fields.values().for_each(|field| collect_filters(field, managers));
+        }
+        _ => {}
+    }
 }
 
 #[tokio::test]
@@ -166,6 +193,7 @@ async fn user_limit() {
     let spoofed = client.send(of("ANN").header("x-user-id", "bob")).await;
     assert_eq!(spoofed.status, 429, "ann in bob's name: {spoofed:?}");
     assert_eq!(client.send(of("BOB")).await.status, 200);
+    assert_order(&envoy, &["jwt_authn", "rbac", "user-service-limit", "fault", "cors", "router"]).await;
     let refused = format!("{METRICS}.user-service.route.all.limit.per-user.refused");
     envoy.wait_for_stat(&refused, |count| count >= 2).await;
 }
