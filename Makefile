@@ -28,6 +28,7 @@ test: setup format lint build ## Run everything: format, lints, unit, property, 
 .PHONY: test-istio
 test-istio: setup build image ## Run what is in istio/ for real: an API server, istiod, Istio's agent, Envoy, a registry
 	@istio/setup.sh
+	@$(CARGO) run --quiet --package trimtab-image -- $(MODULE) target/image-artifact --artifact
 	TRIMTAB_ISTIO=$$(command -v go) $(CARGO) test --features cli --test istio
 
 .PHONY: build
@@ -48,9 +49,9 @@ bench: build ## Count what a request costs inside the module, policy by policy
 	@$(CARGO) bench --quiet --profile dev --bench cost
 
 .PHONY: image
-image: build ## Make an OCI image of the module that Istio accepts, in target/image, and print its digest
+image: build ## Make an OCI image of the module that Istio accepts, in target/image, and print its digest (ARTIFACT=1: the other layout)
 	@rm -rf target/image
-	@$(CARGO) run --quiet --package trimtab-image -- $(MODULE) target/image
+	@$(CARGO) run --quiet --package trimtab-image -- $(MODULE) target/image $(if $(ARTIFACT),--artifact)
 
 .PHONY: push
 push: image ## Push it, and write its address and digest into istio/components/image (REGISTRY=registry.example/team)

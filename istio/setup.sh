@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds what the tests of this folder run, into .cache/istio/bin, through the
-# Go module proxy, once for each istio/tools/:
+# Go module proxy, once for each version of this file and of istio/tools/:
 #
 #   istioctl, pilot-discovery (istiod), pilot-agent   Istio
 #   etcd, kube-apiserver, kubectl   Kubernetes, as far as Istio talks to it
@@ -21,7 +21,7 @@ fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
 
 # The mark is written last: what is there with its mark is whole.
 mark=$place/built-from
-wanted() { cat -- "$root/istio/tools/go.mod" "$root"/istio/tools/*/main.go; }
+wanted() { cat -- "$root/istio/setup.sh" "$root/istio/tools/go.mod" "$root"/istio/tools/*/main.go; }
 if [ -e "$mark" ] && wanted | cmp -s -- - "$mark"; then exit 0; fi
 
 if ! command -v go >/dev/null 2>&1; then

@@ -39,8 +39,12 @@ impl Registry {
 
     /// Pushes what `make image` made.
     fn push(&self) -> Image {
+        self.push_layout("image")
+    }
+
+    fn push_layout(&self, layout: &str) -> Image {
         let name = format!("{}/team/trimtab:test", self.address);
-        let layout = repository().join("target/image");
+        let layout = repository().join("target").join(layout);
         assert!(layout.join("index.json").exists(), "no image: run `make image`");
         let pushed = answer(Command::new(path("crane")).arg("push").arg(&layout).arg(&name), "").unwrap();
         let digest = pushed.trim().rsplit_once("sha256:").unwrap().1.to_owned();
@@ -193,6 +197,17 @@ async fn the_agent_fetches_the_image_and_checks_its_digest() {
     settled("testers to be on v2", &mesh.outbound(), tester(), |response| response.version() == "v2").await;
     pod.wait_for_log("fetching image team/trimtab from registry").await;
     pod.wait_for_log("policy user-service is loaded: 2 routes").await;
+}
+
+#[tokio::test]
+async fn the_artifact_layout_is_fetched_too() {
+    needs_istio!();
+    needs_namespaces!();
+    let (mesh, registry) = (Mesh::start().await, Registry::start().await);
+    let image = registry.push_layout("image-artifact");
+    mesh.control_plane.apply(&image.manifests(&image.digest)).unwrap();
+    let _pod = Pod::start(&mesh, "storefront");
+    settled("testers to be on v2", &mesh.outbound(), tester(), |response| response.version() == "v2").await;
 }
 
 #[tokio::test]
