@@ -12,10 +12,6 @@ use std::process::{Child, Command, Stdio};
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
 use trimtab_testbed::{Client, PATIENCE, ProcessGroup, Request, eventually};
 
-/// Everything of Istio's that a test may leave behind.
-const KINDS: &str = "wasmplugins,trafficextensions,virtualservices,destinationrules,envoyfilters,gateways.networking.istio.io,\
-                     sidecars,serviceentries,requestauthentications,peerauthentications,authorizationpolicies";
-
 pub struct ControlPlane {
     /// What istiod's clients speak to, in the clear.
     discovery: SocketAddr,
@@ -29,7 +25,10 @@ pub async fn control_plane() -> MutexGuard<'static, ControlPlane> {
     static SHARED: OnceCell<Mutex<ControlPlane>> = OnceCell::const_new();
     let shared = SHARED.get_or_init(async || Mutex::new(ControlPlane::start().await)).await;
     let control_plane = shared.lock().await;
-    control_plane.kubectl(&["delete", KINDS, "--all", "--all-namespaces", "--ignore-not-found"], "").unwrap();
+    // Whatever of Istio's a test has left behind.
+    let kinds = ["api-resources", "--categories=istio-io", "--namespaced", "--output=name"];
+    let kinds = control_plane.kubectl(&kinds, "").unwrap().lines().collect::<Vec<_>>().join(",");
+    control_plane.kubectl(&["delete", &kinds, "--all", "--all-namespaces"], "").unwrap();
     control_plane
 }
 
