@@ -3,7 +3,7 @@
 use crate::examples::assert_limit;
 use crate::manifests::{render, render_with};
 use crate::mesh::{Mesh, call, settled};
-use crate::tools::needs_istio;
+use crate::tools::{needs_istio, needs_new_istio};
 use serde_json::json;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -44,6 +44,7 @@ async fn a_wasm_plugin_steers_what_leaves_the_caller() {
 #[tokio::test]
 async fn a_traffic_extension_does_the_same() {
     needs_istio!();
+    needs_new_istio!();
     let mesh = Mesh::start().await;
     mesh.apply(&render("istio/overlays/trafficextension"));
     let _envoy = mesh.sidecar("storefront").await;
@@ -109,6 +110,7 @@ async fn the_upstream_filter_writes_the_trace_last() {
 #[tokio::test]
 async fn envoys_own_tracer_leaves_the_headers_alone() {
     needs_istio!();
+    needs_new_istio!();
     let mesh = Mesh::start().await;
     mesh.apply(&render_with("no-context-propagation"));
     let envoy = mesh.sidecar("storefront").await;

@@ -33,6 +33,23 @@ pub fn path(name: &str) -> PathBuf {
     other.filter(|path| path.exists()).unwrap_or_else(|| repository().join(".cache/istio/bin").join(name))
 }
 
+/// Whether this Istio is 1.30 or newer, which brought TrafficExtension, and with its Envoy API `no_context_propagation`.
+pub fn is_new() -> bool {
+    let definitions = std::fs::read_to_string(path("crds.yaml")).unwrap();
+    definitions.contains("trafficextensions.extensions.istio.io")
+}
+
+/// Leaves the test, saying so, with an Istio before 1.30.
+macro_rules! needs_new_istio {
+    () => {
+        if !$crate::tools::is_new() {
+            println!("skipped: this Istio is older than 1.30");
+            return;
+        }
+    };
+}
+pub(crate) use needs_new_istio;
+
 /// What a program answered.
 #[derive(Debug)]
 pub struct Answer {
