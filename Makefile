@@ -25,6 +25,12 @@ run: setup build ## Try Trimtab on real traffic: Envoy, two upstreams, a tour (O
 test: setup setup-ratelimit format lint build ## Run everything: format, lints, unit, property, lifecycle, command-line and end-to-end tests
 	$(CARGO) test --workspace --features cli
 
+.PHONY: test-istio
+test-istio: setup build image ## Run what is in istio/ for real: an API server, istiod, Istio's agent, Envoy, a registry
+	@istio/setup.sh
+	@$(CARGO) run --quiet --package trimtab-image -- $(MODULE) target/image-artifact --artifact
+	TRIMTAB_ISTIO=$$(command -v go) $(CARGO) test --features cli --test istio
+
 .PHONY: build
 build: setup-target $(MODULE) ## Build the module that ships, and print its size
 	@printf '%s: %s KB\n' $(MODULE) $$(( ($$(wc -c < $(MODULE)) + 999) / 1000 ))
@@ -41,6 +47,15 @@ check: ## Check a policy: make check POLICY=policy.yaml
 .PHONY: bench
 bench: build ## Count what a request costs inside the module, and write it into benches/COUNTS.md
 	@$(CARGO) bench --quiet --profile dev --bench cost
+
+.PHONY: image
+image: build ## Make an OCI image of the module that Istio accepts, in target/image, and print its digest (ARTIFACT=1: the other layout)
+	@rm -rf target/image
+	@$(CARGO) run --quiet --package trimtab-image -- $(MODULE) target/image $(if $(ARTIFACT),--artifact)
+
+.PHONY: push
+push: image ## Push it, and write its address and digest into istio/components/image (REGISTRY=registry.example/team)
+	@istio/push.sh "$(REGISTRY)"
 
 .PHONY: docker
 docker: build ## Run the same configuration with docker compose (ENVOY_IMAGE overrides the image)

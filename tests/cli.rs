@@ -98,16 +98,35 @@ fn words(line: &str) -> Vec<String> {
     words
 }
 
+/// Runs the command in the first line of a file, and compares what it says with the rest.
+fn assert_transcript(file: &Path) -> Answer {
+    let text = fs::read_to_string(file).unwrap();
+    let command = text.lines().next().unwrap();
+    let words = words(command.strip_prefix("$ trimtab ").unwrap());
+    let answer = run(&words.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_golden(file, &format!("{command}\n{}{}", answer.stderr, answer.stdout));
+    answer
+}
+
 #[test]
 fn what_explain_says() {
     for entry in fs::read_dir(policies().join("explain")).unwrap() {
-        let file = entry.unwrap().path();
-        let text = fs::read_to_string(&file).unwrap();
-        let command = text.lines().next().unwrap();
-        let words = words(command.strip_prefix("$ trimtab ").unwrap());
-        let answer = run(&words.iter().map(String::as_str).collect::<Vec<_>>());
-        assert_golden(&file, &format!("{command}\n{}{}", answer.stderr, answer.stdout));
-        assert_eq!(answer.code, 0, "{command}");
+        let answer = assert_transcript(&entry.unwrap().path());
+        assert_eq!(answer.code, 0, "{answer:?}");
+    }
+}
+
+#[test]
+fn what_import_makes() {
+    for (name, code) in [("reviews", 0), ("hosts", 0), ("impossible", 1)] {
+        let answer = assert_transcript(&policies().join(format!("import/{name}.txt")));
+        assert_eq!(answer.code, code, "{answer:?}");
+        if code == 0 {
+            let checked = check(&answer.stdout);
+            assert_eq!((checked.code, checked.stderr.as_str()), (0, ""), "{checked:?}");
+        } else {
+            assert_eq!(answer.stdout, "", "nothing half done");
+        }
     }
 }
 
@@ -329,6 +348,20 @@ proptest! {
         let answer = check([start.as_bytes(), &bytes].concat());
         prop_assert!(matches!(answer.code, 0 | 1), "{answer:?}");
         prop_assert!(answer.stderr.is_empty() && !answer.stdout.is_empty(), "{answer:?}");
+    }
+
+    #[test]
+    fn anything_is_imported_or_not(
+        spec in r"([ \n:\-,{}\[\]'a-c0-9]|- |: |\n  http:|\n  - |\n    |match|route|destination: |host: |subset: |weight: |hosts: |fault: |name: ){0,40}",
+    ) {
+        let manifest = format!("kind: VirtualService\nmetadata: {{name: a}}\nspec:\n  hosts: [a]{spec}\n");
+        let answer = run_in(&policies(), &["import", "-"], manifest.as_bytes());
+        prop_assert!(matches!(answer.code, 0..=2), "{answer:?}");
+        prop_assert!((answer.code == 0) != answer.stdout.is_empty(), "{answer:?}");
+        if answer.code == 0 {
+            let checked = check(&answer.stdout);
+            prop_assert_eq!(checked.code, 0, "{:?} of {}", checked, answer.stdout);
+        }
     }
 
     #[test]

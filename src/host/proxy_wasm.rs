@@ -420,7 +420,7 @@ impl Worker {
     fn release(&self) {
         let now = self.envoy.now();
         let ended = match self.filter.borrow().as_ref() {
-            Some(filter) => self.held.borrow_mut().take_all(|hold: &Box<Hold>| filter.ends_faults(hold.experiment)),
+            Some(filter) => self.held.borrow_mut().take_all(|hold| filter.ends_faults(hold.experiment)),
             None => Vec::new(),
         };
         for (stream, hold) in ended {

@@ -113,8 +113,7 @@ impl Proxy for Native {
                         cluster: call.cluster,
                         path: call.path,
                     }));
-                    let is_ended = |hold: &Box<Hold>| filter.ends_faults(hold.experiment);
-                    for (id, hold) in worker.held.take_all(is_ended) {
+                    for (id, hold) in worker.held.take_all(|hold| filter.ends_faults(hold.experiment)) {
                         if let Some(slot) = hold.slot {
                             filter.free(slot, &self.host);
                         }

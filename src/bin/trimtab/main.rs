@@ -1,7 +1,7 @@
 //! The command-line program: the core's own reading and deciding, on a laptop and in CI.
 //!
-//! It judges a policy (`check`), says why a request would go where it goes (`explain`), and tells where a key stands in
-//! a rollout (`cohort`). Whatever is fed to it, it answers in words and with an exit code.
+//! It judges a policy (`check`), says why a request would go where it goes (`explain`), makes a first policy from what
+//! Istio has (`import`), and tells where a key stands in a rollout (`cohort`). Whatever is fed to it, it answers in words and with an exit code.
 
 #![cfg_attr(
     not(test),
@@ -19,6 +19,7 @@ mod check;
 mod cohort;
 mod explain;
 mod finding;
+mod import;
 mod json;
 mod request;
 mod source;
@@ -78,6 +79,18 @@ Examples:
 Exit codes: 0 explained, 1 the policy has errors, 2 wrong usage or an unreadable file.")]
     Explain(explain::Explain),
 
+    /// Make a first policy from a VirtualService and its DestinationRules
+    ///
+    /// What a filter can do moves over, to the standard output. What stays with Istio is named, field by field, on the
+    /// standard error. A match that would mean something else in a policy is an error.
+    #[command(after_help = "\
+Examples:
+  trimtab import virtualservice.yaml destinationrule.yaml > policy.yaml
+  kubectl get virtualservice user-service -o yaml | trimtab import -
+
+Exit codes: 0 imported, 1 it cannot be imported, 2 wrong usage or an unreadable file.")]
+    Import(import::Import),
+
     /// Tell where keys stand in a rollout
     ///
     /// One line for each key: its place in parts per million, a tab, the key. A canary of 5 % has everyone whose place is
@@ -120,6 +133,7 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Check(check) => check.run(),
         Command::Explain(explain) => explain.run(),
+        Command::Import(import) => import.run(),
         Command::Cohort(cohort) => return written(cohort.run(&mut io::stdout().lock()), 0),
     };
     // A reader of the complaints that has gone is no reason to fail.

@@ -61,8 +61,39 @@ impl Source {
         if self.path.as_os_str() == "-" { "<stdin>".into() } else { self.path.display().to_string() }
     }
 
+    /// The file at `path`, as if it were named for a policy.
+    pub(crate) fn named(path: PathBuf) -> Source {
+        Source { path, named: true }
+    }
+
+    /// The documents of the file, whatever they are, and what is wrong with them as YAML or JSON.
+    pub(crate) fn trees(&self) -> io::Result<(Vec<Rc<Tree>>, Vec<Finding>)> {
+        let bytes = self.bytes()?;
+        let text = match text(&bytes) {
+            Ok(text) => text,
+            Err(finding) => return Ok((Vec::new(), vec![finding])),
+        };
+        let (documents, fatal) = self.parse(text);
+        let mut findings: Vec<Finding> = fatal.into_iter().collect();
+        let mut trees = Vec::new();
+        for document in documents {
+            findings.extend(document.findings);
+            trees.push(document.root);
+        }
+        Ok((trees, findings))
+    }
+
     /// Reads the file. What is wrong with it is among the contents; an error is a file that cannot be read.
     pub(crate) fn read(&self) -> io::Result<Contents> {
+        let bytes = self.bytes()?;
+        if !self.named && !bytes.windows(7).any(|window| window.eq_ignore_ascii_case(b"trimtab")) {
+            return Ok(Contents::default());
+        }
+        Ok(self.contents(&bytes))
+    }
+
+    /// The bytes of the file, one more than a document may have at most.
+    fn bytes(&self) -> io::Result<Vec<u8>> {
         let limit = MAX_DOCUMENT_BYTES as u64 + 1;
         let mut bytes = Vec::new();
         if self.path.as_os_str() == "-" {
@@ -70,10 +101,7 @@ impl Source {
         } else {
             File::open(&self.path)?.take(limit).read_to_end(&mut bytes)?;
         }
-        if !self.named && !bytes.windows(7).any(|window| window.eq_ignore_ascii_case(b"trimtab")) {
-            return Ok(Contents::default());
-        }
-        Ok(self.contents(&bytes))
+        Ok(bytes)
     }
 
     fn contents(&self, bytes: &[u8]) -> Contents {
@@ -268,7 +296,7 @@ impl Candidate {
 
 /// The environment that a policy names variables of. The proxy's is not known here, so what is not set here is taken to
 /// be set there.
-fn environment(name: &str) -> Option<Vec<u8>> {
+pub(crate) fn environment(name: &str) -> Option<Vec<u8>> {
     const STAND_IN: &[u8] = b"this stands in for a key of the proxy";
     Some(std::env::var(name).map_or(STAND_IN.to_vec(), String::into_bytes))
 }

@@ -22,11 +22,17 @@ pub struct Options {
     launcher: Option<Launcher>,
     concurrency: u32,
     arguments: Vec<OsString>,
+    node: Value,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { launcher: None, concurrency: 2, arguments: Vec::new() }
+        Self {
+            launcher: None,
+            concurrency: 2,
+            arguments: Vec::new(),
+            node: json!({"id": "testbed", "cluster": "testbed"}),
+        }
     }
 }
 
@@ -49,6 +55,13 @@ impl Options {
     #[must_use]
     pub fn argument(mut self, argument: impl Into<OsString>) -> Self {
         self.arguments.push(argument.into());
+        self
+    }
+
+    /// Sets who this Envoy is to a control plane.
+    #[must_use]
+    pub fn node(mut self, node: Value) -> Self {
+        self.node = node;
         self
     }
 
@@ -102,7 +115,7 @@ impl Options {
         // What the testbed needs of any configuration, merged over it.
         let overlay = json!({
             "admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 0}}},
-            "node": {"id": "testbed", "cluster": "testbed"},
+            "node": self.node,
         });
         let (config, admin_address) = (at("envoy.yaml"), at("admin-address"));
         std::fs::write(&config, configuration).map_err(io)?;

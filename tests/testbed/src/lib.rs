@@ -48,6 +48,7 @@ pub use client::Client;
 pub use envoy::{Envoy, Options, Update};
 pub use installation::{ENVOY_VERSION, Installation, Launcher};
 pub use message::{Request, Response};
+pub use process::ProcessGroup;
 pub use ratelimit::{RateLimit, Redis};
 pub use raw::{RawConnection, raw};
 pub use relay::Relay;

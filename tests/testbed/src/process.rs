@@ -19,13 +19,17 @@ exec 3<&0 </dev/null
 exec "$@" 3<&-
 "#;
 
+/// A program and everything it started. They end when this is dropped.
 #[derive(Debug)]
-pub(crate) struct ProcessGroup(Child);
+pub struct ProcessGroup(Child);
 
 impl ProcessGroup {
     /// Starts `command` (a program and its arguments) with both its outputs
     /// going to `output`.
-    pub(crate) fn start<S: AsRef<OsStr>>(
+    ///
+    /// # Errors
+    /// When the shell that guards it cannot be started.
+    pub fn start<S: AsRef<OsStr>>(
         command: impl IntoIterator<Item = S>,
         environment: &[(&str, &OsStr)],
         output: &File,
@@ -43,7 +47,7 @@ impl ProcessGroup {
     }
 
     /// The exit status, if the program has ended by itself.
-    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+    pub fn ended(&mut self) -> Option<ExitStatus> {
         self.0.try_wait().ok().flatten()
     }
 
@@ -55,7 +59,7 @@ impl ProcessGroup {
     }
 
     /// The process group's number, which is the program's process id.
-    pub(crate) fn id(&self) -> u32 {
+    pub fn id(&self) -> u32 {
         self.0.id()
     }
 }
