@@ -6,26 +6,29 @@
 
 mod circuit;
 mod hosts;
+mod injection;
+mod limiter;
 mod poll;
 mod report;
 mod trial;
 mod watch;
 
 use crate::canary::{Carried, Choice, Decided, Share, Term, Why};
-use crate::fault::{Abort, Draw, Injection, MARK, MESSAGE, Slot, Status, Withheld};
-use crate::host::{CallId, Change, GrpcAnswer, Host, update};
+use crate::fault::{Injection, MARK, Slot, Withheld};
+use crate::host::{Change, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request, http_from_grpc};
 use crate::key::Scene;
 use crate::outlier::{answer, is_failure, is_outage};
 use crate::policy::{Policy, Route, TargetId};
-use crate::ratelimit::service::{Asker, Calls, Event, Inquiry, Outcome, Rest, Settled, give_back};
-use crate::ratelimit::{Admission, Held, Leases, Remark, Secret, Told, admit, return_leases, settle, take_back};
-use crate::telemetry::{Meters, RouteMeters, Stand};
+use crate::ratelimit::service::{Calls, Inquiry, Outcome};
+use crate::ratelimit::{Admission, Leases, Remark, Secret, return_leases, settle};
+use crate::telemetry::{Meters, Stand};
 use crate::trace::w3c::TraceContext;
 use crate::trace::{self, Continuation, Direction, Edge, Force, Notes, Response};
 use crate::units::{Fraction, Monotonic};
 use circuit::{Circuit, Fuse};
 use hosts::Hosts;
+use limiter::Limiter;
 use poll::Poll;
 use report::Report;
 use std::borrow::Cow;
@@ -33,6 +36,8 @@ use trial::{JUDGE_PERIOD, Trial};
 use watch::{Post, Watch};
 
 pub use circuit::Passage;
+pub use injection::{Hold, Replacement};
+pub use limiter::{Limited, Waiting};
 pub use report::Attempt;
 pub use trial::Sample;
 pub use watch::Experiment;
@@ -61,14 +66,6 @@ struct WorkerState {
     circuits: Vec<Option<Circuit>>,
     /// For each route, what this worker remembers of its trial.
     trials: Vec<Trial>,
-}
-
-/// What a worker keeps for limits.
-#[derive(Debug)]
-struct Limiter {
-    secret: Secret,
-    leases: Leases,
-    calls: Calls,
 }
 
 /// A request as it arrived.
@@ -103,34 +100,6 @@ pub enum Verdict {
     Reset,
     /// Hold the request until a call is answered, then decide with [`Filter::on_settled`].
     Wait(Box<Waiting>),
-}
-
-/// What is remembered of a request that waits for a call.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Waiting {
-    pub call: CallId,
-    /// An index into the policy's routes.
-    route: usize,
-    has_body: bool,
-    /// What the proxy's own limits said, and charged.
-    admission: Option<Box<Admission>>,
-    inquiry: Box<Inquiry>,
-    exchange: Exchange,
-    /// Where the limits come after the choice.
-    chosen: Option<(Choice, Option<Share>, Option<Decided>)>,
-}
-
-/// A delay.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Hold {
-    /// Nanoseconds.
-    pub delay: u64,
-    /// What follows; never another delay.
-    pub then: Verdict,
-    /// Who holds it: where [`Filter::ends_faults`] of it, nothing follows and the delay is over at once.
-    pub experiment: Experiment,
-    /// To be given to [`Filter::free`] when that is done, or the client has gone.
-    pub slot: Option<Slot>,
 }
 
 impl Verdict {
@@ -199,26 +168,6 @@ pub struct Exchange {
     pub trace: Option<TraceContext>,
     /// What the route's limits want to know or to tell; `None` where that is nothing.
     pub limited: Option<Box<Limited>>,
-}
-
-/// What is remembered of a route's limits.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Limited {
-    /// An index into the policy's routes.
-    route: usize,
-    /// The limit that the client is told of; `None` where it is told nothing.
-    told: Option<Told>,
-    /// What is held until the answer tells whether the request counts.
-    held: Vec<Held>,
-}
-
-/// A response fault.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Replacement {
-    pub status: Status,
-    /// Whether a header says so.
-    pub marks: bool,
-    pub experiment: Experiment,
 }
 
 impl Exchange {
@@ -443,7 +392,7 @@ impl WorkerState {
                 return decision;
             }
         }
-        let Decision { verdict, mutations, exchange, reasons } = &mut decision;
+        let Decision { mutations, exchange, reasons, .. } = &mut decision;
         policy.steer(request, destination.map(|(destination, _)| destination), mutations);
         let chosen = reasons.choice.map_or(0, |choice| choice.destination);
         let Some(sent_to) = meters.destinations.get(chosen) else { return decision };
@@ -451,59 +400,18 @@ impl WorkerState {
 
         // The fault last: what is injected replaces what would have happened otherwise. A probe of the breaker is spared,
         // because it has to show how the target is.
-        let is_probe = exchange.passage.is_some_and(Passage::is_probe);
-        if let Some(fault) = &route.fault
-            && (is_probe || !fault.target.includes(request, chosen, host))
-        {
-            reasons.withheld = Some(Withheld::NotAimed);
-        } else if let (Some(fault), Some(faults)) = (&route.fault, &meters.faults) {
-            let inbound = || trace::extract(request).ok().flatten();
-            let context = reasons.trace.as_ref().map(|continuation| continuation.context).or_else(inbound);
-            let trace_id = context.map(|context| context.trace_id);
-            reasons.drawn = fault.draw(fault.asked(request), trace_id, || host.random());
-            let drawn = &reasons.drawn;
-            let post = Post { fault, meters, sent_to };
-            let mut watch = watches.get_mut(index).and_then(|watches| watches.get_mut(chosen));
-            let mut is_unwell = || {
-                let probe = || fault.number(Draw::Probe, trace_id).unwrap_or_else(|| host.random());
-                watch.as_mut().map_or(Some(Withheld::Suspended), |watch| watch.withholds(&post, probe, host))
-            };
-            reasons.withheld = if drawn.is_none() {
-                Some(Withheld::NotDrawn)
-            } else if let Some(unwell) = is_unwell() {
-                Some(unwell)
-            } else if fault.shadow {
-                Some(Withheld::Shadow)
-            } else if drawn.delay.is_some() && !may_hold {
-                Some(Withheld::Overflow)
-            } else if fault.slots.as_ref().is_some_and(|slots| !slots.take(host)) {
-                Some(Withheld::MaxActive)
-            } else if drawn.fails() && watch.is_some_and(|watch| !watch.spend(&post, host)) {
-                // Last, because it is spent.
-                fault.slots.iter().for_each(|slots| slots.give_back(host));
-                Some(Withheld::Budget)
+        if let Some(fault) = &route.fault {
+            let is_probe = exchange.passage.is_some_and(Passage::is_probe);
+            let watch = watches.get_mut(index).and_then(|watches| watches.get_mut(chosen));
+            let experiment = Experiment { route: index as u32, destination: chosen as u32 };
+            if is_probe || !fault.target.includes(request, chosen, host) {
+                reasons.withheld = Some(Withheld::NotAimed);
             } else {
-                None
-            };
-            faults.count(&reasons.drawn, reasons.withheld, host);
-            if reasons.withheld.is_none() {
-                *verdict = match reasons.drawn.abort {
-                    Some(Abort::Answer(status)) => Verdict::Answer(status.reply(exchange.is_grpc, fault.marks)),
-                    Some(Abort::Reset) => Verdict::Reset,
-                    Some(Abort::Asked) | None => Verdict::Continue,
-                };
-                let experiment = Experiment { route: index as u32, destination: chosen as u32 };
-                let replacement = |status| Replacement { status, marks: fault.marks, experiment };
-                exchange.replacement = reasons.drawn.response.map(replacement);
-                exchange.slot = fault.slots.as_ref().map(|_| Slot(index));
-                if let Some(delay) = reasons.drawn.delay {
-                    let then = std::mem::take(verdict);
-                    // Nothing more is to come of the fault then, unless an answer is still to be replaced.
-                    let slot = if exchange.replacement.is_none() { exchange.slot.take() } else { None };
-                    *verdict = Verdict::Delay(Box::new(Hold { delay, then, experiment, slot }));
-                }
+                let post = Post { fault, meters, sent_to };
+                post.inject(experiment, watch, request, may_hold, host, &mut decision);
             }
         }
+        let Decision { verdict, exchange, reasons, .. } = &mut decision;
 
         if let Some(report) = Report::new(route, meters) {
             let is_faulted = !reasons.drawn.is_none() && reasons.withheld.is_none();
@@ -532,100 +440,6 @@ impl WorkerState {
     }
 }
 
-impl Limiter {
-    /// Whether the limits of a route admit a request; where they do not, the decision is to tell it so, or to wait.
-    /// `heard`: what was found of a request that waited.
-    fn admits(
-        &mut self,
-        (index, route): (usize, &Route),
-        meters: &RouteMeters,
-        scene: &Scene<'_, '_>,
-        heard: Option<(Box<Inquiry>, Outcome)>,
-        host: &impl Host,
-        decision: &mut Decision<'_>,
-    ) -> bool {
-        let has_services = !route.global_limits.is_empty();
-        if heard.is_none() && !route.limits.is_empty() {
-            let (secret, leases) = (&self.secret, &mut self.leases);
-            let mut admission = admit(&route.limits, !has_services, secret, leases, scene, host.now(), host);
-            meters.count_admission(&admission, host);
-            let Decision { exchange, reasons, .. } = &mut *decision;
-            if admission.told.is_some() || !admission.held.is_empty() {
-                let held = std::mem::take(&mut admission.held);
-                exchange.limited = Some(Box::new(Limited { route: index, told: admission.told, held }));
-            }
-            let refusal = admission.refused;
-            if refusal.is_some() || !admission.remarks.is_empty() || has_services {
-                reasons.admission = Some(Box::new(admission));
-            }
-            if let Some(refusal) = refusal {
-                if let Some(limit) = route.limits.get(refusal.told.limit) {
-                    decision.refuse(limit.refusal(&refusal, decision.exchange.is_grpc));
-                }
-                return false;
-            }
-        }
-        // Those of a fleet after the proxy's own, which cost nothing to ask and can be given back.
-        !has_services || self.ask_services((index, route), meters, scene, heard, host, decision)
-    }
-
-    /// Asks the global limits of a route about a request that its own limits have admitted. Where one refuses, what was
-    /// charged is given back.
-    #[inline(never)]
-    fn ask_services(
-        &mut self,
-        (index, route): (usize, &Route),
-        meters: &RouteMeters,
-        scene: &Scene<'_, '_>,
-        heard: Option<(Box<Inquiry>, Outcome)>,
-        host: &impl Host,
-        decision: &mut Decision<'_>,
-    ) -> bool {
-        let now = host.now();
-        let mut asker = Asker {
-            limits: &route.global_limits,
-            route: index,
-            secret: &self.secret,
-            calls: &mut self.calls,
-            leases: &mut self.leases,
-            count: &|limit, event| meters.count_event(limit, event, host),
-        };
-        let mut inquiry = Box::<Inquiry>::default();
-        if let Some((found, outcome)) = heard {
-            inquiry = found;
-            asker.hear(&mut inquiry, outcome, scene, now, host);
-        }
-        let Decision { verdict, exchange, reasons, .. } = &mut *decision;
-        if let Some(call) = asker.ask(&mut inquiry, scene, now, host) {
-            *verdict = Verdict::Wait(Box::new(Waiting {
-                call,
-                route: index,
-                has_body: scene.request.has_body(),
-                admission: reasons.admission.take(),
-                inquiry,
-                exchange: std::mem::take(exchange),
-                chosen: reasons.choice.map(|choice| (choice, reasons.share, reasons.decided)),
-            }));
-            return false;
-        }
-        meters.count_inquiry(&inquiry, host);
-        let refused = inquiry.refused;
-        if let Some(refusal) = refused {
-            give_back(&mut inquiry, &route.global_limits, now, host);
-            if let Some(admission) = &mut reasons.admission {
-                take_back(admission, &route.limits, &mut self.leases, now, host);
-            }
-            // What was held was charged, and is given back with it.
-            exchange.limited = None;
-            if let Some(limit) = route.global_limits.get(refusal.limit) {
-                decision.refuse(limit.refusal(refusal.wait, decision.exchange.is_grpc));
-            }
-        }
-        decision.reasons.inquiry = Some(inquiry);
-        refused.is_none()
-    }
-}
-
 impl Decision<'_> {
     /// Answers in the upstream's place, so that there is nothing to learn from.
     fn refuse(&mut self, reply: LocalReply) {
@@ -636,38 +450,6 @@ impl Decision<'_> {
 }
 
 impl Filter {
-    /// Takes the answer to a call for which `waiting` requests wait. What is found is for these, each of which goes on
-    /// with [`Filter::on_settled`]. `None` where this filter sent no such call.
-    pub fn on_answer(&mut self, host: &impl Host, answer: GrpcAnswer<'_>, waiting: usize) -> Option<Settled> {
-        let Filter { policy, meters, worker, .. } = self;
-        let limit = |place| policy.global_limit(place);
-        let settled = worker.limiter.calls.settle(answer, waiting, limit, host.now(), host)?;
-        if let Some(meters) = meters.routes.get(settled.place.route) {
-            if let Some(failure) = settled.failure {
-                meters.count_event(settled.place.limit, Event::Failed(failure), host);
-            }
-            if let Rest::Waits(_) = settled.rest {
-                meters.count_event(settled.place.limit, Event::Sent, host);
-            }
-        }
-        Some(settled)
-    }
-
-    /// Gives back what was charged, or is held, for a request whose client has gone while it waited.
-    pub fn on_gone(&mut self, host: &impl Host, mut waiting: Waiting) {
-        let Filter { policy, meters, worker, .. } = self;
-        worker.limiter.calls.leave();
-        let Some(route) = policy.routes.get(waiting.route) else { return };
-        let now = host.now();
-        give_back(&mut waiting.inquiry, &route.global_limits, now, host);
-        if let Some(admission) = &mut waiting.admission {
-            take_back(admission, &route.limits, &mut worker.limiter.leases, now, host);
-        }
-        if let Some(meters) = meters.routes.get(waiting.route) {
-            meters.count_event(waiting.inquiry.next(), Event::Gone, host);
-        }
-    }
-
     /// Learns from the head of a response, and changes it; `header` is asked only where somebody wants to know.
     pub fn on_response(
         &mut self,
@@ -707,56 +489,6 @@ impl Filter {
         }
     }
 
-    /// Replaces the status of an answer that the upstream gave, of a gRPC call where its status stands. What Envoy
-    /// itself says in the upstream's place, and what switches protocols, is left alone. Returns what the answer says
-    /// now, where it was replaced.
-    fn replace(
-        &self,
-        host: &impl Host,
-        exchange: &mut Exchange,
-        header: Header<'_>,
-        change: &mut dyn FnMut(HeaderMutation<'static>),
-    ) -> Option<Status> {
-        let Replacement { status, experiment, .. } = exchange.replacement?;
-        let found = number(header(":status")).unwrap_or(0);
-        let is_of_others = || {
-            let details = host.property(&["response", "code_details"]);
-            found < 200 || details.is_some_and(|details| details != b"via_upstream")
-        };
-        if self.ends_faults(experiment) || is_of_others() {
-            exchange.replacement = None;
-            return None;
-        }
-        let has_grpc_status = exchange.is_grpc && header("grpc-status").is_some();
-        if has_grpc_status || !exchange.is_grpc || found != 200 {
-            self.put(host, exchange.replacement.take()?, has_grpc_status, change);
-        }
-        Some(status)
-    }
-
-    /// Puts a fault where the status of an answer stands.
-    fn put(
-        &self,
-        host: &impl Host,
-        Replacement { status, marks, experiment }: Replacement,
-        as_grpc: bool,
-        change: &mut dyn FnMut(HeaderMutation<'static>),
-    ) {
-        if let Some(faults) =
-            self.meters.routes.get(experiment.route as usize).and_then(|meters| meters.faults.as_ref())
-        {
-            faults.count_response(host);
-        }
-        let (name, code) = if as_grpc { ("grpc-status", status.grpc().into()) } else { (":status", status.http()) };
-        change(HeaderMutation::Set(name, Cow::Owned(code.to_string().into_bytes())));
-        if as_grpc {
-            change(HeaderMutation::Set("grpc-message", Cow::Borrowed(MESSAGE.as_bytes())));
-        }
-        if marks {
-            change(HeaderMutation::Set(MARK, Cow::Borrowed(b"response")));
-        }
-    }
-
     fn learn(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
         if !exchange.is_awaited() {
             return;
@@ -788,14 +520,6 @@ impl Filter {
         }
         if let Some(replacement) = exchange.replacement.take() {
             self.put(host, replacement, true, change);
-        }
-    }
-
-    /// Gives back the slot of a fault that is over.
-    pub fn free(&self, slot: Slot, host: &impl Host) {
-        let fault = self.policy.routes.get(slot.0).and_then(|route| route.fault.as_ref());
-        if let Some(slots) = fault.and_then(|fault| fault.slots.as_ref()) {
-            slots.give_back(host);
         }
     }
 
@@ -906,25 +630,6 @@ impl Filter {
             at_most(JUDGE_PERIOD);
         }
         (least < u64::MAX).then_some(least)
-    }
-
-    /// Whether a stream that `experiment` holds has to be let go, unfaulted: it was suspended, or is over. So it stood at
-    /// the last tick.
-    pub fn ends_faults(&self, experiment: Experiment) -> bool {
-        let watches = self.worker.watches.get(experiment.route as usize);
-        let watch = watches.and_then(|watches| watches.get(experiment.destination as usize));
-        watch.is_none_or(Watch::ends_faults)
-    }
-
-    /// Whether what follows a delay of `experiment` may still be injected now.
-    pub fn may_fault(&mut self, host: &impl Host, experiment: Experiment) -> bool {
-        let Experiment { route, destination } = experiment;
-        let (route, destination) = (route as usize, destination as usize);
-        let post = Post::new(&self.policy, &self.meters, route, destination);
-        let watch = self.worker.watches.get_mut(route).and_then(|watches| watches.get_mut(destination));
-        let (Some(post), Some(watch)) = (post, watch) else { return false };
-        watch.look(&post, host);
-        !watch.ends_faults()
     }
 }
 
