@@ -26,7 +26,7 @@ fn label(id: &str) -> Option<(&'static str, bool)> {
         "canary" => ("Trimtab: a sticky canary", true),
         "trace" => ("Trimtab: trace", true),
         "request" => ("Trimtab: 20 routes, canary, limit, trace", true),
-        "everything" => ("Trimtab: the same, judge, armed fault", true),
+        "everything" => ("Trimtab: everything, with judge and fault", true),
         _ => return None,
     })
 }

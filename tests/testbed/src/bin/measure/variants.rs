@@ -186,6 +186,12 @@ pub fn limit() -> Variant {
     Variant::trimtab("limit", "Trimtab, one limit per user", &policy(0, &[LIMIT], ""))
 }
 
+/// A limit that is never leased and forgets nobody within the hour.
+pub fn lasting_limit() -> Variant {
+    let limit = LIMIT.replace("1000000", "500").replace("second", "hour");
+    Variant::trimtab("lasting", "Trimtab, one limit of 500 an hour per user", &policy(0, &[&limit], ""))
+}
+
 pub fn trace() -> Variant {
     Variant::trimtab("trace", "Trimtab, trace alone", &policy(0, &[r#""match": []"#], TRACE))
 }
@@ -200,7 +206,7 @@ pub fn request_side() -> Variant {
 }
 
 pub fn everything() -> Variant {
-    let name = "Trimtab, the same with a judge and an armed fault, which read the response's status";
+    let name = "Trimtab, everything: the same and a judge and an armed fault, which read the response's status";
     Variant::trimtab("everything", name, &policy(19, &[SPLIT, JUDGED, LIMIT, FAULT], TRACE))
 }
 
