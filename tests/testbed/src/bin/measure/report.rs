@@ -23,17 +23,22 @@ pub fn write(part: &str, title: &str, text: &str) -> Result<(), String> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => OPENING.to_owned(),
         Err(error) => return Err(io(error)),
     };
-    let (begin, end) = (format!("<!-- {part} -->\n"), format!("<!-- end of {part} -->\n"));
-    let section = format!("{begin}\n## {title}\n\n{}\n\n{text}\n{end}", machine());
-    let after = match (before.find(&begin), before.find(&end)) {
-        (Some(first), Some(last)) if first < last => {
-            format!("{}{section}{}", &before[..first], &before[last + end.len()..])
-        }
-        _ => format!("{before}\n{section}"),
-    };
+    let after = with_section(&before, part, &format!("## {title}\n\n{}\n\n{text}", machine()));
     std::fs::write(&path, after).map_err(io)?;
     println!("\n{title}\n\n{text}");
     Ok(())
+}
+
+/// The document with a part's section in place of the one that it had, or at its end.
+fn with_section(document: &str, part: &str, text: &str) -> String {
+    let (begin, end) = (format!("<!-- {part} -->\n"), format!("<!-- end of {part} -->\n"));
+    let section = format!("{begin}\n{text}\n{end}");
+    match (document.find(&begin), document.find(&end)) {
+        (Some(first), Some(last)) if first < last => {
+            format!("{}{section}{}", &document[..first], &document[last + end.len()..])
+        }
+        _ => format!("{document}\n{section}"),
+    }
 }
 
 fn results() -> PathBuf {
@@ -81,7 +86,36 @@ pub fn quantile(values: &[f64], share: f64) -> f64 {
 pub fn thousands(number: f64) -> String {
     let number = (number / 100.0).round() as i64 * 100;
     match (number / 1000, (number % 1000).abs()) {
-        (0, rest) => rest.to_string(),
+        (0, _) => number.to_string(),
         (thousands, rest) => format!("{thousands},{rest:03}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_section_replaces_its_own_and_no_other() {
+        let first = with_section("opening\n", "a", "1\n");
+        let both = with_section(&first, "b", "2\n");
+        let again = with_section(&both, "a", "3\n");
+        assert_eq!(again, both.replace('1', "3"));
+        assert_eq!(again.matches("<!-- ").count(), 4, "{again}");
+    }
+
+    #[test]
+    fn the_middle_is_that_of_the_sorted_values() {
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(quantile(&(0..=100).rev().map(f64::from).collect::<Vec<_>>(), 0.99), 99.0);
+        assert_eq!(median(&[]), 0.0);
+    }
+
+    #[test]
+    fn numbers_are_rounded_to_hundreds() {
+        assert_eq!(thousands(49.0), "0");
+        assert_eq!(thousands(-949.0), "-900");
+        assert_eq!(thousands(216_760.0), "216,800");
+        assert_eq!(thousands(-6_710.0), "-6,700");
     }
 }
