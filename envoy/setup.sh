@@ -120,6 +120,8 @@ setup_meters() {
         have "$program" && continue
         if have apt-get && [ "$(id -u)" = 0 ]; then
             say "installing $program (the package $package)"
+            # An image may come without lists of packages.
+            apt-get update --quiet --quiet || :
             apt-get install --quiet --quiet --yes --no-install-recommends "$package" >/dev/null && continue
         fi
         say "$program: skipped, it could not be installed; what it measures is left out. Install the package $package"
