@@ -5,6 +5,9 @@ use std::fs::File;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Instant;
+
+use crate::PATIENCE;
 
 /// The program and everything it starts form one process group. A small shell
 /// in the group waits for the end of its standard input, whose other end only
@@ -56,6 +59,25 @@ impl ProcessGroup {
         let sent =
             Command::new("sh").args(["-c", "kill -\"$1\" \"$2\"", "sh", signal, &self.id().to_string()]).status();
         assert!(sent.is_ok_and(|status| status.success()), "cannot send {signal}");
+    }
+
+    /// Stops the program from running, and waits until each of its threads has
+    /// stopped: the signal is taken by one, and on a busy machine another may
+    /// still answer meanwhile. Where there is no `/proc`, nobody can tell.
+    pub(crate) fn pause(&self) {
+        self.signal("STOP");
+        let tasks = format!("/proc/{}/task", self.id());
+        let begin = Instant::now();
+        loop {
+            let Ok(threads) = std::fs::read_dir(&tasks) else { return };
+            let is_stopped = |stat: String| stat.rsplit_once(')').is_none_or(|(_, rest)| rest.starts_with(" T"));
+            let stats = threads.flatten().filter_map(|thread| std::fs::read_to_string(thread.path().join("stat")).ok());
+            if stats.map(is_stopped).all(|stopped| stopped) {
+                return;
+            }
+            assert!(begin.elapsed() < PATIENCE, "{} does not stop", self.id());
+            std::thread::yield_now();
+        }
     }
 
     /// The process group's number, which is the program's process id.

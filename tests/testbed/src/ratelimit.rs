@@ -80,7 +80,7 @@ impl Redis {
 
     /// Stops it from running without ending it: it accepts connections and says nothing.
     pub fn pause(&self) {
-        self.process.signal("STOP");
+        self.process.pause();
     }
 }
 
@@ -148,16 +148,12 @@ impl RateLimit {
 
     /// Stops it from running without ending it: it accepts connections and says nothing.
     pub fn pause(&self) {
-        self.signal("STOP");
+        self.process.as_ref().expect("the service runs").pause();
     }
 
     /// Lets it run on.
     pub fn resume(&self) {
-        self.signal("CONT");
-    }
-
-    fn signal(&self, signal: &str) {
-        self.process.as_ref().expect("the service runs").signal(signal);
+        self.process.as_ref().expect("the service runs").signal("CONT");
     }
 
     /// All that it has logged since it was started last.
