@@ -71,8 +71,9 @@ impl ProcessGroup {
         loop {
             let Ok(threads) = std::fs::read_dir(&tasks) else { return };
             let is_stopped = |stat: String| stat.rsplit_once(')').is_none_or(|(_, rest)| rest.starts_with(" T"));
-            let stats = threads.flatten().filter_map(|thread| std::fs::read_to_string(thread.path().join("stat")).ok());
-            if stats.map(is_stopped).all(|stopped| stopped) {
+            let mut stats =
+                threads.flatten().filter_map(|thread| std::fs::read_to_string(thread.path().join("stat")).ok());
+            if stats.all(is_stopped) {
                 return;
             }
             assert!(begin.elapsed() < PATIENCE, "{} does not stop", self.id());
