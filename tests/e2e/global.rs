@@ -198,7 +198,8 @@ async fn a_slow_service_costs_a_request_the_timeout_and_no_more() {
     let begin = Instant::now();
     assert_eq!(ask(&client, "ann").await.status, 200, "onFailure is allow");
     let took = begin.elapsed();
-    assert!(took >= Duration::from_millis(200), "answered after {took:?}, before the timeout");
+    // Envoy's timer may be early by its millisecond.
+    assert!(took >= Duration::from_millis(195), "answered after {took:?}, before the timeout");
     assert_eq!(service_metric(&world, "timeout").await, timeouts + 1);
     service.resume();
     // What the service finds in its socket are calls that nobody waits for any more.
