@@ -103,40 +103,34 @@ install_envoy() {
 }
 
 setup_func_e() {
-    place=$cache/bin/func-e
-    # The mark tells which version this is: func-e built this way cannot.
-    mark=$cache/bin/.func-e-$FUNC_E_VERSION
-    [ -x "$place" ] && [ -e "$mark" ] && return
-    if ! have go; then
-        say "func-e: skipped, no Go toolchain; Envoy is started directly"
-        return
-    fi
-    make_scratch
-    say "building func-e $FUNC_E_VERSION"
-    GOBIN=$scratch/bin GOFLAGS='' go install "github.com/tetratelabs/func-e/cmd/func-e@$FUNC_E_VERSION" ||
-        fail "go could not install func-e $FUNC_E_VERSION; without Go, Envoy is started directly"
-    mkdir -p -- "$cache/bin"
-    mv -f -- "$scratch/bin/func-e" "$place"
-    : >"$mark"
-    say "installed func-e $FUNC_E_VERSION in ${place#"$root"/}"
+    go_install func-e github.com/tetratelabs/func-e/cmd/func-e "$FUNC_E_VERSION" 'Envoy is started directly'
 }
 
 setup_ratelimit() {
-    place=$cache/bin/ratelimit
-    mark=$cache/bin/.ratelimit-$RATELIMIT_VERSION
+    go_install ratelimit github.com/envoyproxy/ratelimit/src/service_cmd "$RATELIMIT_VERSION" \
+        'global limits are not tested end to end'
+}
+
+# Builds a program, and says what happens without it where there is no Go.
+#
+# Usage: go_install NAME PACKAGE VERSION WITHOUT
+go_install() {
+    place=$cache/bin/$1
+    # The mark tells which version this is: a program built this way cannot.
+    mark=$cache/bin/.$1-$3
     [ -x "$place" ] && [ -e "$mark" ] && return
     if ! have go; then
-        say "ratelimit: skipped, no Go toolchain; global limits are not tested end to end"
+        say "$1: skipped, no Go toolchain; $4"
         return
     fi
     make_scratch
-    say "building envoyproxy/ratelimit $RATELIMIT_VERSION"
-    GOBIN=$scratch/bin GOFLAGS='' go install "github.com/envoyproxy/ratelimit/src/service_cmd@$RATELIMIT_VERSION" ||
-        fail "go could not install envoyproxy/ratelimit $RATELIMIT_VERSION (it needs Go 1.25 or newer)"
+    say "building $1 $3"
+    GOBIN=$scratch/bin GOFLAGS='' go install "$2@$3" ||
+        fail "go could not install $2@$3 (is Go recent enough?); without Go, $4"
     mkdir -p -- "$cache/bin"
-    mv -f -- "$scratch/bin/service_cmd" "$place"
+    mv -f -- "$scratch/bin/${2##*/}" "$place"
     : >"$mark"
-    say "installed envoyproxy/ratelimit in ${place#"$root"/}"
+    say "installed $1 $3 in ${place#"$root"/}"
 }
 
 setup_redis() {
