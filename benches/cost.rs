@@ -16,6 +16,7 @@ use trimtab::filter::Filter;
 use trimtab::host::sim::Sim;
 use trimtab::http::encode_headers;
 use trimtab::policy::Policy;
+use trimtab_testbed::browser;
 use trimtab_vm::{Module, Vm, World};
 
 /// The system's allocator, which counts the bytes that it gives out.
@@ -37,25 +38,6 @@ unsafe impl GlobalAlloc for Counting {
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
-
-/// What a browser behind a gateway sends: 15 headers.
-const REQUEST: [(&str, &str); 15] = [
-    (":method", "GET"),
-    (":path", "/api/v1/items/42?verbose=1"),
-    (":authority", "user-service"),
-    (":scheme", "http"),
-    ("user-agent", "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 Chrome/126.0 Safari/537.36"),
-    ("accept", "text/html,application/json;q=0.9,*/*;q=0.8"),
-    ("accept-encoding", "gzip, deflate, br"),
-    ("accept-language", "en-GB,en;q=0.5"),
-    ("cookie", "session=7f3c2b1a9d8e4f50a6b7c8d9e0f1a2b3; theme=dark"),
-    ("authorization", "Bearer eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N_XgL0n3I9PlFUP"),
-    ("x-user-id", "user-0123456789"),
-    ("x-canary", "never"),
-    ("x-request-id", "5a1f3c9e-7b2d-4e8f-9a0b-1c2d3e4f5a6b"),
-    ("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"),
-    ("tracestate", "vendor=value"),
-];
 
 const CANARY: &str = r#""route": [{"destination": {"host": "h", "subset": "v1"}, "weight": 90},
                                   {"destination": {"host": "h", "subset": "v2"}, "weight": 10}],
@@ -94,11 +76,12 @@ fn policy(others: usize, blocks: &[&str], trace: &str) -> String {
     )
 }
 
-/// The first `count` of [`REQUEST`], and others that no policy asks for.
+/// The first `count` of what a browser sends, and others that no policy asks for.
 fn request(count: usize) -> Vec<(String, String)> {
     // The four that every request has, and the cookie that the canary's key is taken from, come first.
-    let (cookie, others): (Vec<_>, Vec<_>) = REQUEST.iter().skip(4).partition(|(name, _)| *name == "cookie");
-    let known = REQUEST.iter().take(4).chain(cookie).chain(others).map(|(name, value)| (*name, *value));
+    let pseudo = [(":method", "GET"), (":path", browser::PATH), (":authority", "user-service"), (":scheme", "http")];
+    let (cookie, others): (Vec<_>, Vec<_>) = browser::HEADERS.into_iter().partition(|(name, _)| *name == "cookie");
+    let known = pseudo.into_iter().chain(cookie).chain(others);
     let unknown = (0..).map(|n| (format!("x-unknown-{n}"), format!("{n}-of-fifty")));
     known.map(|(name, value)| (name.to_owned(), value.to_owned())).chain(unknown).take(count).collect()
 }

@@ -26,6 +26,7 @@
 //! deadline, and a deadline that passes says what was awaited.
 
 mod bootstrap;
+pub mod browser;
 mod client;
 mod envoy;
 mod installation;

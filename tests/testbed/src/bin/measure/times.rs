@@ -8,7 +8,8 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::process::Command;
 
-use crate::load::{HEADERS, PATH};
+use trimtab_testbed::browser::{HEADERS, PATH};
+
 use crate::memory::ratio;
 use crate::report::{median, quantile};
 use crate::usage::cpu;

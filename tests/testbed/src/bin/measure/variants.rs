@@ -4,11 +4,12 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
+use trimtab_testbed::browser::HEADERS;
 use trimtab_testbed::{
     Bootstrap, Envoy, Listener, Options, by_subset, cluster, direct_response, repository, wasm, wasm_filter,
 };
 
-use crate::load::{BODY_SIZE, HEADERS, USER};
+use crate::load::{BODY_SIZE, USER};
 
 /// One way to treat a request.
 #[derive(Clone)]
