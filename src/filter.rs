@@ -103,6 +103,12 @@ pub enum Verdict {
 }
 
 impl Verdict {
+    /// Whether there may be a next hop: an abort that follows a delay is not injected where its experiment is suspended
+    /// meanwhile.
+    fn may_go_on(&self) -> bool {
+        matches!(self, Verdict::Continue | Verdict::Delay(_))
+    }
+
     /// The verdict in the end, once a delay is over.
     pub fn last(&self) -> &Verdict {
         match self {
@@ -276,7 +282,7 @@ impl Filter {
         // Told to the next hop last, when it is known whether there is one and what was done to the request.
         let Decision { verdict, mutations, exchange, reasons } = &mut decision;
         if let Some(header) = &policy.cohort
-            && *verdict.last() == Verdict::Continue
+            && verdict.may_go_on()
         {
             let rollout = reasons.route.and_then(|route| policy.routes.get(route)?.canary());
             let decided = rollout.zip(reasons.decided).map(|(canary, decided)| (&*canary.rollout, decided));
@@ -289,7 +295,7 @@ impl Filter {
                 continuation.force_sampling();
             }
             let mut remembered = Notes::default();
-            if *verdict.last() == Verdict::Continue {
+            if verdict.may_go_on() {
                 continuation.inject(trace, &request, mutations);
                 if let (Some(bridge), Direction::Inbound) = (&trace.bridge, continuation.direction) {
                     remembered = bridge.remember(&request, &continuation.context, mutations, host.now(), host);

@@ -133,6 +133,22 @@ pub fn an_abort_that_follows_a_delay_is_not_injected_any_more(start: Start) {
     proxy.outcome(spared).continued();
 }
 
+pub fn a_spared_request_goes_on_as_any_other(start: Start) {
+    let delay = r#""delay": {"percentage": {"value": 100}, "fixedDelay": "1s"}"#;
+    let faulted = experiment(&format!("{delay}, {ABORT}, {GUARD}"), "");
+    let edge = faulted.replacen(r#""routes""#, r#""trace": {}, "cohort": {"accept": "none"}, "routes""#, 1);
+    let mut proxy = start(&edge);
+    let forged = "\"r\";place=1;weight=1000000;issued=1735689600";
+    let headers = [("x-fault", ""), ("traceparent", "00-broken"), ("x-trimtab-cohort", forged)];
+    let (spared, _) = get(&mut *proxy, 0, "/", &headers);
+    control(&mut *proxy, 10, "500");
+    proxy.advance(SECOND);
+    let headers = proxy.outcome(spared).continued();
+    let traceparent = value(&headers, "traceparent").expect("a trace begins");
+    assert!(traceparent.len() == 55 && traceparent != "00-broken", "what is broken is replaced: {traceparent}");
+    assert_eq!(value(&headers, "x-trimtab-cohort"), None, "what is forged is dropped");
+}
+
 pub fn slow_answers_and_outages_stop_it_too(start: Start) {
     let slow = r#""guard": {"latencyP95": "100ms", "minRequests": 20}"#;
     let mut proxy = start(&experiment(&format!("{ABORT}, {slow}"), ""));
