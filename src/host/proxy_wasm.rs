@@ -15,7 +15,7 @@ use crate::http::{HeaderMutation, LocalReply, encode_headers};
 use crate::outlier::MAX_ANSWER_BYTES;
 use crate::policy::Policy;
 use crate::random::split_mix;
-use crate::ratelimit::service::{Outcome, Waiters};
+use crate::ratelimit::service::{MAX_RESPONSE_BYTES, Outcome, Waiters};
 use crate::units::{Monotonic, Wall};
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::{Action, BufferType, ContextType, LogLevel, MapType, MetricType, StreamType};
@@ -339,6 +339,8 @@ fn on_grpc_answer(answer: GrpcAnswer<'_>) {
 /// which may be gone while others wait for it. `pack` gives this one its name in the ABI.
 #[unsafe(no_mangle)]
 extern "C" fn trimtab_on_grpc_receive(_root: u32, token: u32, size: usize) {
+    // What is longer is cut, and what was cut cannot be read.
+    let size = size.min(MAX_RESPONSE_BYTES);
     let message =
         fetch(|data, length| unsafe { proxy_get_buffer_bytes(BufferType::GrpcReceiveBuffer, 0, size, data, length) });
     on_grpc_answer(GrpcAnswer { call: CallId(token), status: 0, message: &message.unwrap_or_default() });

@@ -5,6 +5,9 @@
 
 use std::borrow::Cow;
 
+/// The longest response that is read. A service's own is some dozens of bytes, and a header or two that it wants added.
+pub const MAX_RESPONSE_BYTES: usize = 64 * 1024;
+
 /// What a response says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Answer {

@@ -13,6 +13,7 @@ mod quota;
 mod waiters;
 
 pub use calls::{Calls, Failure, Place, Rest, Settled};
+pub use codec::MAX_RESPONSE_BYTES;
 pub(super) use config::read;
 pub use decision::{Asker, Event, Inquiry, Outcome, Refusal, give_back};
 pub use policy::{GlobalLimit, OnFailure, Service};
