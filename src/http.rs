@@ -4,6 +4,8 @@
 //! the headers stand that the policy names ([`HeaderNames`]); nothing is copied, and a header that no rule asks for
 //! costs one failed look-up. Values are bytes: HTTP does not promise text.
 
+use crate::bytes::is_same;
+use memchr::{memchr, memchr2};
 use std::borrow::Cow;
 
 /// A header that the policy names: an index into the [`Request`]'s slots.
@@ -16,14 +18,11 @@ pub const MAX_HEADER_NAMES: usize = 1024;
 /// The names of the headers that a policy reads, lower-cased, each with its [`HeaderId`].
 ///
 /// A look-up is made for every header of every request, nearly always in vain: the length and the last byte of a name
-/// rule out most of them, before an open-addressed table is asked.
+/// lead to an empty place of an open-addressed table for most of them.
 #[derive(Debug)]
 pub struct HeaderNames {
     names: Vec<Box<str>>,
-    /// For each length, the last bytes (their low five bits) of the names that have it. The last entry is for all that
-    /// are longer.
-    endings: [u32; 32],
-    /// Power-of-two sized, at most a quarter full; 0 is empty, otherwise the id plus one.
+    /// Power-of-two sized, at most an eighth full; 0 is empty, otherwise the id plus one.
     table: Vec<u16>,
 }
 
@@ -51,9 +50,6 @@ impl HeaderNames {
             return None;
         }
         let id = self.names.len();
-        if let Some(endings) = self.endings.get_mut(name.len().min(31)) {
-            *endings |= ending(name.bytes().last().unwrap_or_default());
-        }
         self.names.push(name.into());
         self.file(id);
         u16::try_from(id).ok().map(HeaderId)
@@ -64,12 +60,7 @@ impl HeaderNames {
         self.names.get(usize::from(id.0)).map_or("", |name| name)
     }
 
-    /// Whether no name is as long as this and ends in `last`.
     #[inline]
-    fn rules_out(&self, length: usize, last: u8) -> bool {
-        self.endings.get(length.min(31)).is_none_or(|endings| endings & ending(last) == 0)
-    }
-
     fn find(&self, name: &[u8]) -> Option<HeaderId> {
         let mask = self.table.len() - 1;
         let mut place = hash(name) & mask;
@@ -82,9 +73,9 @@ impl HeaderNames {
         }
     }
 
-    /// Enters the newest name into the table, which grows first where it would be more than a quarter full.
+    /// Enters the newest name into the table, which grows first where it would be more than an eighth full.
     fn file(&mut self, newest: usize) {
-        let size = (self.names.len() * 4).next_power_of_two();
+        let size = (self.names.len() * 8).next_power_of_two();
         let first = if size == self.table.len() { newest } else { 0 };
         if first == 0 {
             self.table = vec![0; size];
@@ -105,7 +96,7 @@ impl HeaderNames {
 
 impl Default for HeaderNames {
     fn default() -> Self {
-        let mut names = HeaderNames { names: Vec::new(), endings: [0; 32], table: vec![0] };
+        let mut names = HeaderNames { names: Vec::new(), table: vec![0] };
         for name in HeaderNames::ALWAYS {
             names.intern(name);
         }
@@ -113,56 +104,28 @@ impl Default for HeaderNames {
     }
 }
 
-/// The low five bits of a name's last byte, as one bit.
-const fn ending(last: u8) -> u32 {
-    1 << (last & 31)
-}
-
-/// Whether two names are the same. Eight bytes at a time: in the module, where comparing slices calls a function that
-/// goes byte by byte, a sixth of a request was spent there.
-#[inline]
-pub fn is_same(a: &[u8], b: &[u8]) -> bool {
-    let word = |bytes: &[u8; 8]| u64::from_le_bytes(*bytes);
-    let half = |bytes: &[u8; 4]| u32::from_le_bytes(*bytes);
-    if a.len() != b.len() {
-        return false;
-    }
-    // The last word overlaps with what comes before it.
-    if let (Some(a_last), Some(b_last)) = (a.last_chunk(), b.last_chunk()) {
-        let (words, others) = (a.as_chunks().0, b.as_chunks().0);
-        return word(a_last) == word(b_last) && words.iter().zip(others).all(|(a, b)| word(a) == word(b));
-    }
-    if let (Some(a_last), Some(b_last), Some(a), Some(b)) =
-        (a.last_chunk(), b.last_chunk(), a.first_chunk(), b.first_chunk())
-    {
-        return half(a_last) == half(b_last) && half(a) == half(b);
-    }
-    a.iter().zip(b).all(|(a, b)| a == b)
-}
-
 fn hash(name: &[u8]) -> usize {
-    let byte = |at: usize| name.get(at).copied().map_or(0, usize::from);
-    let length = name.len();
-    length.wrapping_mul(0x9e5)
-        ^ byte(length / 2).wrapping_mul(0x3d)
-        ^ byte(length.wrapping_sub(1)).wrapping_mul(0x1f)
-        ^ byte(2)
+    // The last bytes are letters mostly, of which there are fewer than 32.
+    name.len().wrapping_mul(29) ^ name.last().map_or(0, |last| usize::from(*last))
 }
 
-/// Where the first value of a header stands in the block, and how many values there are.
+/// The first value of a header, and how many there are.
 #[derive(Clone, Copy, Default)]
-struct Slot {
-    start: u32,
-    end: u32,
+struct Slot<'a> {
+    first: Option<&'a [u8]>,
     values: u32,
 }
+
+/// How many slots need no allocation: enough for most policies.
+const INLINE_SLOTS: usize = 32;
 
 /// The head of a request: its header block, indexed by the policy's header names.
 pub struct Request<'a> {
     block: &'a [u8],
-    slots: Vec<Slot>,
+    slots: [Slot<'a>; INLINE_SLOTS],
+    more_slots: Vec<Slot<'a>>,
     names: &'a HeaderNames,
-    path_end: usize,
+    path: &'a [u8],
     has_body: bool,
     route_name: Option<Vec<u8>>,
 }
@@ -172,24 +135,30 @@ impl<'a> Request<'a> {
     /// then each name and value with a NUL after it, all numbers 32-bit little-endian. A block that is cut short
     /// yields the headers before the cut.
     pub fn parse(block: &'a [u8], names: &'a HeaderNames) -> Self {
-        let mut slots = vec![Slot::default(); names.names.len()];
-        for span in Spans::new(block) {
-            let last = block.get((span.value as usize).wrapping_sub(2)).copied().unwrap_or_default();
-            if names.rules_out((span.value - span.name) as usize - 1, last) {
-                continue;
-            }
-            if let Some(HeaderId(id)) = names.find(span.name(block))
-                && let Some(slot) = slots.get_mut(usize::from(id))
-            {
-                if slot.values == 0 {
-                    (slot.start, slot.end) = (span.value as u32, span.end as u32);
-                }
+        let more = names.names.len().saturating_sub(INLINE_SLOTS);
+        let mut request = Request {
+            block,
+            slots: [Slot::default(); INLINE_SLOTS],
+            more_slots: vec![Slot::default(); more],
+            names,
+            path: &[],
+            has_body: false,
+            route_name: None,
+        };
+        for (name, value) in Fields::new(block) {
+            let Some(HeaderId(id)) = names.find(name) else { continue };
+            let id = usize::from(id);
+            let slot = match request.slots.get_mut(id) {
+                Some(slot) => Some(slot),
+                None => request.more_slots.get_mut(id - INLINE_SLOTS),
+            };
+            if let Some(slot) = slot {
+                slot.first = slot.first.or(Some(value));
                 slot.values += 1;
             }
         }
-        let mut request = Request { block, slots, names, path_end: 0, has_body: false, route_name: None };
         let target = request.first(HeaderNames::PATH).unwrap_or_default();
-        request.path_end = target.iter().position(|byte| matches!(byte, b'?' | b'#')).unwrap_or(target.len());
+        request.path = memchr2(b'?', b'#', target).and_then(|end| target.get(..end)).unwrap_or(target);
         request
     }
 
@@ -213,14 +182,16 @@ impl<'a> Request<'a> {
         self.route_name.as_deref()
     }
 
-    fn slot(&self, id: HeaderId) -> Slot {
-        self.slots.get(usize::from(id.0)).copied().unwrap_or_default()
+    #[inline]
+    fn slot(&self, id: HeaderId) -> Slot<'a> {
+        let id = usize::from(id.0);
+        let slot = self.slots.get(id).or_else(|| self.more_slots.get(id.wrapping_sub(INLINE_SLOTS)));
+        slot.copied().unwrap_or_default()
     }
 
     /// The first value of a header.
     pub fn first(&self, id: HeaderId) -> Option<&'a [u8]> {
-        let slot = self.slot(id);
-        if slot.values == 0 { None } else { self.block.get(slot.start as usize..slot.end as usize) }
+        self.slot(id).first
     }
 
     /// Whether the header is there at all.
@@ -236,8 +207,7 @@ impl<'a> Request<'a> {
     /// Every value of a header, in order. The block is walked again only for a header that was sent more than once.
     pub fn values(&self, id: HeaderId) -> Values<'a> {
         let repeated = (self.count(id) > 1).then(|| {
-            let mut repeated =
-                Repeated { block: self.block, name: self.names.name(id).as_bytes(), spans: Spans::new(self.block) };
+            let mut repeated = Repeated { name: self.names.name(id).as_bytes(), fields: Fields::new(self.block) };
             repeated.next();
             repeated
         });
@@ -247,7 +217,7 @@ impl<'a> Request<'a> {
     /// The names of all headers, as often as they were sent: for those that no policy can name one by one. A name that
     /// is no text is left out.
     pub fn names(&self) -> impl Iterator<Item = &'a str> {
-        Spans::new(self.block).filter_map(|span| std::str::from_utf8(span.name(self.block)).ok())
+        Fields::new(self.block).filter_map(|(name, _)| std::str::from_utf8(name).ok())
     }
 
     /// All values of a header joined by commas: what Envoy matches when a header was sent more than once.
@@ -275,13 +245,13 @@ impl<'a> Request<'a> {
 
     /// The path without its query or fragment.
     pub fn path(&self) -> &'a [u8] {
-        self.first(HeaderNames::PATH).and_then(|target| target.get(..self.path_end)).unwrap_or_default()
+        self.path
     }
 
     /// The first value of a query parameter, not decoded, as Envoy matches it.
     pub fn query_parameter(&self, name: &[u8]) -> Option<&'a [u8]> {
         let target = self.first(HeaderNames::PATH)?;
-        let query = target.get(self.path_end..)?.strip_prefix(b"?")?;
+        let query = target.get(self.path.len()..)?.strip_prefix(b"?")?;
         let query = query.split(|byte| *byte == b'#').next()?;
         query.split(|byte| *byte == b'&').find_map(|parameter| {
             let mut halves = parameter.splitn(2, |byte| *byte == b'=');
@@ -317,9 +287,8 @@ pub struct Values<'a> {
 
 /// The values of a header that was sent more than once.
 struct Repeated<'a> {
-    block: &'a [u8],
     name: &'a [u8],
-    spans: Spans<'a>,
+    fields: Fields<'a>,
 }
 
 impl<'a> Iterator for Values<'a> {
@@ -335,15 +304,14 @@ impl<'a> Iterator for Repeated<'a> {
     type Item = &'a [u8];
 
     fn next(&mut self) -> Option<&'a [u8]> {
-        let Repeated { block, name, spans } = self;
-        spans.find(|span| span.name(block) == *name).map(|span| span.value(block))
+        self.fields.find(|(name, _)| name == &self.name).map(|(_, value)| value)
     }
 }
 
 /// The value of the first pair called `name` in a list of pairs, as it is written.
 fn cookie<'a>(mut pairs: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
     loop {
-        let end = pairs.iter().position(|byte| *byte == b';').unwrap_or(pairs.len());
+        let end = memchr(b';', pairs).unwrap_or(pairs.len());
         let (pair, rest) = pairs.split_at_checked(end)?;
         let pair = pair.trim_ascii();
         if let Some((found, value)) = pair.split_at_checked(name.len())
@@ -356,51 +324,32 @@ fn cookie<'a>(mut pairs: &'a [u8], name: &[u8]) -> Option<&'a [u8]> {
     }
 }
 
-/// Where one header stands in a block: its name up to the NUL before its value, and its value.
-struct Span {
-    name: u64,
-    value: u64,
-    end: u64,
-}
-
-impl Span {
-    fn name<'a>(&self, block: &'a [u8]) -> &'a [u8] {
-        block.get(self.name as usize..self.value as usize - 1).unwrap_or_default()
-    }
-
-    fn value<'a>(&self, block: &'a [u8]) -> &'a [u8] {
-        block.get(self.value as usize..self.end as usize).unwrap_or_default()
-    }
-}
-
-/// The headers of a block up to the first that is not all there. The additions cannot overflow: each is of a place in
-/// the block and two 32-bit lengths.
-struct Spans<'a> {
+/// The headers of a block, name and value, up to the first that is not all there.
+struct Fields<'a> {
     lengths: std::slice::Iter<'a, [u8; 8]>,
-    at: u64,
-    size: u64,
+    rest: &'a [u8],
 }
 
-impl<'a> Spans<'a> {
+impl<'a> Fields<'a> {
     fn new(block: &'a [u8]) -> Self {
         let count = block.first_chunk::<4>().map_or(0, |bytes| u32::from_le_bytes(*bytes));
         let data = count.saturating_mul(8).saturating_add(4);
-        let (lengths, _) = block.get(4..data as usize).unwrap_or_default().as_chunks::<8>();
-        Spans { lengths: lengths.iter(), at: u64::from(data), size: block.len() as u64 }
+        let (lengths, rest) = block.split_at_checked(data as usize).unwrap_or_default();
+        let (lengths, _) = lengths.get(4..).unwrap_or_default().as_chunks::<8>();
+        Fields { lengths: lengths.iter(), rest }
     }
 }
 
-impl Iterator for Spans<'_> {
-    type Item = Span;
+impl<'a> Iterator for Fields<'a> {
+    type Item = (&'a [u8], &'a [u8]);
 
     #[inline]
-    fn next(&mut self) -> Option<Span> {
+    fn next(&mut self) -> Option<Self::Item> {
         let lengths = u64::from_le_bytes(*self.lengths.next()?);
-        let name = self.at;
-        let value = name + (lengths & u64::from(u32::MAX)) + 1;
-        let end = value + (lengths >> 32);
-        self.at = end + 1;
-        (end <= self.size).then_some(Span { name, value, end })
+        let (name, rest) = self.rest.split_at_checked(lengths as u32 as usize)?;
+        let (value, rest) = rest.get(1..)?.split_at_checked((lengths >> 32) as usize)?;
+        self.rest = rest.get(1..).unwrap_or_default();
+        Some((name, value))
     }
 }
 
@@ -539,22 +488,6 @@ mod tests {
     }
 
     proptest! {
-        #[test]
-        fn names_are_compared_to_the_last_byte(
-            name in proptest::collection::vec(any::<u8>(), 0..40),
-            at in any::<proptest::sample::Index>(),
-        ) {
-            prop_assert!(is_same(&name, &name.clone()));
-            let mut other = name.clone();
-            other.push(0);
-            prop_assert!(!is_same(&name, &other));
-            other.pop();
-            if !name.is_empty() {
-                other[at.index(name.len())] ^= 1;
-                prop_assert!(!is_same(&name, &other));
-            }
-        }
-
         #[test]
         fn any_block_is_read_without_a_panic(block in proptest::collection::vec(any::<u8>(), 0..200)) {
             let names = HeaderNames::default();

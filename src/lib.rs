@@ -28,7 +28,7 @@
 //! guard, `filter/circuit.rs` for the breaker.
 //!
 //! [`document`] and [`diagnostic`] read strictly and tell all errors at once; [`policy`] puts the blocks together.
-//! [`http`], [`key`], [`address`], [`slo`] and [`units`] are the words that features speak in. [`telemetry`] names the
+//! [`http`], [`key`], [`address`], [`bytes`], [`slo`] and [`units`] are the words that features speak in. [`telemetry`] names the
 //! metrics. [`host`] is what the core asks of its surroundings; `host/proxy_wasm.rs` alone knows the ABI.
 //!
 //! # Invariants
@@ -56,6 +56,7 @@
 
 pub mod address;
 pub mod breaker;
+pub mod bytes;
 pub mod canary;
 pub mod decimal;
 pub mod diagnostic;

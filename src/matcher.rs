@@ -5,6 +5,7 @@
 //! first route wins. A condition is one subject and one test, whatever the field it was written in, so that one
 //! function decides and the same function explains.
 
+use crate::bytes::{begins_with, is_same};
 use crate::document::{Fields, Value};
 use crate::http::{HeaderId, HeaderNames, Request};
 use regex_lite::{Regex, RegexBuilder};
@@ -34,11 +35,11 @@ impl StringMatch {
     pub fn matches(&self, value: &[u8], ignore_case: bool) -> bool {
         match self {
             StringMatch::Exact(exact) if ignore_case => value.eq_ignore_ascii_case(exact),
-            StringMatch::Exact(exact) => value == &**exact,
+            StringMatch::Exact(exact) => is_same(value, exact),
             StringMatch::Prefix(prefix) if ignore_case => {
                 value.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix))
             }
-            StringMatch::Prefix(prefix) => value.starts_with(prefix),
+            StringMatch::Prefix(prefix) => begins_with(value, prefix),
             StringMatch::Regex(regex) => {
                 value.len() <= MAX_REGEX_INPUT && std::str::from_utf8(value).is_ok_and(|text| regex.is_match(text))
             }

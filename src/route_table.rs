@@ -5,6 +5,7 @@
 //! the request's begins with; so one binary search and a walk over ever shorter paths meets them all, and only their
 //! matches, and those that name no path, are looked at.
 
+use crate::bytes::{begins_with, compare};
 use crate::http::Request;
 use crate::matcher::{PathLiteral, RequestMatch};
 
@@ -95,10 +96,10 @@ impl RouteTable {
             }
         };
         let target = request.path();
-        let after = self.paths.partition_point(|path| *path.text <= *target);
+        let after = self.paths.partition_point(|path| compare(&path.text, target).is_le());
         let mut next = after.checked_sub(1);
         while let Some(path) = next.and_then(|index| self.paths.get(index)) {
-            if target.starts_with(&path.text) {
+            if begins_with(target, &path.text) {
                 if target.len() == path.text.len() {
                     look_at(&path.exact);
                 }

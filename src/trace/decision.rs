@@ -7,6 +7,7 @@ use super::notes::{Note, Notes};
 use super::policy::{Direction, Edge, Recognised, Response, Trace};
 use super::tracestate::{Edit, has_member, is_tracestate, rewrite};
 use super::w3c::{Flags, Invalid, TraceContext, format_traceparent, parse_traceparent};
+use crate::bytes::is_same;
 use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
 use crate::units::Fraction;
 use std::borrow::Cow;
@@ -289,7 +290,7 @@ impl Continuation {
             known.format.write(&self.context, &read, &mut |place, value| {
                 written |= 1 << place;
                 if let Some(name) = headers.get(place)
-                    && read(place) != Ok(Some(&value))
+                    && !read(place).is_ok_and(|read| read.is_some_and(|read| is_same(read, &value)))
                 {
                     mutations.push(HeaderMutation::Set(name, Cow::Owned(value)));
                 }

@@ -107,14 +107,21 @@ pub fn parse_traceparent(value: &[u8]) -> Result<TraceContext, Invalid> {
 
 /// Formats a version 00 `traceparent`.
 pub fn format_traceparent(context: &TraceContext) -> Vec<u8> {
-    let mut text = Vec::with_capacity(TRACEPARENT_LENGTH);
-    push(&mut text, b"00-");
-    push_hex(&mut text, &context.trace_id);
-    push(&mut text, b"-");
-    push_hex(&mut text, &context.parent_id);
-    let [.., high, low] = digits([0, 0, 0, context.flags.0 & Flags::DEFINED]);
-    push(&mut text, &[b'-', high, low]);
-    text
+    let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
+    let [_, _, _, ids @ .., f, g] = &mut text;
+    let (trace_id, parent_id) = ids.split_at_mut(33);
+    write_hex(trace_id, &context.trace_id);
+    write_hex(parent_id, &context.parent_id);
+    [.., *f, *g] = digits([0, 0, 0, context.flags.0 & Flags::DEFINED]);
+    text.to_vec()
+}
+
+/// Writes `bytes`, of which there are a multiple of four, as lower-case digits.
+#[inline]
+fn write_hex(text: &mut [u8], bytes: &[u8]) {
+    for (eight, four) in text.as_chunks_mut::<8>().0.iter_mut().zip(bytes.as_chunks::<4>().0) {
+        *eight = digits(*four);
+    }
 }
 
 /// The id of `2 N` lower-case digits.
