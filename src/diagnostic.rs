@@ -59,14 +59,14 @@ pub struct Report {
 }
 
 impl Report {
-    /// Notes `diagnostic`; past [`MAX_DIAGNOSTICS`] it is only counted.
-    pub fn push(&self, diagnostic: Diagnostic) {
-        if diagnostic.severity == Severity::Error {
+    /// Notes a diagnostic; past [`MAX_DIAGNOSTICS`] it is only counted, and not made.
+    pub fn note(&self, severity: Severity, make: impl FnOnce() -> Diagnostic) {
+        if severity == Severity::Error {
             self.errors.set(self.errors.get() + 1);
         }
         let mut diagnostics = self.diagnostics.borrow_mut();
         if diagnostics.len() < MAX_DIAGNOSTICS {
-            diagnostics.push(diagnostic);
+            diagnostics.push(make());
         }
     }
 
@@ -100,7 +100,7 @@ mod tests {
     fn a_flood_of_errors_is_cut_and_counted() {
         let report = Report::default();
         for n in 0..MAX_DIAGNOSTICS + 7 {
-            report.push(Diagnostic {
+            report.note(Severity::Error, || Diagnostic {
                 severity: Severity::Error,
                 pointer: format!("/{n}"),
                 found: "wrong".into(),

@@ -152,23 +152,19 @@ impl<'de> Deserialize<'de> for Node {
 /// What a variable of the proxy's environment holds, by its name. A key has its place there, not in a document.
 pub type Environment<'e> = &'e dyn Fn(&str) -> Option<Vec<u8>>;
 
-/// A node, where it stands, and where to report on it.
-#[derive(Clone)]
+/// A node, the document that it stands in, and where to report on it. Where it stands is searched for once there is
+/// something to report: few values ever need it, and a value that brings it along costs at every step of every reader.
+#[derive(Clone, Copy)]
 pub struct Value<'a> {
     node: &'a Node,
-    pointer: String,
+    root: &'a Node,
     report: &'a Report,
 }
 
 impl<'a> Value<'a> {
     /// The whole document.
     pub fn root(node: &'a Node, report: &'a Report) -> Self {
-        Value { node, pointer: String::new(), report }
-    }
-
-    /// Where the value stands.
-    pub fn pointer(&self) -> &str {
-        &self.pointer
+        Value { node, root: node, report }
     }
 
     /// Notes an error: what was `found` here and what would do.
@@ -188,7 +184,7 @@ impl<'a> Value<'a> {
     }
 
     fn note(&self, severity: Severity, found: String, help: String) {
-        self.report.push(Diagnostic { severity, pointer: self.pointer.clone(), found, help });
+        self.report.note(severity, || Diagnostic { severity, pointer: pointer(self.root, self.node), found, help });
     }
 
     fn expected<T>(&self, what: &str) -> Option<T> {
@@ -276,9 +272,7 @@ impl<'a> Value<'a> {
     #[inline(never)]
     pub fn array(&self) -> Option<Vec<Value<'a>>> {
         match self.node {
-            Node::Array(items) => {
-                Some(items.iter().enumerate().map(|(index, node)| self.child(&index.to_string(), node)).collect())
-            }
+            Node::Array(items) => Some(items.iter().map(|node| self.child(node)).collect()),
             _ => self.expected("a list"),
         }
     }
@@ -286,6 +280,10 @@ impl<'a> Value<'a> {
     /// The entries of an object whose keys are the user's own, such as header names. Equal keys are an error.
     #[inline(never)]
     pub fn entries(&self) -> Option<Vec<(&'a str, Value<'a>)>> {
+        Some(self.written()?.iter().map(|(key, node)| (key.as_str(), self.child(node))).collect())
+    }
+
+    fn written(&self) -> Option<&'a [(String, Node)]> {
         let Node::Object(entries) = self.node else { return self.expected("an object") };
         if entries.len() > MAX_ENTRIES {
             self.error(format!("{} entries", entries.len()), format!("an object has at most {MAX_ENTRIES}"));
@@ -296,26 +294,51 @@ impl<'a> Value<'a> {
                 self.error(format!("{} is written twice", quoted(key)), "keep one");
             }
         }
-        Some(entries.iter().map(|(key, node)| (key.as_str(), self.child(key, node))).collect())
+        Some(entries)
     }
 
     /// The fields of an object whose keys are ours. Call [`Fields::end`] when all are read.
     #[inline(never)]
     pub fn object(&self) -> Option<Fields<'a>> {
-        let entries = self.entries()?;
-        Some(Fields { value: self.clone(), entries, known: Vec::new() })
+        Some(Fields { value: *self, entries: self.written()?, known: Vec::new() })
     }
 
-    fn child(&self, segment: &str, node: &'a Node) -> Value<'a> {
-        let segment = segment.replace('~', "~0").replace('/', "~1");
-        Value { node, pointer: format!("{}/{segment}", self.pointer), report: self.report }
+    fn child(&self, node: &'a Node) -> Value<'a> {
+        Value { node, ..*self }
     }
+}
+
+/// The JSON Pointer of `node` in the document `root` (RFC 6901).
+#[inline(never)]
+fn pointer(root: &Node, node: &Node) -> String {
+    /// Collects the segments of the pointer, the last first.
+    fn find(at: &Node, node: &Node, segments: &mut Vec<String>) -> bool {
+        if std::ptr::eq(at, node) {
+            return true;
+        }
+        let segment = match at {
+            Node::Array(items) => {
+                items.iter().position(|item| find(item, node, segments)).map(|index| index.to_string())
+            }
+            Node::Object(entries) => {
+                let entry = entries.iter().find(|(_, entry)| find(entry, node, segments));
+                entry.map(|(key, _)| key.replace('~', "~0").replace('/', "~1"))
+            }
+            _ => None,
+        };
+        let is_within = segment.is_some();
+        segments.extend(segment);
+        is_within
+    }
+    let mut segments = Vec::new();
+    find(root, node, &mut segments);
+    segments.iter().rev().flat_map(|segment| ["/", segment]).collect()
 }
 
 /// The fields of one object: each is asked for by name, and what was never asked for is an error.
 pub struct Fields<'a> {
     value: Value<'a>,
-    entries: Vec<(&'a str, Value<'a>)>,
+    entries: &'a [(String, Node)],
     known: Vec<&'static str>,
 }
 
@@ -328,9 +351,13 @@ impl<'a> Fields<'a> {
     /// The field `name`, if written. `null` counts as not written.
     #[inline(never)]
     pub fn optional(&mut self, name: &'static str) -> Option<Value<'a>> {
+        self.written(name).filter(|value| *value.node != Node::Null)
+    }
+
+    fn written(&mut self, name: &'static str) -> Option<Value<'a>> {
         self.known.push(name);
-        let (_, value) = self.entries.iter().find(|(key, _)| *key == name)?;
-        (*value.node != Node::Null).then(|| value.clone())
+        let (_, node) = self.entries.iter().find(|(key, _)| key == name)?;
+        Some(self.value.child(node))
     }
 
     /// The field `name`; its absence is an error.
@@ -352,8 +379,7 @@ impl<'a> Fields<'a> {
     /// A field that exists where this block was copied from, and that cannot be honoured here.
     #[inline(never)]
     pub fn refuse(&mut self, name: &'static str, why: &str) {
-        self.known.push(name);
-        if let Some((_, value)) = self.entries.iter().find(|(key, _)| *key == name) {
+        if let Some(value) = self.written(name) {
             value.error(format!("{name} cannot be honoured here"), why);
         }
     }
@@ -361,8 +387,7 @@ impl<'a> Fields<'a> {
     /// A field of the policy document that this version does not implement.
     #[inline(never)]
     pub fn not_yet(&mut self, name: &'static str) {
-        self.known.push(name);
-        if let Some((_, value)) = self.entries.iter().find(|(key, _)| *key == name) {
+        if let Some(value) = self.written(name) {
             value.error(format!("{name} is not yet supported"), "remove it");
         }
     }
@@ -370,13 +395,13 @@ impl<'a> Fields<'a> {
     /// Notes every field that nobody asked for.
     #[inline(never)]
     pub fn end(self) {
-        for (key, value) in &self.entries {
-            if !self.known.contains(key) {
+        for (key, node) in self.entries {
+            if !self.known.contains(&&**key) {
                 let help = match nearest(key, &self.known) {
                     Some(near) => format!("did you mean {near}?"),
                     None => format!("expected one of {}", listed(self.known.iter().copied())),
                 };
-                value.error(format!("unknown field {}", quoted(key)), help);
+                self.value.child(node).error(format!("unknown field {}", quoted(key)), help);
             }
         }
     }
