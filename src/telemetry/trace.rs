@@ -1,0 +1,90 @@
+//! Traces: what requests arrived with, and what was done about it.
+
+use super::{Meters, Scope};
+use crate::host::{MetricId, Metrics};
+use crate::trace::w3c::Invalid;
+use crate::trace::{Arrived, Continuation, Direction, Format, Note, Notes};
+
+/// What requests arrived with, and what was done about it.
+#[derive(Debug, Default)]
+pub(super) struct TraceMeters {
+    /// In the order of [`ARRIVED`].
+    arrived: Vec<MetricId>,
+    /// In the order of [`NOTES`].
+    notes: Vec<MetricId>,
+    /// In the order of [`Format::ALL`].
+    from: Vec<MetricId>,
+}
+
+/// What a request arrives with; after the first three the reasons of the third.
+const ARRIVED: [&str; 9] = [
+    "valid",
+    "missing",
+    "invalid",
+    "invalid.duplicate",
+    "invalid.shape",
+    "invalid.version",
+    "invalid.character",
+    "invalid.zero_trace_id",
+    "invalid.zero_parent_id",
+];
+
+/// What is done about it.
+const NOTES: [(Note, &str); 8] = [
+    (Note::Restarted, "restarted"),
+    (Note::Bridged, "bridged"),
+    (Note::Repaired, "repaired"),
+    (Note::Ambiguous, "ambiguous"),
+    (Note::Truncated, "truncated"),
+    (Note::Converted, "converted"),
+    (Note::BadTracestate, "tracestate_invalid"),
+    (Note::Displaced, "displaced"),
+];
+
+impl TraceMeters {
+    pub(super) fn define(trace: &Scope<'_, impl Metrics>) -> TraceMeters {
+        let from = trace.within("from");
+        TraceMeters {
+            arrived: ARRIVED.iter().map(|name| trace.counter(name)).collect(),
+            notes: NOTES.iter().map(|(_, name)| trace.counter(name)).collect(),
+            from: Format::ALL.iter().map(|(name, _)| from.counter(name)).collect(),
+        }
+    }
+}
+
+impl Meters {
+    /// Counts what a request arrived with and what was done about it.
+    pub fn count_trace(&self, continuation: &Continuation, remembered: Notes, metrics: &impl Metrics) {
+        let is_outbound = continuation.direction == Direction::Outbound && !self.outbound.arrived.is_empty();
+        let meters = if is_outbound { &self.outbound } else { &self.trace };
+        let add = |metric: Option<&MetricId>| {
+            if let Some(metric) = metric {
+                metrics.add(*metric, 1);
+            }
+        };
+        let (arrived, reason) = match continuation.arrived {
+            Arrived::Decided => return,
+            Arrived::Valid => (0, None),
+            Arrived::Missing => (1, None),
+            Arrived::Invalid(Invalid::Duplicate) => (2, Some(3)),
+            Arrived::Invalid(Invalid::Shape) => (2, Some(4)),
+            Arrived::Invalid(Invalid::Version) => (2, Some(5)),
+            Arrived::Invalid(Invalid::Character) => (2, Some(6)),
+            Arrived::Invalid(Invalid::ZeroTraceId) => (2, Some(7)),
+            Arrived::Invalid(Invalid::ZeroParentId) => (2, Some(8)),
+        };
+        add(meters.arrived.get(arrived));
+        add(reason.and_then(|reason| meters.arrived.get(reason)));
+        // Where it came from tells nothing new of W3C's own format.
+        if let Some(from) = continuation.from.filter(|from| *from != Format::TraceContext) {
+            add(meters.from.get(from as usize));
+        }
+        let mut notes = continuation.notes;
+        notes.add_all(remembered);
+        if notes != Notes::default() {
+            for ((note, _), metric) in NOTES.iter().zip(&meters.notes) {
+                add(notes.contains(*note).then_some(metric));
+            }
+        }
+    }
+}
