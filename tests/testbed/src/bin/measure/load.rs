@@ -41,8 +41,13 @@ impl Sender {
         Ok(Self { stream, request: request.into_bytes(), number, answer: vec![0; 16 * 1024] })
     }
 
-    /// Sends the request of one user and waits for its answer, which has to be 200.
+    /// Sends the request of one user, which has to be admitted, and waits for its answer.
     pub fn send(&mut self, user: u64) -> Result<(), String> {
+        if self.ask(user)? { Ok(()) } else { Err(format!("a request of user {user} was refused")) }
+    }
+
+    /// Sends the request of one user and waits for its answer: whether it is 200, where otherwise it has to be 429.
+    pub fn ask(&mut self, user: u64) -> Result<bool, String> {
         let digits = format!("{user:0DIGITS$}");
         self.request[self.number..self.number + DIGITS].copy_from_slice(digits.as_bytes());
         self.stream.write_all(&self.request).map_err(|error| format!("cannot send a request: {error}"))?;
@@ -54,31 +59,48 @@ impl Sender {
                 count => received += count,
             }
             let answer = &self.answer[..received];
-            if let Some(head) = answer.windows(4).position(|window| window == b"\r\n\r\n") {
-                if !answer.starts_with(b"HTTP/1.1 200 ") {
-                    return Err(format!("expected 200, got: {}", String::from_utf8_lossy(&answer[..head])));
-                }
-                if received >= head + 4 + BODY_SIZE {
-                    return Ok(());
-                }
+            let Some(end) = answer.windows(4).position(|window| window == b"\r\n\r\n") else { continue };
+            let head = String::from_utf8_lossy(&answer[..end]);
+            let admitted = head.starts_with("HTTP/1.1 200 ");
+            if !admitted && !head.starts_with("HTTP/1.1 429 ") {
+                return Err(format!("expected 200 or 429, got: {head}"));
+            }
+            let size = if admitted { BODY_SIZE } else { body_size(&head)? };
+            if received >= end + 4 + size {
+                return Ok(admitted);
             }
         }
     }
 }
 
+fn body_size(head: &str) -> Result<usize, String> {
+    let size = head.lines().find_map(|line| line.strip_prefix("content-length: ")?.parse().ok());
+    size.ok_or_else(|| format!("an answer that does not tell its length: {head}"))
+}
+
+/// How many digits a user's number has.
 const DIGITS: usize = 10;
 
-/// Sends `count` requests over `connections`, the users in turn.
-pub fn load(address: SocketAddr, connections: u64, count: u64, users: u64) -> Result<(), String> {
+/// Sends `count` requests over `connections`, the users in turn; how many were admitted.
+pub fn count_admitted(address: SocketAddr, connections: u64, count: u64, users: u64) -> Result<u64, String> {
+    let send = |first: u64| {
+        let mut sender = Sender::connect(address)?;
+        let mut admitted = 0;
+        for number in (first..count).step_by(connections as usize) {
+            admitted += u64::from(sender.ask(number % users)?);
+        }
+        Ok::<_, String>(admitted)
+    };
     std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..connections)
-            .map(|first| {
-                scope.spawn(move || {
-                    let mut sender = Sender::connect(address)?;
-                    (first..count).step_by(connections as usize).try_for_each(|number| sender.send(number % users))
-                })
-            })
-            .collect();
-        threads.into_iter().try_for_each(|thread| thread.join().map_err(|_| "a sender panicked".to_owned())?)
+        let threads: Vec<_> = (0..connections).map(|first| scope.spawn(move || send(first))).collect();
+        threads.into_iter().map(|thread| thread.join().map_err(|_| "a sender panicked".to_owned())?).sum()
     })
+}
+
+/// Sends requests of which all have to be admitted.
+pub fn load(address: SocketAddr, connections: u64, count: u64, users: u64) -> Result<(), String> {
+    match count_admitted(address, connections, count, users)? {
+        admitted if admitted == count => Ok(()),
+        admitted => Err(format!("{admitted} of {count} requests were admitted, expected all")),
+    }
 }

@@ -193,6 +193,12 @@ pub fn lasting_limit() -> Variant {
     Variant::trimtab("lasting", "Trimtab, one limit of 500 an hour per user", &policy(0, &[&limit], ""))
 }
 
+/// The same with a burst that many users can use up in little time.
+pub fn small_limit() -> Variant {
+    let limit = LIMIT.replace("1000000", "20").replace("second", "hour");
+    Variant::trimtab("small", "Trimtab, one limit of 20 an hour per user", &policy(0, &[&limit], ""))
+}
+
 pub fn trace() -> Variant {
     Variant::trimtab("trace", "Trimtab, trace alone", &policy(0, &[r#""match": []"#], TRACE))
 }

@@ -1,6 +1,10 @@
-//! CPU time with more workers, when all of them ask for one key and when they ask for many.
+//! CPU time with more workers, when all of them ask for one key and when they ask for many, and whether what they share
+//! stays exact meanwhile.
 
-use crate::load::load;
+use std::net::SocketAddr;
+use std::time::Instant;
+
+use crate::load::{count_admitted, load};
 use crate::memory::ratio;
 use crate::report::median;
 use crate::usage::cpu;
@@ -72,5 +76,47 @@ pub async fn measure() -> Result<String, String> {
         }
         table += "|\n";
     }
+    table += &exactness(upstream).await?;
     Ok(table)
+}
+
+/// What the workers admitted together, and what they know together of a canary.
+async fn exactness(upstream: SocketAddr) -> Result<String, String> {
+    const COUNT: u64 = 30_000;
+    const USERS: u64 = 1000;
+    const HOURLY: u64 = 500;
+    const SMALL: u64 = 20;
+    let mut rows = [
+        format!("| admitted of {COUNT} requests of one user, {HOURLY} an hour; at most "),
+        format!("| admitted of {COUNT} requests of {USERS} users, {SMALL} an hour each; at most "),
+        format!("| answers that the judge of a canary knows of, of {COUNT} "),
+    ];
+    for workers in WORKERS {
+        let variants = [variants::lasting_limit(), variants::small_limit(), variants::everything()];
+        let envoy = variants::start(variants::options(workers), &variants, upstream).await?;
+        for ((variant, row), (users, each)) in
+            variants.iter().zip(&mut rows).zip([(1, HOURLY), (USERS, SMALL), (USERS, 0)])
+        {
+            let begin = Instant::now();
+            let address = envoy.address(variant.id);
+            let admitted = tokio::task::block_in_place(|| count_admitted(address, CONNECTIONS, COUNT, users))?;
+            *row += &match each {
+                0 => {
+                    let stats = envoy.stats(&format!("wasmcustom.trimtab.policy.{}.", variant.id)).await;
+                    let known =
+                        stats.iter().filter(|(name, _)| name.contains(".judge.") && name.ends_with(".requests"));
+                    format!("| {} ", known.map(|(_, count)| count).sum::<u64>())
+                }
+                each => {
+                    let regained = begin.elapsed().as_secs_f64() * each as f64 / 3600.0;
+                    format!("| {admitted}; {} ", users * (each + regained as u64))
+                }
+            };
+        }
+    }
+    let rows = rows.map(|row| row + "|\n").concat();
+    Ok(format!(
+        "\nThe same connections, and what all workers share. A limit admits at most its burst and what is regained \
+         meanwhile.\n\n| | 1 worker | 2 workers | 4 workers |\n|---|---:|---:|---:|\n{rows}"
+    ))
 }
