@@ -281,12 +281,12 @@ impl Filter {
 
         // Told to the next hop last, when it is known whether there is one and what was done to the request.
         let Decision { verdict, mutations, exchange, reasons } = &mut decision;
-        if let Some(header) = &policy.cohort
-            && verdict.may_go_on()
-        {
-            let rollout = reasons.route.and_then(|route| policy.routes.get(route)?.canary());
-            let decided = rollout.zip(reasons.decided).map(|(canary, decided)| (&*canary.rollout, decided));
-            mutations.extend(header.write(&carried, decided, || host.wall_now()));
+        if let Some(header) = &policy.cohort {
+            if verdict.may_go_on() {
+                let rollout = reasons.route.and_then(|route| policy.routes.get(route)?.canary());
+                let decided = rollout.zip(reasons.decided).map(|(canary, decided)| (&*canary.rollout, decided));
+                mutations.extend(header.write(&carried, decided, || host.wall_now()));
+            }
             meters.count_carried(&carried, policy, reasons.share, host);
         }
         let is_forced = policy.trace.as_ref().is_some_and(|trace| is_forced(trace.force, policy, reasons, host));

@@ -311,3 +311,13 @@ pub fn garbage_is_no_verdict(start: Start) {
         assert_eq!(send(&mut *proxy, 0..400, "200"), 0, "who cannot count exposes nobody");
     }
 }
+
+pub fn what_is_forged_is_counted_when_it_is_refused_too(start: Start) {
+    let limited = r#""rateLimits": [{"name": "l", "limit": {"requestsPerUnit": 1, "unit": "hour"}}], "canary": "#;
+    let mut proxy = start(&carrying(40, "", "").replacen(r#""canary": "#, limited, 1));
+    let forged = [("x-user", "ann"), ("x-trimtab-cohort", "\"r\";place=1;weight=1000000;issued=1735689600;sig=\"00\"")];
+    exchange(&mut *proxy, 0, &forged, "200").continued();
+    let (_, refused) = get(&mut *proxy, 0, "/", &forged);
+    assert_eq!(refused.answered().status, 429);
+    assert_eq!(proxy.metric("trimtab.policy.p.cohort.forged"), 2);
+}
