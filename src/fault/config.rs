@@ -1,8 +1,7 @@
 //! Reads a route's `fault` block.
 
-use super::control::HeaderControl;
 use super::guard::Guard;
-use super::policy::{Abort, Delay, Distribution, DrawnFrom, Fault, Status};
+use super::policy::{Abort, Delay, Distribution, DrawnFrom, Fault, HeaderControl, Status};
 use super::slots::Slots;
 use super::target::{Host, Target};
 use crate::decimal::parse_decimal;

@@ -5,19 +5,9 @@
 //! does as they say. The policy caps what may be asked: no share is larger than its `percentage`, and, other than in
 //! Envoy, no delay is longer than the one that is written and no gRPC status is one that gRPC does not know.
 
-use super::policy::Status;
-use crate::http::{HeaderId, HeaderNames, Request};
+use super::policy::{HeaderControl, Status};
+use crate::http::{HeaderNames, Request};
 use crate::units::Fraction;
-
-/// The headers to listen to.
-#[derive(Clone, Copy, Debug)]
-pub struct HeaderControl {
-    delay: HeaderId,
-    delay_percentage: HeaderId,
-    abort: HeaderId,
-    abort_grpc: HeaderId,
-    abort_percentage: HeaderId,
-}
 
 /// What a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -19,10 +19,10 @@ mod target;
 
 pub use budget::spend;
 pub use config::Surroundings;
-pub use control::{Asked, HeaderControl};
+pub use control::Asked;
 pub use decision::{Draw, Injection, MARK, MESSAGE, Withheld};
 pub use guard::{Admin, Cause, Evidence, Guard, Phase, State};
 pub use held::{HeldStreams, MAX_HELD};
-pub use policy::{Abort, Delay, Distribution, DrawnFrom, Fault, Status};
+pub use policy::{Abort, Delay, Distribution, DrawnFrom, Fault, HeaderControl, Status};
 pub use slots::{Slot, Slots, change};
 pub use target::{Host, Target, attempt};

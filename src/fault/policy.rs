@@ -1,9 +1,9 @@
 //! The faults of a route.
 
-use super::control::HeaderControl;
 use super::guard::Guard;
 use super::slots::Slots;
 use super::target::Target;
+use crate::http::HeaderId;
 use crate::units::Fraction;
 
 /// A route's `fault` block.
@@ -46,6 +46,16 @@ pub struct Distribution {
     /// Parts per million of the requests, and the nanoseconds that they are delayed by at most. Both rise from each to
     /// the next.
     pub quantiles: Box<[(Fraction, u64)]>,
+}
+
+/// The headers in which a request asks for a fault.
+#[derive(Clone, Copy, Debug)]
+pub struct HeaderControl {
+    pub(super) delay: HeaderId,
+    pub(super) delay_percentage: HeaderId,
+    pub(super) abort: HeaderId,
+    pub(super) abort_grpc: HeaderId,
+    pub(super) abort_percentage: HeaderId,
 }
 
 /// What an injected answer says.

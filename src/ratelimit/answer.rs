@@ -4,61 +4,10 @@
 //! what remains, and never more.
 
 use super::decision::{Reason, Refusal, Told};
-use super::policy::{Limit, Rate};
+use super::policy::{Body, Limit, Rate};
 use crate::http::LocalReply;
 use crate::units::seconds_rounded_up;
 use std::borrow::Cow;
-
-/// A limit's `response` block.
-#[derive(Debug)]
-pub struct Answer {
-    /// The status of a refusal.
-    pub status: u16,
-    pub body: Body,
-    pub content_type: Option<Box<str>>,
-    /// Headers of refusals, names in lower case.
-    pub headers: Vec<(Box<str>, Box<str>)>,
-    /// `x-ratelimit-limit`, `-remaining` and `-reset`, as Envoy writes them (draft-polli-ratelimit-headers-03).
-    pub x_ratelimit: bool,
-    /// `ratelimit` and `ratelimit-policy` (draft-ietf-httpapi-ratelimit-headers-10).
-    pub fields: bool,
-    pub retry_after: bool,
-    /// `x-envoy-ratelimited`, which keeps Envoys in front from trying again.
-    pub x_envoy_ratelimited: bool,
-}
-
-/// The body of a refusal.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub enum Body {
-    /// One sentence.
-    #[default]
-    Sentence,
-    /// The sentence as `application/problem+json` (RFC 9457), with the type that the draft defines.
-    Problem,
-    Own(Box<str>),
-}
-
-impl Default for Answer {
-    fn default() -> Self {
-        Answer {
-            status: 429,
-            body: Body::default(),
-            content_type: None,
-            headers: Vec::new(),
-            x_ratelimit: false,
-            fields: false,
-            retry_after: true,
-            x_envoy_ratelimited: true,
-        }
-    }
-}
-
-impl Answer {
-    /// Whether a client is told what is left to it.
-    pub fn tells(&self) -> bool {
-        self.x_ratelimit || self.fields
-    }
-}
 
 /// A header to be written, and whether others of its name may stay.
 pub type Line = (&'static str, String, bool);

@@ -1,10 +1,9 @@
 //! Reads `rateLimits`.
 
-use super::answer::{Answer, Body};
 use super::gcra::Gcra;
 use super::policy::{
-    ANSWER_EPOCH, Candidate, Cost, DEFAULT_MAX_KEYS, Keyspace, Limit, MAX_OVERRIDES, OnMissing, Override, Rate,
-    Statuses, buckets,
+    ANSWER_EPOCH, Answer, Body, Candidate, Cost, DEFAULT_MAX_KEYS, Keyspace, Limit, MAX_OVERRIDES, OnMissing, Override,
+    Rate, Statuses, buckets,
 };
 use super::service::{self, GlobalLimit, Service};
 use super::table::Terms;

@@ -1,6 +1,5 @@
 //! A limit, ready to be tested.
 
-use super::answer::Answer;
 use super::gcra::Gcra;
 use super::lease::{self, most};
 use super::table::{Terms, WAYS};
@@ -146,6 +145,57 @@ pub struct Statuses(pub Vec<(u16, u16)>);
 impl Statuses {
     pub fn contains(&self, status: u16) -> bool {
         self.0.iter().any(|(first, last)| (*first..=*last).contains(&status))
+    }
+}
+
+/// A limit's `response` block.
+#[derive(Debug)]
+pub struct Answer {
+    /// The status of a refusal.
+    pub status: u16,
+    pub body: Body,
+    pub content_type: Option<Box<str>>,
+    /// Headers of refusals, names in lower case.
+    pub headers: Vec<(Box<str>, Box<str>)>,
+    /// `x-ratelimit-limit`, `-remaining` and `-reset`, as Envoy writes them (draft-polli-ratelimit-headers-03).
+    pub x_ratelimit: bool,
+    /// `ratelimit` and `ratelimit-policy` (draft-ietf-httpapi-ratelimit-headers-10).
+    pub fields: bool,
+    pub retry_after: bool,
+    /// `x-envoy-ratelimited`, which keeps Envoys in front from trying again.
+    pub x_envoy_ratelimited: bool,
+}
+
+/// The body of a refusal.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub enum Body {
+    /// One sentence.
+    #[default]
+    Sentence,
+    /// The sentence as `application/problem+json` (RFC 9457), with the type that the draft defines.
+    Problem,
+    Own(Box<str>),
+}
+
+impl Default for Answer {
+    fn default() -> Self {
+        Answer {
+            status: 429,
+            body: Body::default(),
+            content_type: None,
+            headers: Vec::new(),
+            x_ratelimit: false,
+            fields: false,
+            retry_after: true,
+            x_envoy_ratelimited: true,
+        }
+    }
+}
+
+impl Answer {
+    /// Whether a client is told what is left to it.
+    pub fn tells(&self) -> bool {
+        self.x_ratelimit || self.fields
     }
 }
 

@@ -24,9 +24,8 @@
 
 use super::bridge::Bridge;
 use super::decision::threshold;
-use super::filter_state::FilterState;
 use super::formats::Format;
-use super::policy::{Direction, Edge, Force, Recognised, Response, Trace};
+use super::policy::{Direction, Edge, FilterState, Force, Recognised, Response, Trace};
 use super::tracestate::is_key;
 use crate::document::{Fields, Value, quoted};
 use crate::http::HeaderNames;

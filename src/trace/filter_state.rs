@@ -6,6 +6,7 @@
 //! a filter of the cluster (`edge: restore`) writes that again, whatever the headers say by then. No client can forge it.
 
 use super::decision::Continuation;
+use super::policy::FilterState;
 use super::w3c::{TRACEPARENT_LENGTH, format_traceparent, parse_traceparent, push, push_hex};
 use crate::host::Properties;
 use crate::http::{HeaderMutation, HeaderNames, Request};
@@ -15,13 +16,6 @@ const TRACE_ID: &str = "trimtab.trace_id";
 
 /// The `traceparent`, and the `tracestate` after a space.
 const CONTEXT: &str = "trimtab.context";
-
-/// What is left. Each costs a call to the host.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct FilterState {
-    pub trace_id: bool,
-    pub context: bool,
-}
 
 impl FilterState {
     /// Leaves what a request goes on with, once all its `mutations` are known.

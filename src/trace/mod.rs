@@ -22,7 +22,7 @@ pub mod w3c;
 
 pub use bridge::{Bridge, Remembered};
 pub use decision::{Arrived, Continuation, extract};
-pub use filter_state::{FilterState, restore};
+pub use filter_state::restore;
 pub use formats::Format;
 pub use notes::{Note, Notes};
-pub use policy::{Direction, Edge, Force, Response, Trace};
+pub use policy::{Direction, Edge, FilterState, Force, Response, Trace};

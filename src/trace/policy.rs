@@ -1,7 +1,6 @@
 //! What is done with trace headers.
 
 use super::bridge::Bridge;
-use super::filter_state::FilterState;
 use super::formats::Format;
 use super::w3c::Invalid;
 use crate::http::{HeaderId, HeaderNames, Request};
@@ -125,4 +124,11 @@ impl Recognised {
         let Some(id) = self.ids.get(place) else { return Ok(None) };
         if request.count(*id) > 1 { Err(Invalid::Duplicate) } else { Ok(request.first(*id)) }
     }
+}
+
+/// What is left in filter state. Each costs a call to the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FilterState {
+    pub trace_id: bool,
+    pub context: bool,
 }
