@@ -227,6 +227,19 @@ impl<'a> Value<'a> {
         })
     }
 
+    /// A name that is a label of metrics and a part of keys: 1 to 63 of a-z, 0-9 and -.
+    #[inline(never)]
+    pub fn name(&self) -> Option<&'a str> {
+        let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+        self.string().filter(|name| {
+            let is_name = (1..=63).contains(&name.len()) && name.bytes().all(fits);
+            if !is_name {
+                self.unfit("expected 1 to 63 of a-z, 0-9 and -");
+            }
+            is_name
+        })
+    }
+
     /// A boolean.
     pub fn bool(&self) -> Option<bool> {
         match self.node {

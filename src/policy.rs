@@ -127,7 +127,7 @@ impl Policy {
         if let Some(version) = fields.required("apiVersion") {
             version.one_of(&[(API_VERSION, ())]);
         }
-        let name = fields.required("name").and_then(|value| read_name(&value)).unwrap_or("unnamed");
+        let name = fields.required("name").and_then(|value| value.name()).unwrap_or("unnamed");
         let state_prefix = format!("trimtab/{STATE_SCHEMA}/{name}/");
         let mut header_names = HeaderNames::default();
         let steering = match fields.optional("steering") {
@@ -465,17 +465,6 @@ impl Reading {
         }
         TargetId(index)
     }
-}
-
-/// Reads a name that is a label of metrics and a part of keys: 1 to 63 of a-z, 0-9 and -.
-pub fn read_name<'a>(value: &Value<'a>) -> Option<&'a str> {
-    let name = value.string()?;
-    let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-    if name.is_empty() || name.len() > 63 || !name.bytes().all(fits) {
-        value.unfit("expected 1 to 63 of a-z, 0-9 and -");
-        return None;
-    }
-    Some(name)
 }
 
 /// `name` with everything that would break up a metric's name or a key replaced.

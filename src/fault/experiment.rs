@@ -16,8 +16,7 @@ impl Guard {
         if let Some(value) = fault.optional("guard") {
             guard.read_block(&value, slo);
         }
-        guard.experiment =
-            fault.optional("experiment").and_then(|value| crate::policy::read_name(&value)).map(Into::into);
+        guard.experiment = fault.optional("experiment").and_then(|value| value.name()).map(Into::into);
         let until = fault.optional("until").and_then(|value| read_instant(&value));
         let lease = fault.optional("lease").and_then(|value| read_lease(&value));
         if until.is_some() || lease.is_some() {

@@ -80,7 +80,7 @@ fn read_limit(
     names: &mut HeaderNames,
 ) -> Option<(Limit, Option<Service>)> {
     let mut fields = value.object()?;
-    let name = fields.required("name").and_then(|value| crate::policy::read_name(&value));
+    let name = fields.required("name").and_then(|value| value.name());
     let rate = fields.required("limit").and_then(|value| read_rate(&value));
     let key = fields.optional("key").map(|value| KeySource::read_list(&value, false, names)).unwrap_or_default();
     let shadow = fields.optional("mode").and_then(|value| value.one_of(&[("enforce", false), ("shadow", true)]));
@@ -269,7 +269,7 @@ fn read_candidates(value: &Value<'_>) -> Vec<(Box<str>, Rate)> {
     let mut candidates: Vec<(Box<str>, Rate)> = Vec::new();
     for item in &read_items(value, MOST) {
         let Some(mut fields) = item.object() else { continue };
-        let name = fields.required("name").and_then(|value| crate::policy::read_name(&value));
+        let name = fields.required("name").and_then(|value| value.name());
         let rate = fields.required("limit").and_then(|value| read_rate(&value));
         fields.end();
         let (Some(name), Some(rate)) = (name, rate) else { continue };
