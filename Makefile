@@ -5,12 +5,13 @@ SHELL := /bin/sh
 
 MODULE := target/wasm/trimtab.wasm
 COMPILED := target/wasm32-wasip1/release/trimtab.wasm
-SOURCES := $(shell find src -name '*.rs') Cargo.toml Cargo.lock
+SOURCES := $(shell find src -name '*.rs') Cargo.toml Cargo.lock Makefile
 CARGO ?= cargo
 
-# No path of the machine that built it goes into the module.
+# No path of the machine that built it goes into the module. Less is inlined than LLVM would (225): the module is 6 %
+# smaller for 3 % more instructions, which are few beside the host's, while Envoy compiles every byte at start.
 REGISTRY := $(wildcard $(or $(CARGO_HOME),$(HOME)/.cargo)/registry/src/*)
-export CARGO_TARGET_WASM32_WASIP1_RUSTFLAGS := --remap-path-prefix=$(CURDIR)=. \
+export CARGO_TARGET_WASM32_WASIP1_RUSTFLAGS := -C llvm-args=-inline-threshold=50 --remap-path-prefix=$(CURDIR)=. \
 	$(foreach folder,$(REGISTRY),--remap-path-prefix=$(folder)=.)
 
 .PHONY: help
