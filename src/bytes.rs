@@ -11,15 +11,17 @@ pub fn is_same(a: &[u8], b: &[u8]) -> bool {
     if a.len() != b.len() {
         return false;
     }
-    // The last word overlaps with what comes before it.
-    if let (Some(a_last), Some(b_last)) = (a.last_chunk(), b.last_chunk()) {
-        let (words, others) = (a.as_chunks().0, b.as_chunks().0);
-        return word(a_last) == word(b_last) && words.iter().zip(others).all(|(a, b)| word(a) == word(b));
-    }
-    if let (Some(a_last), Some(b_last), Some(a), Some(b)) =
-        (a.last_chunk(), b.last_chunk(), a.first_chunk(), b.first_chunk())
+    // The last word overlaps with what comes before it; most names have no more than two.
+    if let (Some(a_first), Some(b_first), Some(a_last), Some(b_last)) =
+        (a.first_chunk(), b.first_chunk(), a.last_chunk(), b.last_chunk())
     {
-        return half(a_last) == half(b_last) && half(a) == half(b);
+        let is_between = || a.as_chunks().0.iter().zip(b.as_chunks().0).all(|(a, b)| word(a) == word(b));
+        return word(a_first) == word(b_first) && word(a_last) == word(b_last) && (a.len() <= 16 || is_between());
+    }
+    if let (Some(a_first), Some(b_first), Some(a_last), Some(b_last)) =
+        (a.first_chunk(), b.first_chunk(), a.last_chunk(), b.last_chunk())
+    {
+        return half(a_first) == half(b_first) && half(a_last) == half(b_last);
     }
     a.iter().zip(b).all(|(a, b)| a == b)
 }

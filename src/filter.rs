@@ -251,9 +251,10 @@ impl Filter {
     ) -> Decision<'p> {
         let Filter { policy, meters, worker, .. } = self;
         let policy: &'p Policy = policy;
-        let mut request = Request::parse(headers, &policy.header_names).with_body(has_body);
+        let mut request = Request::parse(headers, &policy.header_names);
+        request.set_has_body(has_body);
         if policy.reads_route_name {
-            request = request.with_route_name(host.property(&["xds", "route_name"]));
+            request.set_route_name(host.property(&["xds", "route_name"]));
         }
 
         // The trace first: whatever happens to the request, it belongs to one, and faults are drawn from its id.
@@ -274,7 +275,9 @@ impl Filter {
             header.carried(request.joined(header.id).as_deref(), recalled, || host.wall_now())
         });
         let arrival = Arrival { request: &request, carried: &carried, may_hold };
-        let mut decision = worker.decide(policy, meters, host, arrival, continuation, waited);
+        let mut decision = Decision::default();
+        decision.reasons.trace = continuation;
+        worker.decide(policy, meters, host, arrival, waited, &mut decision);
         if let Verdict::Wait(_) = decision.verdict {
             return decision; // everything is done when it goes on
         }
@@ -318,21 +321,19 @@ impl WorkerState {
         meters: &Meters,
         host: &impl Host,
         Arrival { request, carried, may_hold }: Arrival<'_>,
-        continuation: Option<Continuation>,
         waited: Option<(Box<Waiting>, Outcome)>,
-    ) -> Decision<'p> {
+        decision: &mut Decision<'p>,
+    ) {
         let WorkerState { limiter, watches, trials, .. } = self;
-        let mut decision = Decision::default();
         decision.exchange.is_grpc = request.is_grpc();
-        decision.reasons.trace = continuation;
 
         let Some((index, route)) = policy.route(request) else {
             host.add(meters.unmatched, 1);
             policy.steer(request, None, &mut decision.mutations);
-            return decision;
+            return;
         };
         decision.reasons.route = Some(index);
-        let Some(meters) = meters.routes.get(index) else { return decision };
+        let Some(meters) = meters.routes.get(index) else { return };
 
         // What was found of a request before it waited for a service stands.
         let mut heard = waited.map(|(waiting, outcome)| {
@@ -353,9 +354,9 @@ impl WorkerState {
         let mut scene = Scene { request, route: &route.name, subset: None, properties: host };
         if route.has_limits()
             && !route.limits_read_subset
-            && !limiter.admits((index, route), meters, &scene, heard.take(), host, &mut decision)
+            && !limiter.admits((index, route), meters, &scene, heard.take(), host, decision)
         {
-            return decision;
+            return;
         }
 
         // The breaker after the limits, because a probe that a limit refuses shows nothing. Who waited behind it has
@@ -369,7 +370,7 @@ impl WorkerState {
                     let is_grpc = decision.exchange.is_grpc;
                     decision.verdict = Verdict::Answer(fuse.breaker.refusal(&route.name, wait, is_grpc));
                     decision.reasons.broken = true;
-                    return decision;
+                    return;
                 }
             }
         }
@@ -394,14 +395,14 @@ impl WorkerState {
         });
         if route.limits_read_subset {
             scene.subset = destination.map(|(destination, _)| &*destination.subset).filter(|name| !name.is_empty());
-            if !limiter.admits((index, route), meters, &scene, heard, host, &mut decision) {
-                return decision;
+            if !limiter.admits((index, route), meters, &scene, heard, host, decision) {
+                return;
             }
         }
-        let Decision { mutations, exchange, reasons, .. } = &mut decision;
+        let Decision { mutations, exchange, reasons, .. } = &mut *decision;
         policy.steer(request, destination.map(|(destination, _)| destination), mutations);
         let chosen = reasons.choice.map_or(0, |choice| choice.destination);
-        let Some(sent_to) = meters.destinations.get(chosen) else { return decision };
+        let Some(sent_to) = meters.destinations.get(chosen) else { return };
         host.add(sent_to.requests, 1);
 
         // The fault last: what is injected replaces what would have happened otherwise. A probe of the breaker is spared,
@@ -414,10 +415,10 @@ impl WorkerState {
                 reasons.withheld = Some(Withheld::NotAimed);
             } else {
                 let post = Post { fault, meters, sent_to };
-                post.inject(experiment, watch, request, may_hold, host, &mut decision);
+                post.inject(experiment, watch, request, may_hold, host, decision);
             }
         }
-        let Decision { verdict, exchange, reasons, .. } = &mut decision;
+        let Decision { verdict, exchange, reasons, .. } = &mut *decision;
 
         if let Some(report) = Report::new(route, meters) {
             let is_faulted = !reasons.drawn.is_none() && reasons.withheld.is_none();
@@ -442,7 +443,6 @@ impl WorkerState {
         {
             settle(&route.limits, &std::mem::take(&mut limited.held), None, host.now(), host);
         }
-        decision
     }
 }
 

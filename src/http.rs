@@ -60,7 +60,7 @@ impl HeaderNames {
         self.names.get(usize::from(id.0)).map_or("", |name| name)
     }
 
-    #[inline]
+    #[inline(always)]
     fn find(&self, name: &[u8]) -> Option<HeaderId> {
         let mask = self.table.len() - 1;
         let mut place = hash(name) & mask;
@@ -162,9 +162,9 @@ impl<'a> Request<'a> {
         request
     }
 
-    /// The request, of which a body follows or not.
-    pub fn with_body(self, has_body: bool) -> Self {
-        Request { has_body, ..self }
+    /// Says whether a body follows.
+    pub fn set_has_body(&mut self, has_body: bool) {
+        self.has_body = has_body;
     }
 
     /// Whether a body follows.
@@ -172,9 +172,9 @@ impl<'a> Request<'a> {
         self.has_body
     }
 
-    /// The request with the name of the route that Envoy chose for it.
-    pub fn with_route_name(self, route_name: Option<Vec<u8>>) -> Self {
-        Request { route_name, ..self }
+    /// Says which route Envoy chose.
+    pub fn set_route_name(&mut self, route_name: Option<Vec<u8>>) {
+        self.route_name = route_name;
     }
 
     /// The name of the route that Envoy chose, where the policy asks for it.

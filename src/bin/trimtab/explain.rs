@@ -140,7 +140,7 @@ impl Explain {
         let policy = filter.policy();
         let mut request = Request::parse(&block, &policy.header_names);
         if policy.reads_route_name {
-            request = request.with_route_name(host.property(&["xds", "route_name"]));
+            request.set_route_name(host.property(&["xds", "route_name"]));
         }
         let story = Story { asked: self, seed, policy, host: &host, request, verdict, changes, reasons };
         match self.format {
