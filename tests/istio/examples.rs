@@ -151,7 +151,7 @@ async fn outlier_detection() {
     let before = delays().await;
     let mut slow = 0;
     while delays().await < before + 3 {
-        slow += usize::from(client.send(call("/")).await.elapsed.as_millis() >= 299);
+        slow += usize::from(client.send(call("/")).await.elapsed.as_millis() >= 300);
     }
     assert!(slow >= 3, "three requests were delayed, {slow} were slow");
     let clusters = envoy.config_dump().await["configs"][1].to_string();
