@@ -52,7 +52,8 @@ bench: build ## Count what a request costs inside the module, and write it into 
 .PHONY: bench-envoy
 bench-envoy: setup build ## Measure what a request costs in Envoy (PARTS="instructions memory times workers")
 	@envoy/setup.sh meters
-	@$(CARGO) build --quiet --release --package empty_filter --target wasm32-wasip1 --target-dir target
+	@$(CARGO) build --quiet --release --package empty_filter --package calls_filter --target wasm32-wasip1 --target-dir target
+	@$(CARGO) run --quiet --features pack --bin pack -- target/wasm32-wasip1/release/calls_filter.wasm target/wasm/calls_filter.wasm
 	@$(CARGO) run --quiet --package trimtab-testbed --bin measure -- $(PARTS)
 
 .PHONY: image

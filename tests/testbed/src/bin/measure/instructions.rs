@@ -51,6 +51,7 @@ pub async fn measure() -> Result<Vec<Count>, String> {
         vec![variants::everything()],
         vec![variants::none(), variants::limit(), variants::canary(), variants::trace(), variants::request_side()],
         vec![variants::empty()],
+        variants::boundary(),
         vec![variants::router(), variants::steered(), variants::native(), variants::lua()],
     ];
     let upstream = variants::start_upstream().await?;
@@ -74,8 +75,23 @@ pub async fn measure() -> Result<Vec<Count>, String> {
         })
     })?;
     let mut counts: Vec<Count> = done.into_iter().flatten().collect();
-    const ORDER: [&str; 10] =
-        ["router", "steered", "native", "lua", "empty", "none", "limit", "canary", "trace", "request"];
+    const ORDER: [&str; 15] = [
+        "router",
+        "steered",
+        "native",
+        "lua",
+        "empty",
+        "callbacks",
+        "calls-none",
+        "calls-limit",
+        "calls-request",
+        "calls-everything",
+        "none",
+        "limit",
+        "canary",
+        "trace",
+        "request",
+    ];
     counts.sort_by_key(|count| ORDER.iter().position(|id| *id == count.variant.id).unwrap_or(ORDER.len()));
     Ok(counts)
 }

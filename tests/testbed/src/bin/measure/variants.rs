@@ -138,6 +138,31 @@ pub fn empty() -> Variant {
     Variant::new("empty", "an empty WebAssembly filter on the Rust SDK", by_subset(&["v2"], "v1"), vec![filter])
 }
 
+/// A filter that does nothing but make these calls to the host, as `benches/calls_filter` reads them.
+fn calls(id: &'static str, name: &'static str, calls: &str) -> Variant {
+    let module = repository().join("target/wasm/calls_filter.wasm");
+    Variant::new(id, name, by_subset(&["v2"], "v1"), vec![wasm_filter(id, &module, calls)])
+}
+
+/// The calls that Trimtab makes for some of the policies below.
+pub fn boundary() -> Vec<Variant> {
+    vec![
+        calls("callbacks", "an empty filter with no callbacks but Trimtab's", ""),
+        calls("calls-none", "the calls of \"no route of 20 matches\"", "read count"),
+        calls("calls-limit", "the calls of \"one limit per user\"", "read clock count"),
+        calls(
+            "calls-request",
+            "the calls of \"20 routes, sticky canary, limit per user, trace\"",
+            "read clock write write count count",
+        ),
+        calls("calls-everything", "the calls of \"everything\"", CALLS_OF_EVERYTHING),
+    ]
+}
+
+/// The judge looks whether the canary has failed, the limit and the judge ask for the time, and the judge again when the
+/// answer comes; the route, the fault and the trace are counted, and then the target and what the judge compares.
+const CALLS_OF_EVERYTHING: &str = "read look clock clock write write count count count | status clock count count";
+
 /// Where `make bench-envoy` puts the module of `benches/empty_filter`.
 pub fn empty_module() -> PathBuf {
     repository().join("target/wasm32-wasip1/release/empty_filter.wasm")
