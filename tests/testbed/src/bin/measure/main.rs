@@ -66,6 +66,6 @@ fn is_installed(program: &str) -> bool {
 
 const INSTRUCTIONS: &str =
     "Of Envoy's one worker for one request (HTTP/1, 15 headers, answered by an upstream in another process), under
-`valgrind --tool=callgrind`; added to the router alone. Lua, the empty filter and Trimtab have the routes that match the
-steering header.
+`valgrind --tool=callgrind`; added to the router alone. Lua and the WebAssembly filters have the routes that match the
+steering header. \"The calls of\" a policy: a filter that makes the same calls to Envoy and does nothing else.
 ";
