@@ -8,6 +8,7 @@
 use crate::bytes::{begins_with, compare};
 use crate::http::Request;
 use crate::matcher::{PathLiteral, RequestMatch};
+use std::cmp::Ordering;
 
 /// The matches of all routes, by path.
 #[derive(Debug, Default)]
@@ -24,6 +25,7 @@ pub struct RouteTable {
 #[derive(Debug)]
 struct Path {
     text: Box<[u8]>,
+    head: u64,
     /// The longest other path that this one begins with.
     shorter: Option<usize>,
     exact: Vec<usize>,
@@ -69,7 +71,8 @@ impl RouteTable {
         let place = match self.paths.binary_search_by(|path| (*path.text).cmp(text)) {
             Ok(place) => place,
             Err(place) => {
-                let new = Path { text: text.into(), shorter: None, exact: Vec::new(), prefix: Vec::new() };
+                let new =
+                    Path { text: text.into(), head: head(text), shorter: None, exact: Vec::new(), prefix: Vec::new() };
                 self.paths.insert(place, new);
                 place
             }
@@ -96,7 +99,12 @@ impl RouteTable {
             }
         };
         let target = request.path();
-        let after = self.paths.partition_point(|path| compare(&path.text, target).is_le());
+        let first_bytes = head(target);
+        let is_before = |path: &Path| match path.head.cmp(&first_bytes) {
+            Ordering::Equal => compare(&path.text, target).is_le(),
+            order => order.is_lt(),
+        };
+        let after = self.paths.partition_point(is_before);
         let mut next = after.checked_sub(1);
         while let Some(path) = next.and_then(|index| self.paths.get(index)) {
             if begins_with(target, &path.text) {
@@ -109,6 +117,17 @@ impl RouteTable {
         }
         look_at(&self.anywhere);
         self.entries.get(first).map(|(route, _)| *route)
+    }
+}
+
+/// The first eight bytes as a number that is ordered as they are, with zeros after the end of less: two that differ
+/// order their texts, and most do.
+fn head(text: &[u8]) -> u64 {
+    match text.first_chunk() {
+        Some(bytes) => u64::from_be_bytes(*bytes),
+        None => {
+            text.iter().zip([56, 48, 40, 32, 24, 16, 8]).fold(0, |head, (byte, place)| head | u64::from(*byte) << place)
+        }
     }
 }
 
@@ -125,10 +144,10 @@ mod tests {
         #[test]
         fn finds_the_first_that_matches(
             routes in proptest::collection::vec(
-                proptest::collection::vec((0..4_u8, "[ab/]{0,4}", any::<bool>()), 0..3),
+                proptest::collection::vec((0..4_u8, "(a{7})?[ab/]{0,4}", any::<bool>()), 0..3),
                 0..30,
             ),
-            path in "[ab/]{0,6}",
+            path in "(a{7})?[ab/]{0,6}",
             flagged in any::<bool>(),
         ) {
             let mut names = HeaderNames::default();
