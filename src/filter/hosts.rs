@@ -4,7 +4,7 @@
 use super::poll::cluster_word;
 use super::watch::outliers_word;
 use crate::host::Host;
-use crate::outlier::{Answer, Detection, note};
+use crate::outlier::{Answer, Detection, Health, Noted, note};
 use crate::policy::{Policy, Target};
 use crate::units::Monotonic;
 use xxhash_rust::xxh64::xxh64;
@@ -48,15 +48,14 @@ impl Hosts {
             let number = host.property(&["upstream", "num_endpoints"])?;
             Some(u64::from_le_bytes(number.try_into().ok()?))
         };
-        let noted = note(host, word, detection, (xxh64(&address, 0), answer), now, endpoints);
-        if let Some(health) = noted.ok().filter(|health| health.is_new) {
+        let Ok(noted) = note(host, word, detection, (xxh64(&address, 0), answer), now, endpoints) else { return };
+        let Noted { health: Health { hosts, ejected }, is_new, swept } = noted;
+        if is_new {
             let address = std::str::from_utf8(&address).unwrap_or_default();
-            log::warn!(
-                "outlier: target={:?} host={address:?} ejected={} hosts={}",
-                self.name,
-                health.ejected,
-                health.hosts
-            );
+            log::warn!("outlier: target={:?} host={address:?} ejected={ejected} hosts={hosts}", self.name);
+        }
+        if swept > 0 {
+            log::warn!("outlier: target={:?} by_interval={swept} ejected={ejected} hosts={hosts}", self.name);
         }
     }
 }

@@ -50,7 +50,7 @@ impl Clusters {
             matches!(check, Some(Node::Bool(true)))
         };
         let ejected = hosts.iter().filter(is_ejected).count() as u64;
-        (!hosts.is_empty()).then_some(Health { hosts: hosts.len() as u64, ejected, is_new: false })
+        (!hosts.is_empty()).then_some(Health { hosts: hosts.len() as u64, ejected })
     }
 }
 
@@ -87,7 +87,7 @@ impl Sighting {
         let ([at, hosts, ejected], []) = rest.as_chunks::<8>() else { return None };
         let [at, hosts, ejected] = [at, hosts, ejected].map(|bytes| u64::from_le_bytes(*bytes));
         let fits = hosts > 0 && hosts <= u64::from(u32::MAX);
-        fits.then_some(Sighting { at, health: Health { hosts, ejected, is_new: false } })
+        fits.then_some(Sighting { at, health: Health { hosts, ejected } })
     }
 }
 
@@ -107,7 +107,7 @@ mod tests {
     #[test]
     fn ejected_hosts_are_counted() {
         let clusters = Clusters::read(ANSWER.as_bytes()).unwrap();
-        assert_eq!(clusters.health("v1"), Some(Health { hosts: 5, ejected: 1, is_new: false }));
+        assert_eq!(clusters.health("v1"), Some(Health { hosts: 5, ejected: 1 }));
         for unknown in ["v", "v11", "empty", "bare", ""] {
             assert_eq!(clusters.health(unknown), None, "{unknown}");
         }
@@ -136,7 +136,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_sighting_is_read_as_it_was_written(at: u64, hosts in 1..1_000_u64, ejected in 0..1_000_u64) {
-            let sighting = Sighting { at, health: Health { hosts, ejected, is_new: false } };
+            let sighting = Sighting { at, health: Health { hosts, ejected } };
             prop_assert_eq!(Sighting::decode(&sighting.encode()), Some(sighting));
         }
 

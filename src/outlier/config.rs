@@ -1,10 +1,15 @@
-//! Reads `outlierDetection`, as a DestinationRule has it.
+//! Reads `outlierDetection`, as a DestinationRule has it, with Envoy's fields for success rates and failure percentages.
 
+use super::hosts::MOST_HOSTS;
 use super::policy::Detection;
 use crate::document::Value;
 use crate::units::duration_or;
 use std::ops::RangeInclusive;
 use std::time::Duration;
+
+const FAILURE_PERCENTAGE: [&str; 3] =
+    ["failurePercentageThreshold", "failurePercentageMinimumHosts", "failurePercentageRequestVolume"];
+const SUCCESS_RATE: [&str; 3] = ["successRateStdevFactor", "successRateMinimumHosts", "successRateRequestVolume"];
 
 impl Detection {
     pub fn read(value: &Value<'_>) -> Option<Detection> {
@@ -33,6 +38,15 @@ impl Detection {
             ("minHealthPercent", &mut detection.min_health_percent),
         ] {
             *field = fields.integer_or(name, 0..=100, u64::from(*field)) as u8;
+        }
+        let Detection { failure_percentage, success_rate, .. } = &mut detection;
+        for (names, sweep, most) in
+            [(FAILURE_PERCENTAGE, failure_percentage, 100), (SUCCESS_RATE, success_rate, u64::from(u16::MAX))]
+        {
+            let [threshold, hosts, requests] = names;
+            sweep.threshold = fields.integer_or(threshold, 0..=most, 0) as u16;
+            sweep.hosts = fields.integer_or(hosts, 1..=MOST_HOSTS as u64, sweep.hosts.into()) as u8;
+            sweep.requests = fields.integer_or(requests, 1..=u32::MAX.into(), sweep.requests.into()) as u32;
         }
         if let Some(split) = fields.optional("splitExternalLocalOriginErrors").and_then(|value| value.bool()) {
             detection.splits_local = split;

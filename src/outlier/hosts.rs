@@ -5,7 +5,7 @@
 //! hosts are unwell. The table is one shared word that only compare-and-swap changes. It has a bounded number of hosts;
 //! where there are more, the one that has not answered for longest gives way, but none that is ejected.
 
-use super::policy::Detection;
+use super::policy::{Detection, Sweep};
 use crate::host::{Change, Conflict, StateStore, update};
 use crate::units::{Fraction, Monotonic};
 
@@ -13,7 +13,7 @@ use crate::units::{Fraction, Monotonic};
 pub const MOST_HOSTS: usize = 64;
 
 /// The first byte of the word, to be changed with its layout.
-const SCHEMA: u8 = 1;
+const SCHEMA: u8 = 2;
 
 /// How long an ejection may last, in nanoseconds, unless the base is longer; Envoy's default.
 const LONGEST_EJECTION: u64 = 300_000_000_000;
@@ -42,10 +42,13 @@ struct HostEntry {
     local_failures: u16,
     /// How many times the base its last ejection lasted.
     ejections: u16,
+    /// Its answers in the current interval, where anything is asked of intervals, and how many of them were errors.
+    answers: u32,
+    answered_errors: u32,
 }
 
 impl HostEntry {
-    const SIZE: usize = 32;
+    const SIZE: usize = 40;
 
     fn is_ejected(&self, now: Monotonic) -> bool {
         self.ejected_until > now
@@ -56,6 +59,9 @@ impl HostEntry {
             word.extend_from_slice(&value.to_le_bytes());
         }
         for value in [self.errors, self.gateway_errors, self.local_failures, self.ejections] {
+            word.extend_from_slice(&value.to_le_bytes());
+        }
+        for value in [self.answers, self.answered_errors] {
             word.extend_from_slice(&value.to_le_bytes());
         }
     }
@@ -73,6 +79,8 @@ impl HostEntry {
             gateway_errors: count(1),
             local_failures: count(2),
             ejections: count(3),
+            answers: wide(4) as u32,
+            answered_errors: (wide(4) >> 32) as u32,
         }
     }
 }
@@ -82,8 +90,16 @@ impl HostEntry {
 pub struct Health {
     pub hosts: u64,
     pub ejected: u64,
-    /// Whether a host was ejected just now.
+}
+
+/// What became of an answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Noted {
+    pub health: Health,
+    /// Whether the host that gave it was ejected for it.
     pub is_new: bool,
+    /// How many hosts were ejected for what they did in the interval that has ended.
+    pub swept: u64,
 }
 
 impl Health {
@@ -98,6 +114,8 @@ impl Health {
 struct Table {
     /// How many hosts the target has, by what the proxy said last; 0 where it said nothing.
     endpoints: u64,
+    /// When the current interval began; 0 where nothing is asked of intervals.
+    interval_began: Monotonic,
     hosts: Vec<HostEntry>,
 }
 
@@ -113,12 +131,13 @@ pub fn note(
     (id, answer): (u64, Answer),
     now: Monotonic,
     endpoints: impl Fn() -> Option<u64>,
-) -> Result<Health, Conflict> {
+) -> Result<Noted, Conflict> {
     update(store, word, |found| {
         let mut table = found.and_then(Table::decode).unwrap_or_default();
+        let swept = if detection.sweeps() { table.sweep(detection, now, &endpoints) } else { None };
         let (is_changed, is_new) = table.note(detection, id, answer, now, &endpoints);
-        let health = Health { is_new, ..table.health(now) };
-        if is_changed { Change::Write(table.encode(), health) } else { Change::Keep(health) }
+        let noted = Noted { health: table.health(now), is_new, swept: swept.unwrap_or(0) };
+        if is_changed || swept.is_some() { Change::Write(table.encode(), noted) } else { Change::Keep(noted) }
     })
 }
 
@@ -155,6 +174,10 @@ impl Table {
             host.errors = count(host.errors, answer != Answer::Success);
             let is_gateway = matches!(answer, Answer::Error { gateway: true } | Answer::LocalFailure);
             host.gateway_errors = count(host.gateway_errors, is_gateway);
+            if detection.sweeps() {
+                host.answers = host.answers.saturating_add(1);
+                host.answered_errors = host.answered_errors.saturating_add(u32::from(answer != Answer::Success));
+            }
         }
         let meets = |count: u16, threshold: u16| threshold > 0 && count >= threshold;
         let is_outlier = meets(host.errors, detection.errors)
@@ -167,6 +190,56 @@ impl Table {
         }
         let after = self.hosts.get(place).copied().unwrap_or_default();
         (after != before, is_new && after.is_ejected(now))
+    }
+
+    /// Where an interval has ended, ejects those that did badly in it, and begins another: how many they are. One that
+    /// ended longer ago than it lasted tells nothing of how its hosts are now.
+    fn sweep(&mut self, detection: &Detection, now: Monotonic, endpoints: &impl Fn() -> Option<u64>) -> Option<u64> {
+        let lasted = now.saturating_sub(self.interval_began);
+        if self.interval_began > 0 && lasted < detection.interval {
+            return None;
+        }
+        let is_old = self.interval_began == 0 || lasted >= detection.interval.saturating_mul(2);
+        self.interval_began = now.max(1);
+        let outliers = if is_old { Vec::new() } else { self.outliers(detection, now) };
+        for host in &mut self.hosts {
+            (host.answers, host.answered_errors) = (0, 0);
+        }
+        if !outliers.is_empty() {
+            self.endpoints = endpoints().unwrap_or(0);
+        }
+        let before = self.health(now).ejected;
+        outliers.into_iter().for_each(|place| self.eject(place, detection, now));
+        Some(self.health(now).ejected.saturating_sub(before))
+    }
+
+    /// The hosts that did badly in the interval, by Envoy's two measures.
+    fn outliers(&self, detection: &Detection, now: Monotonic) -> Vec<usize> {
+        let failing = self.failure_rates(detection.failure_percentage, now);
+        let threshold = f64::from(detection.failure_percentage.threshold) / 100.0;
+        let rates = self.failure_rates(detection.success_rate, now);
+        let mean = |values: &mut dyn Iterator<Item = f64>| values.sum::<f64>() / rates.len().max(1) as f64;
+        let average = mean(&mut rates.iter().map(|(_, rate)| *rate));
+        let deviation = mean(&mut rates.iter().map(|(_, rate)| (rate - average) * (rate - average))).sqrt();
+        let bound = average + deviation * f64::from(detection.success_rate.threshold) / 1000.0;
+        let mut outliers: Vec<usize> = Vec::new();
+        for (place, _) in
+            failing.iter().filter(|(_, rate)| *rate >= threshold).chain(rates.iter().filter(|(_, rate)| *rate > bound))
+        {
+            if !outliers.contains(place) {
+                outliers.push(*place);
+            }
+        }
+        outliers
+    }
+
+    /// The share of errors among the answers of each host, where the question is asked of it.
+    fn failure_rates(&self, sweep: Sweep, now: Monotonic) -> Vec<(usize, f64)> {
+        let is_asked = |host: &HostEntry| !host.is_ejected(now) && host.answers >= sweep.requests.max(1);
+        let asked = self.hosts.iter().enumerate().filter(|(_, host)| is_asked(host));
+        let rate = |host: &HostEntry| f64::from(host.answered_errors) / f64::from(host.answers);
+        let rates: Vec<(usize, f64)> = asked.map(|(place, host)| (place, rate(host))).collect();
+        if sweep.threshold == 0 || rates.len() < usize::from(sweep.hosts) { Vec::new() } else { rates }
     }
 
     /// Ejects a host, if so many may be.
@@ -203,13 +276,14 @@ impl Table {
 
     fn health(&self, now: Monotonic) -> Health {
         let ejected = self.hosts.iter().filter(|host| host.is_ejected(now)).count() as u64;
-        Health { hosts: self.endpoints.max(self.hosts.len() as u64), ejected, is_new: false }
+        Health { hosts: self.endpoints.max(self.hosts.len() as u64), ejected }
     }
 
     fn encode(&self) -> Vec<u8> {
-        let mut word = Vec::with_capacity(9 + self.hosts.len() * HostEntry::SIZE);
+        let mut word = Vec::with_capacity(17 + self.hosts.len() * HostEntry::SIZE);
         word.push(SCHEMA);
         word.extend_from_slice(&self.endpoints.to_le_bytes());
+        word.extend_from_slice(&self.interval_began.to_le_bytes());
         self.hosts.iter().for_each(|host| host.encode(&mut word));
         word
     }
@@ -217,11 +291,13 @@ impl Table {
     fn decode(word: &[u8]) -> Option<Table> {
         let (&SCHEMA, rest) = word.split_first()? else { return None };
         let (endpoints, rest) = rest.split_first_chunk::<8>()?;
+        let (interval_began, rest) = rest.split_first_chunk::<8>()?;
         let (hosts, rest) = rest.as_chunks::<{ HostEntry::SIZE }>();
         let fits = rest.is_empty() && hosts.len() <= MOST_HOSTS;
         // A number of hosts that nobody can have is somebody else's.
         let endpoints = u64::from_le_bytes(*endpoints).min(u64::from(u32::MAX));
-        fits.then(|| Table { endpoints, hosts: hosts.iter().map(HostEntry::decode).collect() })
+        let interval_began = u64::from_le_bytes(*interval_began);
+        fits.then(|| Table { endpoints, interval_began, hosts: hosts.iter().map(HostEntry::decode).collect() })
     }
 }
 
@@ -239,7 +315,7 @@ mod tests {
     fn ejections(detection: &Detection, answers: &[Answer]) -> Vec<bool> {
         let host = Sim::new(1);
         let note = |answer: &Answer| note(&host, "w", detection, (7, *answer), SECOND, || Some(3)).unwrap();
-        answers.iter().map(|answer| note(answer).ejected > 0).collect()
+        answers.iter().map(|answer| note(answer).health.ejected > 0).collect()
     }
 
     #[test]
@@ -274,7 +350,7 @@ mod tests {
         let note = |answer, now| note(&host, "w", &detection, (7, answer), now, || None).unwrap();
         assert!(note(ERROR, 1).is_new);
         assert!(!note(ERROR, 2).is_new, "it is ejected already");
-        assert_eq!(health(&host, "w", 30 * SECOND), Health { hosts: 1, ejected: 1, is_new: false });
+        assert_eq!(health(&host, "w", 30 * SECOND), Health { hosts: 1, ejected: 1 });
         assert_eq!(health(&host, "w", 30 * SECOND + 1).ejected, 0);
         assert!(note(ERROR, 31 * SECOND).is_new);
         assert_eq!(health(&host, "w", 90 * SECOND).ejected, 1, "twice as long");
@@ -288,15 +364,61 @@ mod tests {
     fn no_more_than_the_stated_share_but_always_one() {
         let host = Sim::new(1);
         let detection = Detection { errors: 1, max_ejection_percent: 20, ..Detection::default() };
-        let ejected =
-            |id, endpoints| note(&host, "w", &detection, (id, ERROR), SECOND, || Some(endpoints)).unwrap().ejected;
+        let ejected = |id, endpoints| {
+            note(&host, "w", &detection, (id, ERROR), SECOND, || Some(endpoints)).unwrap().health.ejected
+        };
         assert_eq!(ejected(1, 3), 1, "a third, but the first");
         assert_eq!(ejected(2, 3), 1);
         assert_eq!(ejected(2, 10), 2);
         assert_eq!(ejected(3, 10), 2);
         let shy = Detection { errors: 1, max_ejection_percent: 100, min_health_percent: 50, ..Detection::default() };
-        let ejected = |id| note(&host, "x", &shy, (id, ERROR), SECOND, || Some(4)).unwrap().ejected;
+        let ejected = |id| note(&host, "x", &shy, (id, ERROR), SECOND, || Some(4)).unwrap().health.ejected;
         assert_eq!((1..=4).map(ejected).collect::<Vec<_>>(), [1, 2, 3, 3], "half of them are not healthy any more");
+    }
+
+    /// Five hosts answer `each` times within an interval of ten seconds; of those of the first, `errors` in a hundred are
+    /// errors, never two in a row. How many are ejected when the next answer comes at `next`.
+    fn swept(detection: &Detection, each: u64, errors: u64, next: Monotonic) -> u64 {
+        let host = Sim::new(1);
+        let note = |id, answer, now| note(&host, "w", detection, (id, answer), now, || Some(5)).unwrap();
+        for n in 0..each {
+            for id in 1..=5 {
+                let is_error = id == 1 && (n + 1) * errors / 100 > n * errors / 100;
+                let noted = note(id, if is_error { ERROR } else { Answer::Success }, SECOND + n);
+                assert_eq!((noted.swept, noted.health.ejected), (0, 0), "the interval goes on");
+            }
+        }
+        let noted = note(2, Answer::Success, next);
+        assert_eq!(noted.swept, noted.health.ejected);
+        assert_eq!(host.writes(), each * 5 + 1);
+        noted.swept
+    }
+
+    #[test]
+    fn a_percentage_of_an_interval_ejects() {
+        let asks = |threshold| Detection {
+            failure_percentage: Sweep { threshold, ..Detection::default().failure_percentage },
+            ..Detection::default()
+        };
+        assert_eq!(swept(&asks(20), 50, 20, 11 * SECOND), 1);
+        assert_eq!(swept(&asks(21), 50, 20, 11 * SECOND), 0);
+        assert_eq!(swept(&asks(20), 49, 50, 11 * SECOND), 0, "too few answers");
+        assert_eq!(swept(&asks(20), 50, 20, 22 * SECOND), 0, "too long ago");
+        let more = Detection { failure_percentage: Sweep { hosts: 6, ..asks(20).failure_percentage }, ..asks(20) };
+        assert_eq!(swept(&more, 50, 20, 11 * SECOND), 0, "too few hosts");
+    }
+
+    #[test]
+    fn a_success_rate_far_from_the_others_ejects() {
+        let asks = |threshold| Detection {
+            success_rate: Sweep { threshold, ..Detection::default().success_rate },
+            ..Detection::default()
+        };
+        // One host of five fails 20 %: 4 % on average, with a standard deviation of 8 %.
+        assert_eq!(swept(&asks(1900), 100, 20, 11 * SECOND), 1, "past 19.2 %");
+        assert_eq!(swept(&asks(2100), 100, 20, 11 * SECOND), 0, "within 20.8 %");
+        assert_eq!(swept(&asks(1900), 99, 20, 11 * SECOND), 0, "too few answers");
+        assert_eq!(swept(&asks(1900), 100, 0, 11 * SECOND), 0, "all alike");
     }
 
     #[test]
@@ -311,7 +433,7 @@ mod tests {
 
     #[test]
     fn garbage_is_no_table() {
-        for garbage in [&b""[..], b"\x01", b"\x02\0\0\0\0\0\0\0\0", &[1; 40], &[1; 9 + 65 * 32]] {
+        for garbage in [&b""[..], b"\x02", b"\x01\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0", &[2; 40], &[2; 17 + 65 * 40]] {
             assert_eq!(Table::decode(garbage), None, "{} bytes", garbage.len());
         }
     }
@@ -321,11 +443,14 @@ mod tests {
         fn the_table_is_bounded_and_read_as_it_was_written(
             answers in proptest::collection::vec((0..100_u64, 0..3_u8, 0..5_000_u64), 1..600),
         ) {
-            let detection = Detection { errors: 2, ..Detection::default() };
+            let sweep = Sweep { threshold: 1, hosts: 1, requests: 1 };
+            let detection =
+                Detection { errors: 2, failure_percentage: sweep, success_rate: sweep, ..Detection::default() };
             let (mut table, mut now) = (Table::default(), 1);
             for (id, answer, milliseconds) in answers {
                 now += milliseconds * 1_000_000;
                 let answer = [Answer::Success, ERROR, Answer::LocalFailure][usize::from(answer)];
+                table.sweep(&detection, now, &|| Some(100));
                 table.note(&detection, id, answer, now, &|| Some(100));
                 prop_assert!(table.hosts.len() <= MOST_HOSTS);
                 prop_assert!(table.health(now).ejected <= 10, "a tenth of a hundred");
@@ -337,7 +462,10 @@ mod tests {
         #[test]
         fn no_word_is_too_odd(word in proptest::collection::vec(any::<u8>(), 0..200)) {
             if let Some(mut table) = Table::decode(&word) {
-                table.note(&Detection::default(), 1, ERROR, 5, &|| Some(u64::MAX));
+                let sweep = Sweep { threshold: 1, hosts: 1, requests: 1 };
+                let detection = Detection { failure_percentage: sweep, success_rate: sweep, ..Detection::default() };
+                table.sweep(&detection, 5, &|| Some(u64::MAX));
+                table.note(&detection, 1, ERROR, 5, &|| Some(u64::MAX));
                 table.health(0).ejected_share();
             }
         }

@@ -11,8 +11,8 @@ mod policy;
 mod window;
 
 pub use admin::{Clusters, MAX_ANSWER_BYTES, Sighting, path};
-pub use hosts::{Answer, Health, MOST_HOSTS, health, note};
-pub use policy::Detection;
+pub use hosts::{Answer, Health, MOST_HOSTS, Noted, health, note};
+pub use policy::{Detection, Sweep};
 pub use window::{Totals, Window};
 
 /// Whether Envoy gave the answer itself because there was no host to ask, or too many requests waited already: what it

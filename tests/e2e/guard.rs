@@ -208,6 +208,27 @@ async fn a_host_that_fails_stops_injection() {
 }
 
 #[tokio::test]
+async fn a_host_that_fails_by_an_interval_stops_injection_too() {
+    needs_envoy!();
+    let detection = r#", "outlierDetection": {"consecutive5xxErrors": 0, "interval": "1s", "baseEjectionTime": "1h",
+        "failurePercentageThreshold": 50, "failurePercentageMinimumHosts": 3, "failurePercentageRequestVolume": 5}"#;
+    let policy = guarded(&format!(r#"{ABORT}, "guard": {{{HOSTS_ONLY}}}"#), detection);
+    let world = Hosts::start(&policy, serde_json::json!({"consecutive_5xx": 1_000_000})).await;
+    let client = world.client();
+    assert_eq!(faulted(&client, 20).await, 20);
+    world.hosts[1].set_behaviour(Behaviour::echo().status(500));
+    eventually("the ejection of one host of three", async || {
+        for _ in 0..30 {
+            client.send(Request::get("/")).await;
+        }
+        (world.metric("target.user-service_v1.ejected_ppm").await == 333_333).then_some(())
+    })
+    .await;
+    assert_eq!(faulted(&client, 20).await, 0, "in every worker, after an interval");
+    world.envoy.wait_for_log("by_interval=1 ejected=1 hosts=3").await;
+}
+
+#[tokio::test]
 async fn an_ejection_of_envoys_stops_injection_within_one_poll() {
     needs_envoy!();
     let admin = r#""admin": {"cluster": "prometheus_stats", "interval": "1s"}"#;

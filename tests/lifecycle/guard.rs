@@ -300,6 +300,24 @@ pub fn an_outlier_stops_injection_and_comes_back(start: Start) {
     assert_eq!(state(&mut *proxy), 2, "probing");
 }
 
+pub fn a_host_that_fails_now_and_then_is_an_outlier_too(start: Start) {
+    let never = r#""guard": {"errorRate": "100%", "minRequests": 1, "window": "10s", "ejectedPercent": "20%"}"#;
+    let detection = r#", "outlierDetection": {"interval": "1s", "failurePercentageThreshold": 20,
+        "failurePercentageMinimumHosts": 2, "failurePercentageRequestVolume": 10}"#;
+    let mut proxy = start(&experiment(&format!("{ABORT}, {never}"), detection));
+    proxy.set_property("upstream.num_endpoints", &4_u64.to_le_bytes());
+    proxy.set_property("response.code_details", b"via_upstream");
+    for n in 0..10 {
+        answer_from(&mut *proxy, "10.0.0.1:80", n % 2, if n % 4 == 0 { "500" } else { "200" });
+        answer_from(&mut *proxy, "10.0.0.2:80", n % 2, "200");
+    }
+    assert!(is_faulted(&mut *proxy, 0), "the interval goes on");
+    proxy.advance(SECOND);
+    answer_from(&mut *proxy, "10.0.0.2:80", 0, "200");
+    assert!(!is_faulted(&mut *proxy, 0), "three of ten answers were errors");
+    assert_eq!(proxy.metric(EJECTED), 250_000);
+}
+
 /// What Envoy's admin endpoint says of a cluster with so many hosts, the first of them ejected.
 fn clusters(name: &str, hosts: usize, ejected: usize) -> String {
     let host = |n| format!(r#"{{"address": {{}}, "health_status": {{"failed_outlier_check": {}}}}}"#, n < ejected);

@@ -45,13 +45,13 @@ use global::{
     who_leaves_while_waiting_is_not_charged, who_waits_takes_no_probe_of_the_breaker,
 };
 use guard::{
-    a_budget_is_exact_over_the_workers, a_spared_request_goes_on_as_any_other,
-    an_abort_that_follows_a_delay_is_not_injected_any_more, an_answer_is_not_replaced_once_the_experiment_is_suspended,
-    an_answer_that_says_nothing_permits_nothing, an_experiment_ends_in_time, an_outlier_stops_injection_and_comes_back,
-    envoys_own_ejections_stop_it, garbage_is_no_permission, held_requests_are_let_go_when_the_upstream_fails,
-    injection_comes_back_by_a_tenth, injection_stops_in_all_workers_while_the_upstream_fails,
-    replaced_answers_spend_the_budget, slow_answers_and_outages_stop_it_too, the_last_suspension_is_for_good,
-    who_is_let_go_gives_back_its_place,
+    a_budget_is_exact_over_the_workers, a_host_that_fails_now_and_then_is_an_outlier_too,
+    a_spared_request_goes_on_as_any_other, an_abort_that_follows_a_delay_is_not_injected_any_more,
+    an_answer_is_not_replaced_once_the_experiment_is_suspended, an_answer_that_says_nothing_permits_nothing,
+    an_experiment_ends_in_time, an_outlier_stops_injection_and_comes_back, envoys_own_ejections_stop_it,
+    garbage_is_no_permission, held_requests_are_let_go_when_the_upstream_fails, injection_comes_back_by_a_tenth,
+    injection_stops_in_all_workers_while_the_upstream_fails, replaced_answers_spend_the_budget,
+    slow_answers_and_outages_stop_it_too, the_last_suspension_is_for_good, who_is_let_go_gives_back_its_place,
 };
 use limits::{
     a_candidate_counts_what_it_would_refuse, a_forged_address_buys_nothing, a_key_of_60_kb_is_hashed,
@@ -132,6 +132,7 @@ cases![
     who_is_let_go_gives_back_its_place,
     garbage_is_no_permission,
     an_abort_that_follows_a_delay_is_not_injected_any_more,
+    a_host_that_fails_now_and_then_is_an_outlier_too,
     an_outlier_stops_injection_and_comes_back,
     envoys_own_ejections_stop_it,
     an_answer_that_says_nothing_permits_nothing,
