@@ -8,6 +8,7 @@ mod circuit;
 mod hosts;
 mod injection;
 mod limiter;
+mod line;
 mod poll;
 mod report;
 mod trial;
@@ -308,6 +309,9 @@ impl Filter {
             exchange.trace = tells.then_some(continuation.context);
             trace.filter_state.leave(continuation, &request, mutations, host);
             meters.count_trace(continuation, remembered, host);
+        }
+        if log::log_enabled!(log::Level::Debug) {
+            decision.log(policy);
         }
         decision
     }

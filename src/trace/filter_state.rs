@@ -7,7 +7,7 @@
 
 use super::decision::Continuation;
 use super::policy::FilterState;
-use super::w3c::{TRACEPARENT_LENGTH, format_traceparent, parse_traceparent, push, push_hex};
+use super::w3c::{TRACEPARENT_LENGTH, format_traceparent, parse_traceparent, push};
 use crate::host::Properties;
 use crate::http::{HeaderMutation, HeaderNames, Request};
 
@@ -27,9 +27,7 @@ impl FilterState {
         host: &dyn Properties,
     ) {
         if self.trace_id {
-            let mut id = Vec::with_capacity(32);
-            push_hex(&mut id, &continuation.context.trace_id);
-            host.leave(TRACE_ID, &id);
+            host.leave(TRACE_ID, &continuation.context.trace_id_digits());
         }
         if self.context {
             let mut context = format_traceparent(&continuation.context);

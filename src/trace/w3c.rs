@@ -8,6 +8,15 @@ pub struct TraceContext {
     pub flags: Flags,
 }
 
+impl TraceContext {
+    /// The trace id as it is written.
+    pub fn trace_id_digits(&self) -> Vec<u8> {
+        let mut digits = Vec::with_capacity(32);
+        push_hex(&mut digits, &self.trace_id);
+        digits
+    }
+}
+
 /// The trace flags that are defined; other bits are sent as zero (section 3.2.2.5). Two more, which never leave in a
 /// `traceparent`, say what other formats can say.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -216,9 +216,9 @@ async fn the_conformance_cases_pass_beside_envoys_tracer() {
     }
 }
 
-/// An access log prints the trace that the request went on with, even where it went nowhere.
+/// An access log prints the trace that the request went on with, even where it went nowhere; so does our own log line.
 #[tokio::test]
-async fn an_access_log_prints_the_trace_id() {
+async fn an_access_log_and_our_own_line_tell_the_trace_id() {
     needs_envoy!();
     let next = Upstream::start("v1").await;
     let log = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("access-{}.log", std::process::id()));
@@ -236,7 +236,11 @@ async fn an_access_log_prints_the_trace_id() {
     let lines = eventually("two lines in the access log", async || {
         std::fs::read_to_string(&log).ok().filter(|log| log.lines().count() == 2)
     });
-    assert_eq!(lines.await, format!("200 {id}\n429 {id}\n", id = &TRACEPARENT[3..35]));
+    let id = &TRACEPARENT[3..35];
+    assert_eq!(lines.await, format!("200 {id}\n429 {id}\n"));
+    for decided in [r#"verdict=continue details="""#, r#"verdict=answer details="trimtab_rate_limited""#] {
+        envoy.wait_for_log(&format!(r#"request: route="r" destination="" {decided} trace_id={id}"#)).await;
+    }
     std::fs::remove_file(log).unwrap();
 }
 

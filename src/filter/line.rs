@@ -1,0 +1,30 @@
+//! The log line of one request, for whoever looks into one: at the level `debug`, and put together only there.
+
+use super::{Decision, Verdict};
+use crate::policy::Policy;
+
+impl Decision<'_> {
+    #[cold]
+    #[inline(never)]
+    pub(super) fn log(&self, policy: &Policy) {
+        let Decision { verdict, reasons, .. } = self;
+        let route = reasons.route.and_then(|route| policy.routes.get(route));
+        let split = route.and_then(|route| route.split.as_ref());
+        let chosen = split.zip(reasons.choice).and_then(|(split, choice)| split.destinations.get(choice.destination));
+        let trace_id = reasons.trace.as_ref().map(|trace| trace.context.trace_id_digits()).unwrap_or_default();
+        let details = if let Verdict::Answer(reply) = verdict.last() { reply.details } else { "" };
+        let verdict = match verdict {
+            Verdict::Continue => "continue",
+            Verdict::Delay(_) => "delay",
+            Verdict::Answer(_) => "answer",
+            Verdict::Reset => "reset",
+            Verdict::Wait(_) => "wait",
+        };
+        log::debug!(
+            "request: route={:?} destination={:?} verdict={verdict} details={details:?} trace_id={}",
+            route.map_or("", |route| &route.name),
+            chosen.map_or("", |(destination, _)| destination.label()),
+            String::from_utf8_lossy(&trace_id),
+        );
+    }
+}
