@@ -12,6 +12,10 @@ use std::time::Duration;
 /// Nanoseconds of a monotonic clock whose zero is of no meaning.
 pub type Monotonic = u64;
 
+/// By how much an instant that another worker has written may lie ahead of the one that this worker goes by, in
+/// nanoseconds: the clock is read first, and shared data afterwards, by which time others have read a later clock.
+pub const LATENESS: u64 = 1_000_000_000;
+
 /// Nanoseconds of the wall clock since 1970 began, UTC.
 pub type Wall = u64;
 

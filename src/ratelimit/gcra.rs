@@ -5,7 +5,7 @@
 //! than the burst ahead of now is refused, and the excess is how long to wait. Over any span of length `t` it admits
 //! at most `burst + t / interval` requests.
 
-use crate::units::Monotonic;
+use crate::units::{LATENESS, Monotonic};
 
 /// A rate and a burst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,9 +86,16 @@ impl Gcra {
         if other.tolerance > self.tolerance { other } else { self }
     }
 
-    /// The latest arrival time that requests can have led to. A later one was left by a slower rate.
+    /// The latest arrival time that requests can have led to.
     pub fn latest(&self, now: Monotonic) -> Monotonic {
         now.saturating_add(self.tolerance)
+    }
+
+    /// The arrival time that was found, or the latest that there can be: what is later than other workers can have made
+    /// it was left by a slower rate.
+    pub fn within_reach(&self, tat: Monotonic, now: Monotonic) -> Monotonic {
+        let latest = self.latest(now);
+        if tat > latest.saturating_add(LATENESS) { latest } else { tat }
     }
 }
 

@@ -116,7 +116,7 @@ impl Resident {
             self.epoch = self.epoch.wrapping_add(1);
         }
         self.epoch = current;
-        self.tat = self.tat.min(terms.gcra.latest(now));
+        self.tat = terms.gcra.within_reach(self.tat, now);
     }
 
     /// Charges what was used of a reservation, and frees the rest.
@@ -152,7 +152,7 @@ impl Bucket {
         if *schema != SCHEMA || !remainder.is_empty() || chunks.len() > WAYS {
             return None;
         }
-        let latest = longest.gcra.latest(now);
+        let within_reach = |tat: &[u8; 8]| longest.gcra.within_reach(u64::from_le_bytes(*tat), now);
         let mut residents = Vec::with_capacity(chunks.len() + 1);
         for chunk in chunks {
             let (fingerprint, rest) = chunk.split_first_chunk::<8>()?;
@@ -161,13 +161,13 @@ impl Bucket {
             let (reserved, reserved_before) = rest.split_first_chunk::<4>()?;
             residents.push(Resident {
                 fingerprint: u64::from_le_bytes(*fingerprint),
-                tat: u64::from_le_bytes(*tat).min(latest),
+                tat: within_reach(tat),
                 epoch: u32::from_le_bytes(*epoch),
                 reserved: u32::from_le_bytes(*reserved),
                 reserved_before: u32::from_le_bytes(*reserved_before.first_chunk()?),
             });
         }
-        Some(Bucket { overflow: u64::from_le_bytes(*overflow).min(latest), residents })
+        Some(Bucket { overflow: within_reach(overflow), residents })
     }
 
     pub(super) fn encode(&self) -> Vec<u8> {
@@ -311,6 +311,21 @@ mod tests {
         while let (Test::Conforms { .. }, _) = charge(&mut bucket, 1, &slow, now) {}
         let mut bucket = Bucket::decode(&bucket.encode(), &usual(), now).unwrap();
         assert_eq!(charge(&mut bucket, 1, &usual(), now).0, Test::TooEarly { wait: 100_000_000 });
+    }
+
+    #[test]
+    fn a_worker_that_read_the_clock_earlier_forgives_nothing() {
+        let now = 1_000_000_000_000;
+        let later = now + 20_000_000;
+        let mut bucket = Bucket::default();
+        for fingerprint in 1..=2 {
+            while let (Test::Conforms { .. }, _) = charge(&mut bucket, fingerprint, &usual(), later) {}
+        }
+        let known = bucket.encode();
+        let mut bucket = Bucket::decode(&known, &usual(), now).unwrap();
+        assert_eq!(charge(&mut bucket, 1, &usual(), now).0, Test::TooEarly { wait: 120_000_000 });
+        bucket.settle(2, Reservation::default(), &usual(), now);
+        assert_eq!(bucket.encode(), known);
     }
 
     #[test]

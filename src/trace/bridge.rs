@@ -18,7 +18,7 @@ use crate::document::Value;
 use crate::host::{Change, StateStore, update};
 use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
 use crate::matcher::read_header_name;
-use crate::units::{Monotonic, nanoseconds, read_duration};
+use crate::units::{LATENESS, Monotonic, nanoseconds, read_duration};
 use std::borrow::Cow;
 use std::time::Duration;
 use xxhash_rust::xxh64::xxh64;
@@ -268,7 +268,7 @@ impl Bridge {
         let (id, values) = take_value(rest)?;
         let until = u64::from_le_bytes(*until);
         // A word that is to outlive our own is not ours: the clock does not go back.
-        let is_live = until > now && until <= now.saturating_add(self.ttl);
+        let is_live = until > now && until <= now.saturating_add(self.ttl).saturating_add(LATENESS);
         if !is_live || u64::from_le_bytes(*layout) != self.layout || *trace_id == [0; 16] {
             return None;
         }
@@ -352,9 +352,13 @@ mod tests {
         }
 
         fn remember(&self, context: &TraceContext, headers: &[(&str, &str)]) -> Notes {
+            self.remember_at(self.host.now(), context, headers)
+        }
+
+        fn remember_at(&self, now: Monotonic, context: &TraceContext, headers: &[(&str, &str)]) -> Notes {
             let block = encode_headers(headers);
             let request = Request::parse(&block, &self.names);
-            self.bridge.remember(&request, context, &[], self.host.now(), &self.host)
+            self.bridge.remember(&request, context, &[], now, &self.host)
         }
 
         fn recall(&self, context: Option<&TraceContext>, id: &str) -> Option<Remembered> {
@@ -410,6 +414,18 @@ mod tests {
         world.host.advance(Duration::from_secs(60));
         assert_eq!(world.remember(&context(2, 6), &headers), Notes::default());
         assert!(world.recall(None, UUID).is_some());
+    }
+
+    #[test]
+    fn a_worker_that_read_the_clock_earlier_knows_what_another_wrote() {
+        let world = World::new(r#"{"capacity": 1}"#);
+        let (headers, others) = ([("x-request-id", UUID)], [("x-request-id", "another")]);
+        let later = world.host.now() + 20_000_000;
+        assert_eq!(world.remember_at(later, &context(1, 2), &headers), Notes::default());
+        assert!(world.recall(None, UUID).is_some());
+        assert!(world.remember(&context(2, 3), &headers).contains(Note::Ambiguous));
+        assert!(world.remember_at(later, &context(3, 4), &others).contains(Note::Displaced));
+        assert!(world.remember(&context(1, 2), &headers).contains(Note::Displaced));
     }
 
     #[test]
