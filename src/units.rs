@@ -65,16 +65,17 @@ impl Fraction {
             fields.end();
             return fraction;
         }
-        let fraction = value
-            .as_string()
-            .and_then(|text| text.strip_suffix('%'))
-            .and_then(|number| parse_decimal(number.trim(), 10_000))
-            .and_then(|ppm| u32::try_from(ppm).ok().filter(|ppm| *ppm <= Fraction::WHOLE.0))
-            .map(Fraction);
+        let fraction = value.as_string().and_then(Fraction::parse);
         if fraction.is_none() {
             value.unfit("expected {value: 5.0} or \"5%\", from 0 to 100 in steps of 0.0001");
         }
         fraction
+    }
+
+    /// Reads `5%`.
+    pub fn parse(text: &str) -> Option<Fraction> {
+        let ppm = parse_decimal(text.strip_suffix('%')?.trim(), 10_000)?;
+        u32::try_from(ppm).ok().filter(|ppm| *ppm <= Fraction::WHOLE.0).map(Fraction)
     }
 }
 
@@ -107,7 +108,7 @@ pub fn duration_or(fields: &mut Fields<'_>, name: &'static str, least: Duration,
 }
 
 /// Go's duration syntax, as Istio and Envoy's command line write it; no sign, and nothing finer than a nanosecond.
-fn parse_duration(text: &str) -> Option<Duration> {
+pub fn parse_duration(text: &str) -> Option<Duration> {
     let mut rest = text;
     let mut total = Duration::ZERO;
     while !rest.is_empty() || text.is_empty() {

@@ -4,7 +4,7 @@ use crate::finding::{Finding, counted, plural, printable};
 use crate::source::{Contents, find_all};
 use crate::{Format, Outcome, UNUSABLE, WRONG};
 use clap::Args;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use trimtab::policy::Policy;
 
 #[derive(Args)]
@@ -73,8 +73,49 @@ impl Check {
     }
 }
 
+/// Does what is to be done with the one policy in `file`, and tells what is wrong with either.
+///
+/// # Errors
+/// `act` returns what stands in its way, in words.
+pub(crate) fn read_one(file: &Path, act: impl FnOnce(Policy) -> Result<String, String>) -> Outcome {
+    let mut outcome = Outcome::default();
+    let name = file.display();
+    let contents = match find_all(&[file]) {
+        (sources, failures) if failures.is_empty() => match sources.as_slice() {
+            [source] => source.read().map_err(|error| format!("{name}: {error}")),
+            several => Err(format!("{name}: {} files; name one", several.len())),
+        },
+        (_, failures) => Err(failures.join("\n")),
+    };
+    let contents = match contents {
+        Ok(contents) => contents,
+        Err(message) => {
+            outcome.complain(&message);
+            return outcome;
+        }
+    };
+    let shown = if file.as_os_str() == "-" { "<stdin>".to_owned() } else { name.to_string() };
+    let (mut policies, findings) = judge(contents);
+    if findings.iter().any(|finding| finding.is_error()) {
+        outcome.stderr = report(&shown, &policies, &findings);
+        outcome.code = WRONG;
+        return outcome;
+    }
+    outcome.stderr = findings.iter().map(|finding| finding.line(&shown) + "\n").collect();
+    let done = match (policies.pop(), policies.len()) {
+        (Some(policy), 0) => act(policy),
+        (None, _) => Err(format!("{shown}: no policy")),
+        (Some(_), others) => Err(format!("{shown}: {} policies; name a file with one", others + 1)),
+    };
+    match done {
+        Ok(text) => outcome.stdout = text,
+        Err(message) => outcome.complain(&message),
+    }
+    outcome
+}
+
 /// All policies of a file that can be used, and everything there is to say of it.
-pub(crate) fn judge(contents: Contents) -> (Vec<Policy>, Vec<Finding>) {
+fn judge(contents: Contents) -> (Vec<Policy>, Vec<Finding>) {
     let (mut usable, mut findings) = (Vec::new(), Vec::new());
     for candidate in contents.policies {
         let (policy, told) = candidate.judge();
@@ -86,7 +127,7 @@ pub(crate) fn judge(contents: Contents) -> (Vec<Policy>, Vec<Finding>) {
 }
 
 /// A line for each finding, and one that sums them up.
-pub(crate) fn report(name: &str, policies: &[Policy], findings: &[Finding]) -> String {
+fn report(name: &str, policies: &[Policy], findings: &[Finding]) -> String {
     let mut lines: Vec<String> = findings.iter().map(|finding| finding.line(name)).collect();
     let counted = counted(findings);
     let summary = if findings.iter().any(Finding::is_error) {

@@ -3,17 +3,15 @@
 //! The filter runs as it does in the proxy, on a simulated host; what it decided comes with its reasons, and the rest is
 //! looked up in the policy with the functions that the filter itself has used. Nothing is decided here.
 
-use crate::check::{judge, report};
-use crate::finding::printable;
-use crate::request::{Header, Property, RequestLine, block, field_value};
-use crate::source::find_all;
-use crate::{Format, Outcome, WRONG};
+use crate::check::read_one;
+use crate::request::{RequestArgs, RequestLine};
+use crate::setting::{draw_seed, instant, now};
+use crate::table::Table;
+use crate::{Format, Outcome};
 use clap::Args;
 use serde_json::{Value, json};
-use std::collections::hash_map::RandomState;
-use std::hash::BuildHasher;
+use std::borrow::Cow;
 use std::path::PathBuf;
-use std::time::SystemTime;
 use trimtab::breaker::Breaker;
 use trimtab::canary::{Choice, Split, Term, Why};
 use trimtab::decimal::Decimal;
@@ -30,32 +28,15 @@ use trimtab::ratelimit::service::Outcome::Admitted;
 use trimtab::ratelimit::{Admission, Limit, OnMissing, Reason, Remark};
 use trimtab::trace::w3c::{Flags, Invalid, format_traceparent};
 use trimtab::trace::{self, Arrived, Continuation, Edge};
-use trimtab::units::{Fraction, Wall, nanoseconds, parse_instant, point};
+use trimtab::units::{Fraction, Wall, point};
 
 #[derive(Args)]
 pub(crate) struct Explain {
     /// A file with one policy, as `check` reads it; - is the standard input
     file: PathBuf,
 
-    /// Method and target; GET where there is no method
-    #[arg(long, short, value_name = "REQUEST", value_parser = RequestLine::parse)]
-    request: RequestLine,
-
-    /// A header of the request; may be repeated
-    #[arg(long = "header", short = 'H', value_name = "NAME: VALUE", value_parser = Header::parse)]
-    headers: Vec<Header>,
-
-    /// The request's authority, or host
-    #[arg(long, value_parser = field_value)]
-    authority: Option<String>,
-
-    /// The request's scheme
-    #[arg(long, default_value = "http", value_parser = ["http", "https"])]
-    scheme: String,
-
-    /// An attribute of the proxy, such as source.address or xds.route_name; may be repeated
-    #[arg(long = "property", value_name = "PATH=VALUE", value_parser = Property::parse)]
-    properties: Vec<Property>,
+    #[command(flatten)]
+    request: RequestArgs,
 
     /// When the request comes, such as 2026-11-21T09:00:00Z; now where this is not written
     #[arg(long, value_name = "INSTANT", value_parser = instant)]
@@ -70,42 +51,9 @@ pub(crate) struct Explain {
     format: Format,
 }
 
-fn instant(text: &str) -> Result<Wall, &'static str> {
-    parse_instant(text).ok_or("write an RFC 3339 instant, such as 2026-11-21T09:00:00Z")
-}
-
 impl Explain {
     pub(crate) fn run(&self) -> Outcome {
-        let mut outcome = Outcome::default();
-        let name = self.file.display();
-        let contents = match find_all(std::slice::from_ref(&self.file)) {
-            (sources, failures) if failures.is_empty() => match sources.as_slice() {
-                [source] => source.read().map_err(|error| format!("{name}: {error}")),
-                several => Err(format!("{name}: {} files; name one", several.len())),
-            },
-            (_, failures) => Err(failures.join("\n")),
-        };
-        let contents = match contents {
-            Ok(contents) => contents,
-            Err(message) => {
-                outcome.complain(&message);
-                return outcome;
-            }
-        };
-        let shown = if self.file.as_os_str() == "-" { "<stdin>".to_owned() } else { name.to_string() };
-        let (mut policies, findings) = judge(contents);
-        if findings.iter().any(|finding| finding.is_error()) {
-            outcome.stderr = report(&shown, &policies, &findings);
-            outcome.code = WRONG;
-            return outcome;
-        }
-        outcome.stderr = findings.iter().map(|finding| finding.line(&shown) + "\n").collect();
-        match (policies.pop(), policies.len()) {
-            (Some(policy), 0) => outcome.stdout = self.explain(policy),
-            (None, _) => outcome.complain(&format!("{shown}: no policy")),
-            (Some(_), others) => outcome.complain(&format!("{shown}: {} policies; name a file with one", others + 1)),
-        }
-        outcome
+        read_one(&self.file, |policy| Ok(self.explain(policy)))
     }
 
     fn explain(&self, mut policy: Policy) -> String {
@@ -113,17 +61,11 @@ impl Explain {
         for fault in policy.routes.iter_mut().filter_map(|route| route.fault.as_mut()) {
             fault.guard.continues_unknown = true;
         }
-        // Small enough to be typed again.
-        let seed = self.seed.unwrap_or_else(|| RandomState::new().hash_one(0) % 1_000_000);
+        let seed = self.seed.unwrap_or_else(draw_seed);
         let host = Sim::new(seed);
-        let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map(nanoseconds);
-        if let Some(at) = self.at.or_else(|| now().ok()) {
-            host.set_wall(at);
-        }
-        for property in &self.properties {
-            host.set_property(&property.path, property.value.as_bytes());
-        }
-        let block = block(&self.request, &self.scheme, self.authority.as_deref(), &self.headers);
+        host.set_wall(self.at.unwrap_or_else(now));
+        self.request.show_properties(&host);
+        let block = self.request.block(Cow::Borrowed);
         for service in policy.routes.iter().flat_map(|route| &route.global_limits) {
             host.add_cluster(&service.service.cluster);
         }
@@ -331,7 +273,7 @@ impl Story<'_> {
 
     fn tell_request(&self, table: &mut Table) {
         table.section("request");
-        let RequestLine { method, target } = &self.asked.request;
+        let RequestLine { method, target } = &self.asked.request.line;
         table.row(format!("{method} {target}"), "");
     }
 
@@ -647,7 +589,7 @@ impl Story<'_> {
         let changes = |change: &Change| json!({"name": change.name, "value": change.value});
         json!({
             "policy": &*self.policy.name,
-            "request": {"method": self.asked.request.method, "target": self.asked.request.target},
+            "request": {"method": self.asked.request.line.method, "target": self.asked.request.line.target},
             "seed": if self.is_random() { Some(self.seed) } else { None },
             "trace": self.reasons.trace.as_ref().map(json_trace),
             "route": self.route().map(|route| &*route.name),
@@ -814,38 +756,5 @@ fn duration(nanoseconds: u64) -> String {
         format!("{}ms", Decimal(nanoseconds, 1_000_000))
     } else {
         format!("{}s", Decimal(nanoseconds, SECOND))
-    }
-}
-
-/// Three columns: a section's label, what a row is about, what there is to say of it.
-#[derive(Default)]
-struct Table {
-    rows: Vec<(&'static str, String, String)>,
-    label: &'static str,
-}
-
-impl Table {
-    /// The label of the next row.
-    fn section(&mut self, label: &'static str) {
-        self.label = label;
-    }
-
-    fn row(&mut self, subject: impl Into<String>, text: impl Into<String>) {
-        let label = std::mem::take(&mut self.label);
-        self.rows.push((label, printable(&subject.into()), printable(&text.into())));
-    }
-
-    fn text(&self) -> String {
-        const WIDEST: usize = 28;
-        let width = |text: &str| text.chars().count();
-        let label = self.rows.iter().map(|(label, ..)| width(label)).max().unwrap_or(0) + 2;
-        let with_text = self.rows.iter().filter(|(_, subject, text)| !text.is_empty() && width(subject) <= WIDEST);
-        let subject = with_text.map(|(_, subject, _)| width(subject)).max().unwrap_or(0) + 2;
-        let line = |(name, about, text): &(&str, String, String)| {
-            let line = format!("{name:label$}{about:subject$}");
-            let gap = if width(about) >= subject && !text.is_empty() { "  " } else { "" };
-            format!("{}\n", format!("{line}{gap}{text}").trim_end())
-        };
-        self.rows.iter().map(line).collect()
     }
 }

@@ -22,7 +22,9 @@ mod finding;
 mod import;
 mod json;
 mod request;
+mod setting;
 mod source;
+mod table;
 mod tree;
 mod yaml;
 

@@ -1,6 +1,58 @@
 //! A request as it is written on a command line.
 
+use clap::Args;
+use std::borrow::Cow;
+use trimtab::host::sim::Sim;
 use trimtab::http::encode_headers;
+
+/// A request, and what the proxy knows of it.
+#[derive(Args)]
+pub(crate) struct RequestArgs {
+    /// Method and target; GET where there is no method
+    #[arg(long = "request", short, value_name = "REQUEST", value_parser = RequestLine::parse)]
+    pub(crate) line: RequestLine,
+
+    /// A header of the request; may be repeated
+    #[arg(long = "header", short = 'H', value_name = "NAME: VALUE", value_parser = Header::parse)]
+    headers: Vec<Header>,
+
+    /// The request's authority, or host
+    #[arg(long, value_parser = field_value)]
+    authority: Option<String>,
+
+    /// The request's scheme
+    #[arg(long, default_value = "http", value_parser = ["http", "https"])]
+    scheme: String,
+
+    /// An attribute of the proxy, such as source.address or xds.route_name; may be repeated
+    #[arg(long = "property", value_name = "PATH=VALUE", value_parser = Property::parse)]
+    properties: Vec<Property>,
+}
+
+impl RequestArgs {
+    /// The headers, serialised as the proxy hands them over, with `fill` done to the target and to every value. Like the
+    /// proxy, takes a `host` header for the authority.
+    pub(crate) fn block<'a>(&'a self, fill: impl Fn(&'a str) -> Cow<'a, str>) -> Vec<u8> {
+        let host = self.headers.iter().find(|header| header.name == "host").map(|header| header.value.as_str());
+        let mut all = vec![
+            (":method", Cow::Borrowed(&*self.line.method)),
+            (":path", fill(&self.line.target)),
+            (":scheme", Cow::Borrowed(&*self.scheme)),
+        ];
+        all.extend(self.authority.as_deref().or(host).map(|authority| (":authority", fill(authority))));
+        let plain = self.headers.iter().filter(|header| header.name != "host");
+        all.extend(plain.map(|header| (header.name.as_str(), fill(&header.value))));
+        let all: Vec<(&str, &str)> = all.iter().map(|(name, value)| (*name, &**value)).collect();
+        encode_headers(&all)
+    }
+
+    /// Lets `host` know the attributes.
+    pub(crate) fn show_properties(&self, host: &Sim) {
+        for property in &self.properties {
+            host.set_property(&property.path, property.value.as_bytes());
+        }
+    }
+}
 
 /// `GET /users/42`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -11,21 +63,21 @@ pub(crate) struct RequestLine {
 
 /// `x-user-id: ann`, the name in lower case, as the proxy has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Header {
-    pub(crate) name: String,
-    pub(crate) value: String,
+struct Header {
+    name: String,
+    value: String,
 }
 
 /// `xds.route_name=default`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Property {
-    pub(crate) path: String,
-    pub(crate) value: String,
+struct Property {
+    path: String,
+    value: String,
 }
 
 impl RequestLine {
     /// Reads a method and a target; the method may be left out.
-    pub(crate) fn parse(text: &str) -> Result<RequestLine, String> {
+    fn parse(text: &str) -> Result<RequestLine, String> {
         let words: Vec<&str> = text.split_ascii_whitespace().collect();
         let (method, target) = match words.as_slice() {
             [target] => ("GET", *target),
@@ -43,7 +95,7 @@ impl RequestLine {
 }
 
 impl Header {
-    pub(crate) fn parse(text: &str) -> Result<Header, String> {
+    fn parse(text: &str) -> Result<Header, String> {
         if text.starts_with(':') {
             return Err("name pseudo-headers with --request, --authority and --scheme".into());
         }
@@ -56,7 +108,7 @@ impl Header {
 }
 
 impl Property {
-    pub(crate) fn parse(text: &str) -> Result<Property, String> {
+    fn parse(text: &str) -> Result<Property, String> {
         let (path, value) = text.split_once('=').ok_or("no equals sign; write path=value")?;
         if path.split('.').any(str::is_empty) {
             return Err(format!("{path:?} is no path such as source.address"));
@@ -66,7 +118,7 @@ impl Property {
 }
 
 /// The value of a header without the space around it (RFC 9110, section 5.5).
-pub(crate) fn field_value(text: &str) -> Result<String, String> {
+fn field_value(text: &str) -> Result<String, String> {
     let value = text.trim_matches([' ', '\t']);
     if value.chars().any(|c| c.is_control() && c != '\t') {
         return Err("a control character, which no header can carry".into());
@@ -77,17 +129,6 @@ pub(crate) fn field_value(text: &str) -> Result<String, String> {
 /// A token (RFC 9110, section 5.6.2).
 fn is_token(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte))
-}
-
-/// A request's headers, serialised as the proxy hands them over. Like the proxy, takes a `host` header for the
-/// authority.
-pub(crate) fn block(line: &RequestLine, scheme: &str, authority: Option<&str>, headers: &[Header]) -> Vec<u8> {
-    let host = headers.iter().find(|header| header.name == "host").map(|header| header.value.as_str());
-    let mut all = vec![(":method", line.method.as_str()), (":path", &line.target), (":scheme", scheme)];
-    all.extend(authority.or(host).map(|authority| (":authority", authority)));
-    let plain = headers.iter().filter(|header| header.name != "host");
-    all.extend(plain.map(|header| (header.name.as_str(), header.value.as_str())));
-    encode_headers(&all)
 }
 
 #[cfg(test)]

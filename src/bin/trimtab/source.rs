@@ -320,11 +320,11 @@ fn json_length(node: &Node) -> usize {
 }
 
 /// The sources that all `paths` stand for, each once, and what could not be looked at.
-pub(crate) fn find_all(paths: &[PathBuf]) -> (Vec<Source>, Vec<String>) {
+pub(crate) fn find_all(paths: &[impl AsRef<Path>]) -> (Vec<Source>, Vec<String>) {
     let mut sources: Vec<Source> = Vec::new();
     let mut failures = Vec::new();
     let mut known = BTreeSet::new();
-    for path in paths {
+    for path in paths.iter().map(AsRef::as_ref) {
         match Source::find(path) {
             Ok(found) if found.is_empty() => failures.push(format!("{}: no .yaml, .yml or .json file", path.display())),
             Ok(found) => sources.extend(found.into_iter().filter(|source| known.insert(source.path.clone()))),
