@@ -30,9 +30,10 @@
 //!   requests in that of the failures.
 //!
 //! The ratios above 1 speak against the canary and those below 1 for it: that it fails *less* than the tolerance allows
-//! (for errors, than a tolerance of at least [`LEAST_MARGIN`], since nothing can be shown to be no worse at all). To
-//! fail one question is to fail, so against each of *k* questions 1/α is needed *k* times over; to pass, all have to be
-//! passed. Neither: the evidence is insufficient, and the judge says so.
+//! (for errors, than a tolerance of at least [`LEAST_MARGIN`], since nothing can be shown to be no worse at all; for
+//! slowness, less than the others or than in one of a hundred answers, which is what a 99th percentile means: the
+//! evidence is the mean of both). To fail one question is to fail, so against each of *k* questions 1/α is needed *k*
+//! times over; to pass, all have to be passed. Neither: the evidence is insufficient, and the judge says so.
 //!
 //! # What it rests on
 //!
@@ -62,6 +63,9 @@ pub struct Judge {
 
 /// What a canary is shown to be within, in its failure rate, before it passes.
 const LEAST_MARGIN: Fraction = Fraction::from_ppm(10_000);
+
+/// What is past a 99th percentile.
+const PAST_P99: f64 = 0.01;
 
 /// What is known of one side while the canary had one weight.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -131,8 +135,9 @@ impl Judge {
         ln(1_000_000.0 / f64::from(alpha))
     }
 
-    /// Judges from everything that is known; `counts` has one entry for each weight there was.
-    pub fn judge(&self, counts: &[Counts]) -> Finding {
+    /// Judges from everything that is known; `counts` has one entry for each weight there was. `timed`: how many answers
+    /// of the canary have come since it is known which are slow.
+    pub fn judge(&self, counts: &[Counts], timed: u64) -> Finding {
         let sum = |side: fn(&Counts) -> Arm| {
             counts.iter().map(side).fold(Arm::default(), |sum, arm| Arm {
                 requests: sum.requests.saturating_add(arm.requests),
@@ -169,7 +174,10 @@ impl Judge {
             finding.take(
                 Question::Slowness,
                 evidence(&WORSE, canary.slow, &sides(Counts::slow, Counts::most)),
-                evidence(&BETTER, canary.slow, &sides(Counts::slow, Counts::least)),
+                mean(&[
+                    evidence(&BETTER, canary.slow, &sides(Counts::slow, Counts::least)),
+                    evidence(&BETTER, canary.slow, &[(timed, PAST_P99)]),
+                ]),
             );
         }
         let questions = 1 + u32::from(self.limit.is_some()) + u32::from(self.p99_increase.is_some());
@@ -238,11 +246,15 @@ fn evidence(ratios: &[f64], hits: u64, trials: &[(u64, f64)]) -> f64 {
         }
         sum
     };
-    let logarithms: Vec<f64> = ratios.iter().map(likelihood).collect();
-    // The mean of exponentials, the greatest taken out so that none overflows.
+    mean(&ratios.iter().map(likelihood).collect::<Vec<f64>>())
+}
+
+/// The logarithm of the mean of what has these natural logarithms.
+fn mean(logarithms: &[f64]) -> f64 {
+    // The greatest is taken out so that no exponential overflows.
     let greatest = logarithms.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let sum: f64 = logarithms.iter().map(|logarithm| exp(logarithm - greatest)).sum();
-    greatest + ln(sum / ratios.len() as f64)
+    greatest + ln(sum / logarithms.len() as f64)
 }
 
 /// Evidence as people weigh it: ten times its decimal logarithm. A likelihood of 100 to 1 is 20 decibans.
@@ -298,7 +310,7 @@ mod tests {
                 counts.handicap += u64::from(judge.tolerance.includes(handicap));
                 counts.margin += u64::from(judge.margin().includes(handicap));
             }
-            (on_trial && failed).then(|| judge.judge(&self.counts))
+            (on_trial && failed).then(|| judge.judge(&self.counts, 0))
         }
 
         fn requests(&self) -> u64 {
@@ -397,7 +409,7 @@ mod tests {
                 for _ in 0..requests {
                     run.step(ppm(1_000), ppm(trial));
                 }
-                JUDGE.judge(&run.counts).verdict == Verdict::Pass
+                JUDGE.judge(&run.counts, 0).verdict == Verdict::Pass
             };
             (0..50).filter(passes).count()
         };
@@ -406,13 +418,56 @@ mod tests {
         assert_eq!(passes(12_000, 20_000), 0);
     }
 
+    /// The verdict on 2,000 answers of a canary of 10 % where no failure was seen, one answer in `stable` of the others was
+    /// slow, and one in `trial` of the canary.
+    fn verdict_on_slowness(timed: u64, stable: u64, trial: u64) -> Verdict {
+        let side = |requests: u64, every: u64| Arm { requests, failures: 0, slow: requests / every };
+        let (canary, others) = (side(2_000, trial), side(18_000, stable));
+        let counts = Counts { weight: ppm(100_000), canary, others, handicap: 0, margin: 180 };
+        Judge { p99_increase: Some(1), ..JUDGE }.judge(&[counts], timed).verdict
+    }
+
+    #[test]
+    fn a_canary_is_no_slower_where_fewer_than_one_in_a_hundred_answers_are_slow() {
+        const NEVER: u64 = u64::MAX;
+        assert_eq!(verdict_on_slowness(2_000, NEVER, NEVER), Verdict::Pass, "nobody has a slow answer");
+        assert_eq!(verdict_on_slowness(2_000, NEVER, 2_000), Verdict::Pass, "one slow answer");
+        assert_eq!(verdict_on_slowness(0, NEVER, NEVER), Verdict::Insufficient, "nobody knows what is slow");
+        assert_eq!(verdict_on_slowness(300, NEVER, NEVER), Verdict::Insufficient, "too few to know");
+        assert_eq!(verdict_on_slowness(0, 100, NEVER), Verdict::Pass, "fewer than the others");
+        assert_eq!(verdict_on_slowness(2_000, 100, 100), Verdict::Insufficient, "as many as one in a hundred");
+        assert_eq!(verdict_on_slowness(2_000, 100, 20), Verdict::Fail, "five times as many");
+    }
+
+    #[test]
+    fn a_canary_with_one_slow_answer_in_a_hundred_passes_in_one_of_a_hundred_runs_at_most() {
+        let judge = Judge { p99_increase: Some(1), ..JUDGE };
+        let passes = |seed: &u64| {
+            let mut state = seed << 20;
+            let (mut canary, mut others) = (Arm::default(), Arm::default());
+            (0..20_000).any(|_| {
+                let arm = if ppm(100_000).includes(split_mix(&mut state)) { &mut canary } else { &mut others };
+                arm.requests += 1;
+                arm.slow += u64::from(ppm(10_000).includes(split_mix(&mut state)));
+                // Nothing else stands in the way.
+                let margin = 100_000;
+                let counts = Counts { weight: ppm(100_000), canary, others, handicap: 0, margin };
+                (canary.requests + others.requests) % 16 == 0
+                    && judge.judge(&[counts], canary.requests).verdict == Verdict::Pass
+            })
+        };
+        let passed = (1..=200).filter(passes).count();
+        assert!(passed <= 4, "{passed} of 200");
+        println!("passed without being better: {passed} of 200");
+    }
+
     #[test]
     fn one_failure_decides_nothing() {
         for weight in [1, 100, 10_000, 500_000] {
             for limit in [None, Some(ppm(1))] {
                 let canary = Arm { requests: 1, failures: 1, slow: 0 };
                 let counts = Counts { weight: ppm(weight), canary, ..Counts::default() };
-                let finding = Judge { limit, ..JUDGE }.judge(&[counts]);
+                let finding = Judge { limit, ..JUDGE }.judge(&[counts], 0);
                 assert_eq!(finding.verdict, Verdict::Insufficient, "at {weight} ppm: {finding:?}");
             }
         }
@@ -422,7 +477,7 @@ mod tests {
     fn a_heavy_user_in_the_canary_is_no_evidence_against_it() {
         let side = |requests| Arm { requests, failures: requests / 50, slow: 0 };
         let counts = Counts { weight: ppm(50_000), canary: side(4_000), others: side(6_000), ..Counts::default() };
-        let finding = JUDGE.judge(&[counts]);
+        let finding = JUDGE.judge(&[counts], 0);
         assert!(finding.against < 0.0, "40 % of the requests and of the failures, at a weight of 5 %: {finding:?}");
     }
 
@@ -440,6 +495,7 @@ mod tests {
         #[test]
         fn any_counts_are_judged(
             arms in proptest::collection::vec((any::<[u64; 3]>(), any::<[u64; 3]>(), any::<u32>()), 0..5),
+            timed in any::<u64>(),
         ) {
             let arm = |[requests, failures, slow]: [u64; 3]| Arm {
                 requests, failures, slow,
@@ -448,7 +504,7 @@ mod tests {
                 weight: ppm(*weight), canary: arm(*canary), others: arm(*others), handicap: 3, margin: 5,
             }).collect();
             let judge = Judge { limit: Some(ppm(0)), p99_increase: Some(1), ..JUDGE };
-            let finding = judge.judge(&counts);
+            let finding = judge.judge(&counts, timed);
             let _ = (decibans(finding.against), decibans(finding.favour));
         }
 
@@ -464,8 +520,8 @@ mod tests {
                 canary: Arm { requests: 200, failures: failures + more, slow: 0 },
                 others: Arm { requests: 1_800, failures: failures + more, slow: 0 },
                 ..counts(0, 0)
-            }]);
-            let parts = JUDGE.judge(&[counts(failures, more), counts(more, failures)]);
+            }], 0);
+            let parts = JUDGE.judge(&[counts(failures, more), counts(more, failures)], 0);
             prop_assert!((whole.against - parts.against).abs() < 1e-9);
         }
     }

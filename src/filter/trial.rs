@@ -166,7 +166,7 @@ impl Trial {
         let now = host.wall_now();
         schedule.stage(now)?;
         if self.progress.is_none() || now >= self.ask_again {
-            let has_passed = || judge.judge(&meters.counts(host)).verdict == Verdict::Pass;
+            let has_passed = || meters.finding(judge, host).verdict == Verdict::Pass;
             let progress = schedule.advance(host, &stand.canary.word("stage"), now, has_passed);
             self.progress = progress.ok().or(self.progress);
             self.ask_again = now.saturating_add(JUDGE_PERIOD);
@@ -274,7 +274,7 @@ impl Trial {
         if self.has_failed {
             return;
         }
-        let finding = judge.judge(&meters.counts(host));
+        let finding = meters.finding(judge, host);
         meters.show(&finding, host);
         if finding.verdict == self.verdict {
             return;

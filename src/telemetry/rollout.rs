@@ -1,7 +1,7 @@
 //! A rollout: its weight, the evidence that is collected, the verdict, and what is logged of them.
 
 use super::{RouteMeters, Scope};
-use crate::canary::{Arm, Canary, Counts, Finding, Question, Share, Split, Term, Verdict, decibans};
+use crate::canary::{Arm, Canary, Counts, Finding, Judge, Question, Share, Split, Term, Verdict, decibans};
 use crate::host::{MetricId, Metrics};
 use crate::policy::{Route, label};
 use crate::units::Fraction;
@@ -67,6 +67,8 @@ pub struct JudgeMeters {
     favour: MetricId,
     /// Past how many microseconds an answer of the others is slow; 0 where that is not known yet.
     edge: MetricId,
+    /// Which answer of the canary was the first after that, counted from 1; 0 where there is none yet.
+    timed_from: MetricId,
 }
 
 /// The evidence from the requests that were sent by one weight.
@@ -152,6 +154,10 @@ impl RolloutMeters {
     }
 }
 
+fn canary_requests(counts: &[Counts]) -> u64 {
+    counts.iter().map(|known| known.canary.requests).sum()
+}
+
 impl JudgeMeters {
     fn define(weights: &[Fraction], judge: &Scope<'_, impl Metrics>) -> JudgeMeters {
         let weights = weights.iter().map(|weight| {
@@ -180,11 +186,21 @@ impl JudgeMeters {
             against: judge.gauge("against_decibans"),
             favour: judge.gauge("favour_decibans"),
             edge: judge.gauge("p99_edge_us"),
+            timed_from: judge.gauge("p99_from_request"),
         }
     }
 
-    /// Everything that is known, all workers together.
-    pub fn counts(&self, metrics: &impl Metrics) -> Vec<Counts> {
+    /// What `judge` says of everything that is known, all workers together.
+    pub fn finding(&self, judge: &Judge, metrics: &impl Metrics) -> Finding {
+        let counts = self.counts(metrics);
+        let timed = match metrics.value(self.timed_from) {
+            0 => 0,
+            first => canary_requests(&counts).saturating_add(1).saturating_sub(first),
+        };
+        judge.judge(&counts, timed)
+    }
+
+    fn counts(&self, metrics: &impl Metrics) -> Vec<Counts> {
         let arm = |arm: &ArmMeters| Arm {
             requests: metrics.value(arm.requests),
             failures: metrics.value(arm.failures),
@@ -234,11 +250,13 @@ impl JudgeMeters {
 
     pub fn set_edge(&self, edge: u64, metrics: &impl Metrics) {
         metrics.set_gauge(self.edge, edge);
+        // Counted after that is known, so that no answer is taken for a timed one that was not.
+        metrics.set_gauge(self.timed_from, canary_requests(&self.counts(metrics)).saturating_add(1));
     }
 
     /// Logs that nothing was known of the rollout.
     pub fn log_begin(&self, stand: &Stand<'_>, metrics: &impl Metrics) {
-        let answers: u64 = self.counts(metrics).iter().map(|known| known.canary.requests).sum();
+        let answers = canary_requests(&self.counts(metrics));
         log::info!("canary judge: {stand} verdict=insufficient canary_requests={answers}");
     }
 

@@ -9,7 +9,7 @@ use trimtab::http::encode_headers;
 #[derive(Args)]
 pub(crate) struct RequestArgs {
     /// Method and target; GET where there is no method
-    #[arg(long = "request", short, value_name = "REQUEST", value_parser = RequestLine::parse)]
+    #[arg(long = "request", short = 'r', value_name = "REQUEST", value_parser = RequestLine::parse)]
     pub(crate) line: RequestLine,
 
     /// A header of the request; may be repeated
