@@ -1,7 +1,7 @@
 //! The command-line program as its users run it.
 //!
-//! What it says of the files in `policies/good` and `policies/bad` stands beside each of them, what it explains stands
-//! in `policies/explain`, each with its command in the first line. `TRIMTAB_UPDATE=1` writes them anew.
+//! What it says of the files in `policies/good` and `policies/bad` stands beside each of them, what it explains and
+//! simulates stands in `policies/explain` and `policies/simulate`, each with its command in the first line. `TRIMTAB_UPDATE=1` writes them anew.
 
 use proptest::prelude::*;
 use serde_json::Value;
@@ -109,10 +109,12 @@ fn assert_transcript(file: &Path) -> Answer {
 }
 
 #[test]
-fn what_explain_says() {
-    for entry in fs::read_dir(policies().join("explain")).unwrap() {
-        let answer = assert_transcript(&entry.unwrap().path());
-        assert_eq!(answer.code, 0, "{answer:?}");
+fn what_explain_and_simulate_say() {
+    for folder in ["explain", "simulate"] {
+        for entry in fs::read_dir(policies().join(folder)).unwrap() {
+            let answer = assert_transcript(&entry.unwrap().path());
+            assert_eq!(answer.code, 0, "{answer:?}");
+        }
     }
 }
 
@@ -131,16 +133,19 @@ fn what_import_makes() {
 }
 
 #[test]
-fn the_readme_shows_what_explain_says() {
+fn the_readme_shows_what_explain_and_simulate_say() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let readme = fs::read_to_string(root.join("README.md")).unwrap();
-    let shown = readme.split("```console\n$ trimtab explain ").skip(1);
-    let shown: Vec<(&str, &str)> = shown.filter_map(|block| block.split("```").next()?.split_once('\n')).collect();
-    assert!(!shown.is_empty());
-    for (arguments, expected) in shown {
-        let words = words(&format!("explain {arguments}"));
-        let answer = run_in(root, &words.iter().map(String::as_str).collect::<Vec<_>>(), b"");
-        assert_eq!(answer.stdout, expected, "README.md: trimtab explain {arguments}");
+    for command in ["explain", "simulate"] {
+        let start = format!("```console\n$ trimtab {command} ");
+        let shown = readme.split(&start).skip(1);
+        let shown: Vec<(&str, &str)> = shown.filter_map(|block| block.split("```").next()?.split_once('\n')).collect();
+        assert!(!shown.is_empty());
+        for (arguments, expected) in shown {
+            let words = words(&format!("{command} {arguments}"));
+            let answer = run_in(root, &words.iter().map(String::as_str).collect::<Vec<_>>(), b"");
+            assert_eq!(answer.stdout, expected, "README.md: trimtab {command} {arguments}");
+        }
     }
 }
 
@@ -186,6 +191,7 @@ fn exit_codes() {
     assert_eq!(code(&["check", "good/minimal.yaml", "bad/tabs.yaml"]), 1);
     assert_eq!(code(&["check", "bad/tabs.yaml", "no-such-file.yaml"]), 2, "the rest is checked all the same");
     assert_eq!(code(&["explain", "bad/tabs.yaml", "--request", "/"]), 1);
+    assert_eq!(code(&["simulate", "bad/tabs.yaml", "--request", "/"]), 1);
     for usage in [
         &["check"][..],
         &["check", "--format", "xml", "good/minimal.yaml"],
@@ -201,6 +207,16 @@ fn exit_codes() {
         &["explain", "no-such-file.yaml", "--request", "/"],
         &["explain", "good/trafficextension.yaml", "--request", "/"],
         &["explain", "good", "--request", "/"],
+        &["simulate", "good/minimal.yaml"],
+        &["simulate", "good/minimal.yaml", "-r", "/", "--for", "0s"],
+        &["simulate", "good/minimal.yaml", "-r", "/", "--for", "10"],
+        &["simulate", "good/minimal.yaml", "-r", "/", "--for", "24h", "--rate", "1000"],
+        &["simulate", "good/minimal.yaml", "-r", "/", "--rate", "0"],
+        &["simulate", "good/minimal.yaml", "-r", "/", "--users", "0"],
+        &["simulate", "good/minimal.yaml", "-r", "/", "--failures", "5"],
+        &["simulate", "good/user-service.yaml", "-r", "/", "--failures", "nobody=5%"],
+        &["simulate", "good/user-service.yaml", "-r", "/", "--latency", "v1=fast"],
+        &["simulate", "good/user-service.yaml", "-r", "/", "--failures", "v1=5%@2m..1m"],
         &["cohort", "ann"],
         &["cohort", "--rollout", "", "ann"],
         &["chekc"],
@@ -213,7 +229,7 @@ fn exit_codes() {
 
 #[test]
 fn help_has_examples() {
-    for command in ["check", "explain", "cohort"] {
+    for command in ["check", "explain", "simulate", "import", "cohort"] {
         let answer = run(&[command, "--help"]);
         assert_eq!(answer.code, 0);
         assert!(answer.stdout.contains(&format!("Examples:\n  trimtab {command}")), "{}", answer.stdout);
@@ -310,6 +326,31 @@ fn a_seed_repeats_what_was_drawn() {
     let drawn = explain(&[]);
     let seed = drawn.split("--seed ").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
     assert_eq!(explain(&["--seed", seed]), drawn);
+}
+
+#[test]
+fn what_is_simulated_depends_on_the_seed_alone() {
+    let simulate = |seed: &str| {
+        let arguments = ["simulate", "good/user-service.yaml", "-r", "/users", "--for", "10s", "--failures", "50%"];
+        run(&[&arguments[..], &["--seed", seed]].concat()).stdout
+    };
+    assert_eq!(simulate("1"), simulate("1"));
+    assert_ne!(simulate("1").replace("--seed 1", "--seed 2"), simulate("2"));
+}
+
+#[test]
+fn every_request_of_a_simulation_is_told_once() {
+    for policy in ["good/user-service.yaml", "good/faults.yaml", "good/experiment.yaml", "good/ratelimit.yaml"] {
+        let arguments = ["simulate", policy, "-r", "/users", "--for", "20s", "--failures", "10%", "--format", "json"];
+        let answer = run(&arguments);
+        let story: Value = serde_json::from_str(&answer.stdout).unwrap();
+        let sum = |list: &str, field: &str| {
+            story[list].as_array().unwrap().iter().map(|entry| entry[field].as_u64().unwrap()).sum::<u64>()
+        };
+        let told = sum("seen", "count") + story["underWay"].as_u64().unwrap();
+        assert_eq!((story["requests"].as_u64(), told), (Some(2000), 2000), "{policy}: {}", answer.stdout);
+        assert!(sum("sent", "requests") <= 2000, "{policy}");
+    }
 }
 
 #[test]
