@@ -36,6 +36,11 @@ impl Fraction {
         self.0
     }
 
+    /// From 0 to 1.
+    pub fn as_part(self) -> f64 {
+        f64::from(self.0) / 1_000_000.0
+    }
+
     /// Whether a uniformly drawn 64-bit number falls into this share: exactly `ppm` of every million, to 2^-44.
     pub const fn includes(self, draw: u64) -> bool {
         point(draw) < self.0

@@ -35,6 +35,12 @@
 //! evidence is the mean of both). To fail one question is to fail, so against each of *k* questions 1/α is needed *k*
 //! times over; to pass, all have to be passed. Neither: the evidence is insufficient, and the judge says so.
 //!
+//! # What was and what is
+//!
+//! Counts since the beginning hold every success in a canary's favour, so one that served well for an hour and then broke
+//! would be let fail for long. Half of the evidence against it is therefore taken from [`Recent`], which begins the
+//! same test again and again.
+//!
 //! # What it rests on
 //!
 //! That requests are alike on both sides and fail independently of each other. A few heavy users who stick to the canary
@@ -43,6 +49,7 @@
 //! whose every request fails, on whichever side the cohort has put them, still weighs as many users.
 
 use super::logarithm::{exp, ln};
+use super::recent::Recent;
 use crate::units::Fraction;
 
 /// The `judge` block.
@@ -97,7 +104,7 @@ pub enum Verdict {
     Fail,
 }
 
-/// What is asked of a canary.
+/// What is asked of a canary. The number is its place in `Levels`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Question {
     Errors,
@@ -119,6 +126,9 @@ pub struct Finding {
     pub others: Arm,
 }
 
+/// The natural logarithm of the likelihood of each of [`WORSE`], in each question.
+pub(super) type Levels = [[f64; WORSE.len()]; 3];
+
 /// How many times as likely a failure might be.
 const WORSE: [f64; 8] = [1.5, 2.0, 3.0, 5.0, 8.0, 16.0, 32.0, 64.0];
 const BETTER: [f64; 6] = [1.0 / 1.5, 1.0 / 2.0, 1.0 / 3.0, 1.0 / 5.0, 1.0 / 16.0, 1.0 / 64.0];
@@ -137,7 +147,7 @@ impl Judge {
 
     /// Judges from everything that is known; `counts` has one entry for each weight there was. `timed`: how many answers
     /// of the canary have come since it is known which are slow.
-    pub fn judge(&self, counts: &[Counts], timed: u64) -> Finding {
+    pub fn judge(&self, counts: &[Counts], timed: u64, recent: &Recent) -> Finding {
         let sum = |side: fn(&Counts) -> Arm| {
             counts.iter().map(side).fold(Arm::default(), |sum, arm| Arm {
                 requests: sum.requests.saturating_add(arm.requests),
@@ -154,33 +164,26 @@ impl Judge {
             canary,
             others,
         };
-        let sides = |hits: fn(&Counts) -> u64, share: fn(&Counts) -> f64| -> Vec<(u64, f64)> {
-            counts.iter().map(|counts| (hits(counts), share(counts))).collect()
+        let (whole, lately) = (self.levels(counts), recent.levels(self, counts));
+        let mut questions = 0_u32;
+        let mut take = |question: Question, favour: f64| {
+            let of = |levels: &Levels| levels.get(question as usize).map_or(f64::NEG_INFINITY, |levels| mean(levels));
+            finding.take(question, mean(&[of(&whole), lately.as_ref().map_or(f64::NEG_INFINITY, of)]), favour);
+            questions += 1;
         };
-        finding.take(
+        let better = |hits: u64, trials: &[(u64, f64)]| mean(&likelihoods(&BETTER, hits, trials));
+        take(
             Question::Errors,
-            evidence(&WORSE, canary.failures, &sides(|c| c.failures().saturating_add(c.handicap), Counts::most)),
-            evidence(&BETTER, canary.failures, &sides(|c| c.failures().saturating_add(c.margin), Counts::least)),
+            better(canary.failures, &sides(counts, |c| c.failures().saturating_add(c.margin), Counts::least)),
         );
         if let Some(limit) = self.limit {
-            let trials = [(canary.requests, part(u64::from(limit.ppm()), 1_000_000))];
-            finding.take(
-                Question::Limit,
-                evidence(&WORSE, canary.failures, &trials),
-                evidence(&BETTER, canary.failures, &trials),
-            );
+            take(Question::Limit, better(canary.failures, &[(canary.requests, limit.as_part())]));
         }
         if self.p99_increase.is_some() {
-            finding.take(
-                Question::Slowness,
-                evidence(&WORSE, canary.slow, &sides(Counts::slow, Counts::most)),
-                mean(&[
-                    evidence(&BETTER, canary.slow, &sides(Counts::slow, Counts::least)),
-                    evidence(&BETTER, canary.slow, &[(timed, PAST_P99)]),
-                ]),
-            );
+            let than_others = better(canary.slow, &sides(counts, Counts::slow, Counts::least));
+            let than_one_in_a_hundred = better(canary.slow, &[(timed, PAST_P99)]);
+            take(Question::Slowness, mean(&[than_others, than_one_in_a_hundred]));
         }
-        let questions = 1 + u32::from(self.limit.is_some()) + u32::from(self.p99_increase.is_some());
         finding.against -= ln(f64::from(questions));
         if finding.against >= self.needed() {
             finding.verdict = Verdict::Fail;
@@ -189,6 +192,29 @@ impl Judge {
         }
         finding
     }
+
+    /// What `counts` say against the canary; nothing where that is not asked.
+    pub(super) fn levels(&self, counts: &[Counts]) -> Levels {
+        let sum = |of: fn(&Counts) -> u64| counts.iter().map(of).fold(0, u64::saturating_add);
+        let failures = sum(|counts| counts.canary.failures);
+        let limit = self.limit.map(|limit| (sum(|counts| counts.canary.requests), limit.as_part()));
+        [
+            likelihoods(&WORSE, failures, &sides(counts, |c| c.failures().saturating_add(c.handicap), Counts::most)),
+            limit.map_or_else(Default::default, |trials| likelihoods(&WORSE, failures, &[trials])),
+            match self.p99_increase {
+                Some(_) => {
+                    likelihoods(&WORSE, sum(|counts| counts.canary.slow), &sides(counts, Counts::slow, Counts::most))
+                }
+                None => Default::default(),
+            },
+        ]
+    }
+}
+
+/// The hits of both sides at each weight, and the canary's share.
+#[inline(never)]
+fn sides(counts: &[Counts], hits: fn(&Counts) -> u64, share: fn(&Counts) -> f64) -> Vec<(u64, f64)> {
+    counts.iter().map(|counts| (hits(counts), share(counts))).collect()
 }
 
 impl Finding {
@@ -220,7 +246,7 @@ impl Counts {
     }
 
     fn weight(&self) -> f64 {
-        part(u64::from(self.weight.ppm()), 1_000_000)
+        self.weight.as_part()
     }
 
     fn share(&self) -> f64 {
@@ -235,18 +261,17 @@ fn part(of: u64, whole: u64) -> f64 {
     of as f64 / whole as f64
 }
 
-/// The natural logarithm of the evidence that a hit is one of `ratios` as likely, from `hits` among trials that each
+/// The natural logarithm of how much likelier each of `ratios` makes it that there were `hits` among trials that each
 /// hit with the probability beside their number.
 #[inline(never)]
-fn evidence(ratios: &[f64], hits: u64, trials: &[(u64, f64)]) -> f64 {
-    let likelihood = |ratio: &f64| {
-        let mut sum = hits as f64 * ln(*ratio);
+fn likelihoods<const N: usize>(ratios: &[f64; N], hits: u64, trials: &[(u64, f64)]) -> [f64; N] {
+    ratios.map(|ratio| {
+        let mut sum = hits as f64 * ln(ratio);
         for (number, chance) in trials {
             sum -= *number as f64 * ln(1.0 + chance * (ratio - 1.0));
         }
         sum
-    };
-    mean(&ratios.iter().map(likelihood).collect::<Vec<f64>>())
+    })
 }
 
 /// The logarithm of the mean of what has these natural logarithms.
@@ -283,12 +308,18 @@ mod tests {
         judge: Judge,
         state: u64,
         counts: Vec<Counts>,
+        recent: Recent,
     }
 
     impl Run {
         fn new(judge: Judge, seed: u64, percent: u32) -> Run {
             let weight = Fraction::from_ppm(percent * 10_000);
-            Run { judge, state: seed << 20, counts: vec![Counts { weight, ..Counts::default() }] }
+            Run {
+                judge,
+                state: seed << 20,
+                counts: vec![Counts { weight, ..Counts::default() }],
+                recent: Recent::default(),
+            }
         }
 
         fn draw(&mut self, chance: Fraction) -> bool {
@@ -310,7 +341,10 @@ mod tests {
                 counts.handicap += u64::from(judge.tolerance.includes(handicap));
                 counts.margin += u64::from(judge.margin().includes(handicap));
             }
-            (on_trial && failed).then(|| judge.judge(&self.counts, 0))
+            if on_trial && let Some(next) = self.recent.next(&judge, &self.counts) {
+                self.recent = next;
+            }
+            (on_trial && failed).then(|| judge.judge(&self.counts, 0, &self.recent))
         }
 
         fn requests(&self) -> u64 {
@@ -389,6 +423,36 @@ mod tests {
     }
 
     #[test]
+    fn a_canary_that_turns_bad_is_found_however_well_it_did_before() {
+        let median = |judge: Judge, percent: u32, trial: u32| {
+            let more = |seed: u64| {
+                let mut run = Run::new(judge, seed + 20_000, percent);
+                for _ in 0..20_000 {
+                    run.step(ppm(10_000), ppm(10_000));
+                }
+                let before = run.requests();
+                while run.requests() < before + 5_000 {
+                    if run.step(ppm(10_000), ppm(trial)).is_some_and(|finding| finding.verdict == Verdict::Fail) {
+                        return run.requests() - before;
+                    }
+                }
+                u64::MAX
+            };
+            let mut needed: Vec<u64> = (0..31).map(more).collect();
+            needed.sort_unstable();
+            needed[15]
+        };
+        let limited = Judge { limit: Some(ppm(50_000)), ..JUDGE };
+        for (judge, percent, trial, at_most) in
+            [(JUDGE, 10, 200_000, 120), (JUDGE, 10, 50_000, 700), (limited, 100, 200_000, 250)]
+        {
+            let median = median(judge, percent, trial);
+            assert!(median <= at_most, "{trial} ppm at {percent} %: {median}");
+            println!("{trial} ppm at {percent} %, after 20,000 requests: median {median} canary requests");
+        }
+    }
+
+    #[test]
     fn what_is_within_the_tolerance_is_tolerated() {
         let judge = Judge { tolerance: ppm(10_000), ..JUDGE };
         let alarms = (0..100)
@@ -409,7 +473,7 @@ mod tests {
                 for _ in 0..requests {
                     run.step(ppm(1_000), ppm(trial));
                 }
-                JUDGE.judge(&run.counts, 0).verdict == Verdict::Pass
+                JUDGE.judge(&run.counts, 0, &run.recent).verdict == Verdict::Pass
             };
             (0..50).filter(passes).count()
         };
@@ -424,7 +488,7 @@ mod tests {
         let side = |requests: u64, every: u64| Arm { requests, failures: 0, slow: requests / every };
         let (canary, others) = (side(2_000, trial), side(18_000, stable));
         let counts = Counts { weight: ppm(100_000), canary, others, handicap: 0, margin: 180 };
-        Judge { p99_increase: Some(1), ..JUDGE }.judge(&[counts], timed).verdict
+        Judge { p99_increase: Some(1), ..JUDGE }.judge(&[counts], timed, &Recent::default()).verdict
     }
 
     #[test]
@@ -453,7 +517,7 @@ mod tests {
                 let margin = 100_000;
                 let counts = Counts { weight: ppm(100_000), canary, others, handicap: 0, margin };
                 (canary.requests + others.requests) % 16 == 0
-                    && judge.judge(&[counts], canary.requests).verdict == Verdict::Pass
+                    && judge.judge(&[counts], canary.requests, &Recent::default()).verdict == Verdict::Pass
             })
         };
         let passed = (1..=200).filter(passes).count();
@@ -467,7 +531,7 @@ mod tests {
             for limit in [None, Some(ppm(1))] {
                 let canary = Arm { requests: 1, failures: 1, slow: 0 };
                 let counts = Counts { weight: ppm(weight), canary, ..Counts::default() };
-                let finding = Judge { limit, ..JUDGE }.judge(&[counts], 0);
+                let finding = Judge { limit, ..JUDGE }.judge(&[counts], 0, &Recent::default());
                 assert_eq!(finding.verdict, Verdict::Insufficient, "at {weight} ppm: {finding:?}");
             }
         }
@@ -477,7 +541,7 @@ mod tests {
     fn a_heavy_user_in_the_canary_is_no_evidence_against_it() {
         let side = |requests| Arm { requests, failures: requests / 50, slow: 0 };
         let counts = Counts { weight: ppm(50_000), canary: side(4_000), others: side(6_000), ..Counts::default() };
-        let finding = JUDGE.judge(&[counts], 0);
+        let finding = JUDGE.judge(&[counts], 0, &Recent::default());
         assert!(finding.against < 0.0, "40 % of the requests and of the failures, at a weight of 5 %: {finding:?}");
     }
 
@@ -488,7 +552,7 @@ mod tests {
         assert_eq!(decibans(f64::NAN), 0);
         // By hand: 3 of 3 failures in a canary of 10 %, at each ratio r the cube of r / (1 + 0.1 (r - 1)).
         let by_hand: f64 = WORSE.iter().map(|r| (r / (1.0 + 0.1 * (r - 1.0))).powi(3)).sum::<f64>() / 8.0;
-        assert!((evidence(&WORSE, 3, &[(3, 0.1)]) - by_hand.ln()).abs() < 1e-12);
+        assert!((mean(&likelihoods(&WORSE, 3, &[(3, 0.1)])) - by_hand.ln()).abs() < 1e-12);
     }
 
     proptest! {
@@ -504,7 +568,7 @@ mod tests {
                 weight: ppm(*weight), canary: arm(*canary), others: arm(*others), handicap: 3, margin: 5,
             }).collect();
             let judge = Judge { limit: Some(ppm(0)), p99_increase: Some(1), ..JUDGE };
-            let finding = judge.judge(&counts, timed);
+            let finding = judge.judge(&counts, timed, &Recent::default());
             let _ = (decibans(finding.against), decibans(finding.favour));
         }
 
@@ -520,8 +584,8 @@ mod tests {
                 canary: Arm { requests: 200, failures: failures + more, slow: 0 },
                 others: Arm { requests: 1_800, failures: failures + more, slow: 0 },
                 ..counts(0, 0)
-            }], 0);
-            let parts = JUDGE.judge(&[counts(failures, more), counts(more, failures)], 0);
+            }], 0, &Recent::default());
+            let parts = JUDGE.judge(&[counts(failures, more), counts(more, failures)], 0, &Recent::default());
             prop_assert!((whole.against - parts.against).abs() < 1e-9);
         }
     }

@@ -13,6 +13,7 @@ mod judge;
 mod latency;
 mod logarithm;
 mod policy;
+mod recent;
 mod stages;
 mod verdict;
 
@@ -23,5 +24,6 @@ pub use exposure::expose;
 pub use judge::{Arm, Counts, Finding, Judge, Question, Verdict, decibans};
 pub use latency::Latencies;
 pub use policy::{Canary, Destination, Split, Steering};
+pub use recent::Recent;
 pub use stages::{Progress, Schedule, Stage};
 pub use verdict::{Settled, agree_on_edge, settle};

@@ -6,9 +6,10 @@
 //! the word: once the word is there, no worker sends another request to the canary.
 
 use crate::canary::{
-    Choice, Decided, Judge, Latencies, Progress, Share, Term, Verdict, Why, agree_on_edge, expose, settle,
+    Choice, Decided, Finding, Judge, Latencies, Progress, Recent, Share, Term, Verdict, Why, agree_on_edge, expose,
+    settle,
 };
-use crate::host::Host;
+use crate::host::{Change, Host, update};
 use crate::http::Request;
 use crate::telemetry::{JudgeMeters, Stand};
 use crate::units::{Fraction, Monotonic, Wall};
@@ -73,6 +74,19 @@ impl Sample {
 /// The judge of a trial, and where the evidence is.
 fn court<'p>(stand: &Stand<'p>) -> Option<(&'p Judge, &'p JudgeMeters)> {
     stand.canary.judge.as_ref().zip(stand.meters.judge.as_ref())
+}
+
+/// What the judge says of everything that is known, all workers together.
+fn finding(stand: &Stand<'_>, judge: &Judge, meters: &JudgeMeters, host: &impl Host) -> Finding {
+    let counts = meters.counts(host);
+    let recent = update(host, &stand.canary.word("recent"), |found| {
+        let known = found.and_then(Recent::decode).unwrap_or_default();
+        match known.next(judge, &counts) {
+            Some(next) => Change::Write(next.encode(), next),
+            None => Change::Keep(known),
+        }
+    });
+    judge.judge(&counts, meters.timed(&counts, host), &recent.unwrap_or_default())
 }
 
 impl Trial {
@@ -166,7 +180,7 @@ impl Trial {
         let now = host.wall_now();
         schedule.stage(now)?;
         if self.progress.is_none() || now >= self.ask_again {
-            let has_passed = || meters.finding(judge, host).verdict == Verdict::Pass;
+            let has_passed = || finding(stand, judge, meters, host).verdict == Verdict::Pass;
             let progress = schedule.advance(host, &stand.canary.word("stage"), now, has_passed);
             self.progress = progress.ok().or(self.progress);
             self.ask_again = now.saturating_add(JUDGE_PERIOD);
@@ -274,7 +288,7 @@ impl Trial {
         if self.has_failed {
             return;
         }
-        let finding = meters.finding(judge, host);
+        let finding = finding(stand, judge, meters, host);
         meters.show(&finding, host);
         if finding.verdict == self.verdict {
             return;

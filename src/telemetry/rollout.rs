@@ -1,7 +1,7 @@
 //! A rollout: its weight, the evidence that is collected, the verdict, and what is logged of them.
 
 use super::{RouteMeters, Scope};
-use crate::canary::{Arm, Canary, Counts, Finding, Judge, Question, Share, Split, Term, Verdict, decibans};
+use crate::canary::{Arm, Canary, Counts, Finding, Question, Share, Split, Term, Verdict, decibans};
 use crate::host::{MetricId, Metrics};
 use crate::policy::{Route, label};
 use crate::units::Fraction;
@@ -190,17 +190,16 @@ impl JudgeMeters {
         }
     }
 
-    /// What `judge` says of everything that is known, all workers together.
-    pub fn finding(&self, judge: &Judge, metrics: &impl Metrics) -> Finding {
-        let counts = self.counts(metrics);
-        let timed = match metrics.value(self.timed_from) {
+    /// How many of the canary's answers in `counts` have come since it is known which are slow.
+    pub fn timed(&self, counts: &[Counts], metrics: &impl Metrics) -> u64 {
+        match metrics.value(self.timed_from) {
             0 => 0,
-            first => canary_requests(&counts).saturating_add(1).saturating_sub(first),
-        };
-        judge.judge(&counts, timed)
+            first => canary_requests(counts).saturating_add(1).saturating_sub(first),
+        }
     }
 
-    fn counts(&self, metrics: &impl Metrics) -> Vec<Counts> {
+    /// Everything that is known, all workers together.
+    pub fn counts(&self, metrics: &impl Metrics) -> Vec<Counts> {
         let arm = |arm: &ArmMeters| Arm {
             requests: metrics.value(arm.requests),
             failures: metrics.value(arm.failures),

@@ -84,6 +84,29 @@ pub fn a_failing_canary_is_rolled_back_in_all_workers_for_good(start: Start) {
     assert_eq!(send(&mut *proxy, 0..300, "200"), 0, "the old one has not");
 }
 
+pub fn good_service_does_not_excuse_what_comes_after(start: Start) {
+    let judged = trial("r", r#""judge": {}"#);
+    let mut proxy = start(&judged);
+    let failed = format!("{METRICS}.r.judge.failed");
+    // Half of all requests are the canary's. One in fifty fails, and then all of the canary's.
+    let mut exposed = 0;
+    for n in 0..13_000 {
+        let (stream, outcome) = get(&mut *proxy, n % 2, "/", &[("x-user", &format!("user-{n}"))]);
+        let is_canary = subset(outcome).as_deref() == Some("v2");
+        let breaks = is_canary && n >= 12_000;
+        exposed += u32::from(breaks);
+        proxy.response(stream, &[(":status", if breaks || n % 50 == 0 { "500" } else { "200" })]);
+        proxy.end(stream);
+        if n % 1_000 == 0 {
+            assert_eq!(proxy.metric(&failed), 0, "after {n} requests");
+            proxy.advance(Duration::from_secs(1));
+            proxy.update(&judged).unwrap();
+        }
+    }
+    assert_eq!(proxy.metric(&failed), 1);
+    assert!((5..=40).contains(&exposed), "{exposed} failed requests, where one who had no past needs 7");
+}
+
 pub fn the_worker_that_saw_the_last_failure_sends_no_other(start: Start) {
     let mut proxy = start(&trial("r", r#""judge": {}"#));
     let failed = format!("{METRICS}.r.judge.failed");
@@ -300,7 +323,7 @@ pub fn garbage_is_no_verdict(start: Start) {
     let judged = trial("r", &format!(r#"{STAGES}, "maxRequests": 1000, "judge": {{"onInsufficient": "hold"}}"#));
     for garbage in [&b""[..], b"\x01\x02\xff", b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"] {
         let mut proxy = start(&judged);
-        for word in ["verdict", "stage", "edge"] {
+        for word in ["verdict", "stage", "edge", "recent"] {
             proxy.write_shared(&format!("trimtab/1/p/{word}/r"), garbage);
         }
         proxy.update(&judged).unwrap();

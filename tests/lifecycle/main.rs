@@ -21,9 +21,9 @@ use canary::{
     a_decision_at_another_weight_is_no_evidence, a_decision_is_carried_and_followed,
     a_failing_canary_is_rolled_back_in_all_workers_for_good, a_reported_failure_keeps_its_weight_and_enters_no_stage,
     a_stage_may_wait_for_evidence, an_application_that_loses_the_decision_gets_it_back, garbage_is_no_verdict,
-    grpc_failures_are_evidence, in_shadow_nothing_changes, slowness_is_evidence, stages_follow_the_wall_clock,
-    the_worker_that_saw_the_last_failure_sends_no_other, what_is_forged_is_counted_when_it_is_refused_too,
-    what_is_no_fault_of_the_canary_is_no_evidence,
+    good_service_does_not_excuse_what_comes_after, grpc_failures_are_evidence, in_shadow_nothing_changes,
+    slowness_is_evidence, stages_follow_the_wall_clock, the_worker_that_saw_the_last_failure_sends_no_other,
+    what_is_forged_is_counted_when_it_is_refused_too, what_is_no_fault_of_the_canary_is_no_evidence,
 };
 use fault::{
     a_delay_is_drawn_from_its_distribution, a_fault_of_another_hop_is_no_failure,
@@ -162,6 +162,7 @@ cases![
     stages_follow_the_wall_clock,
     a_cap_on_exposure_is_exact,
     a_failing_canary_is_rolled_back_in_all_workers_for_good,
+    good_service_does_not_excuse_what_comes_after,
     the_worker_that_saw_the_last_failure_sends_no_other,
     what_is_no_fault_of_the_canary_is_no_evidence,
     grpc_failures_are_evidence,
