@@ -245,6 +245,9 @@ fn standard_input_is_a_file_too() {
     assert_eq!(check(&policy).stdout, "<stdin>: ok (1 route)\n");
     let answer = run_in(&policies(), &["explain", "-", "--request", "/"], &policy);
     assert_eq!((answer.code, answer.stderr.as_str()), (0, ""));
+    let answer = run_in(&policies(), &["explain", "-", "-r", "/"], b"kind: Service\n");
+    assert_eq!((answer.code, answer.stdout.as_str()), (1, ""), "{}", answer.stderr);
+    assert!(answer.stderr.starts_with("<stdin>:1:1: error: "), "{}", answer.stderr);
 }
 
 #[test]
@@ -255,7 +258,8 @@ fn a_folder_is_looked_through() {
     let policy = "apiVersion: trimtab/v1alpha1\nname: a\n";
     write("b.yaml", policy);
     write("deep/a.yml", policy);
-    write("deep/c.json", r#"{"apiVersion": "trimtab/v1alpha1", "name": "C"}"#);
+    let bad = r#"{"apiVersion": "trimtab/v1alpha1", "name": "C"}"#;
+    write("deep/c.json", bad);
     write("deep/.hidden/d.yaml", "apiVersion: trimtab/v1alpha1\nname: [");
     write("template.yaml", "{{ if .Values.x }}\n\tno yaml");
     write("service.yaml", "apiVersion: v1\nkind: Service\nmetadata: {name: trimtab-metrics}\n");
@@ -268,6 +272,12 @@ fn a_folder_is_looked_through() {
         format!("./b.yaml: ok (0 routes)\n./deep/a.yml: ok (0 routes)\n{nested}./deep/c.json: 1 error\n")
     );
     assert_eq!((answer.code, answer.stderr.as_str()), (1, "./service.yaml: passed over Service trimtab-metrics\n"));
+    let explained = run_in(&folder, &["explain", "deep", "-r", "/"], b"");
+    assert_eq!((explained.code, explained.stdout.as_str()), (1, ""), "one of its policies has an error");
+    fs::remove_file(folder.join("deep/c.json")).unwrap();
+    let explained = run_in(&folder, &["explain", "deep", "-r", "/"], b"");
+    assert_eq!((explained.code, explained.stderr.as_str()), (0, ""), "a folder with one policy is as good as its file");
+    write("deep/c.json", bad);
     let none = run_in(&folder, &["check", "deep/.hidden/.."], b"");
     assert_eq!(none.code, 1);
     fs::remove_file(folder.join("deep/.hidden/d.yaml")).unwrap();

@@ -73,39 +73,41 @@ impl Check {
     }
 }
 
-/// Does what is to be done with the one policy in `file`, and tells what is wrong with either.
+/// Does what is to be done with the one policy in a file, or in the files of a folder, and tells what is wrong with it.
 ///
 /// # Errors
 /// `act` returns what stands in its way, in words.
-pub(crate) fn read_one(file: &Path, act: impl FnOnce(Policy) -> Result<String, String>) -> Outcome {
+pub(crate) fn read_one(path: &Path, act: impl FnOnce(Policy) -> Result<String, String>) -> Outcome {
     let mut outcome = Outcome::default();
-    let name = file.display();
-    let contents = match find_all(&[file]) {
-        (sources, failures) if failures.is_empty() => match sources.as_slice() {
-            [source] => source.read().map_err(|error| format!("{name}: {error}")),
-            several => Err(format!("{name}: {} files; name one", several.len())),
-        },
-        (_, failures) => Err(failures.join("\n")),
-    };
-    let contents = match contents {
-        Ok(contents) => contents,
-        Err(message) => {
-            outcome.complain(&message);
-            return outcome;
+    let (sources, failures) = find_all(&[path]);
+    for failure in failures {
+        outcome.complain(&failure);
+    }
+    let mut policies = Vec::new();
+    for source in &sources {
+        let name = source.name();
+        match source.read() {
+            Ok(contents) => {
+                let (usable, findings) = judge(contents);
+                if findings.iter().any(Finding::is_error) {
+                    outcome.stderr += &report(&name, &usable, &findings);
+                    outcome.code = WRONG;
+                } else {
+                    outcome.stderr.extend(findings.iter().map(|finding| finding.line(&name) + "\n"));
+                }
+                policies.extend(usable);
+            }
+            Err(error) => outcome.complain(&format!("{name}: {error}")),
         }
-    };
-    let shown = if file.as_os_str() == "-" { "<stdin>".to_owned() } else { name.to_string() };
-    let (mut policies, findings) = judge(contents);
-    if findings.iter().any(|finding| finding.is_error()) {
-        outcome.stderr = report(&shown, &policies, &findings);
-        outcome.code = WRONG;
+    }
+    if outcome.code > 0 {
         return outcome;
     }
-    outcome.stderr = findings.iter().map(|finding| finding.line(&shown) + "\n").collect();
+    let name = if path.as_os_str() == "-" { "<stdin>".into() } else { path.display().to_string() };
     let done = match (policies.pop(), policies.len()) {
         (Some(policy), 0) => act(policy),
-        (None, _) => Err(format!("{shown}: no policy")),
-        (Some(_), others) => Err(format!("{shown}: {} policies; name a file with one", others + 1)),
+        (None, _) => Err(format!("{name}: no policy")),
+        (Some(_), others) => Err(format!("{name}: {} policies; name a file with one", others + 1)),
     };
     match done {
         Ok(text) => outcome.stdout = text,

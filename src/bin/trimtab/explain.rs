@@ -32,7 +32,7 @@ use trimtab::units::{Fraction, Wall, point};
 
 #[derive(Args)]
 pub(crate) struct Explain {
-    /// A file with one policy, as `check` reads it; - is the standard input
+    /// A file, or a folder, with one policy, as `check` reads it; - is the standard input
     file: PathBuf,
 
     #[command(flatten)]

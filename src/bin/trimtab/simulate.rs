@@ -33,7 +33,7 @@ const SECOND: u64 = 1_000_000_000;
 
 #[derive(Args)]
 pub(crate) struct Simulate {
-    /// A file with one policy, as `check` reads it; - is the standard input
+    /// A file, or a folder, with one policy, as `check` reads it; - is the standard input
     file: PathBuf,
 
     #[command(flatten)]
