@@ -38,8 +38,8 @@
 //! # What was and what is
 //!
 //! Counts since the beginning hold every success in a canary's favour, so one that served well for an hour and then broke
-//! would be let fail for long. Half of the evidence against it is therefore taken from [`Recent`], which begins the
-//! same test again and again.
+//! would be let fail for long. Half of the evidence against it is therefore taken from [`super::Recent`], which begins
+//! the same test again and again.
 //!
 //! # What it rests on
 //!
@@ -49,7 +49,6 @@
 //! whose every request fails, on whichever side the cohort has put them, still weighs as many users.
 
 use super::logarithm::{exp, ln};
-use super::recent::Recent;
 use crate::units::Fraction;
 
 /// The `judge` block.
@@ -127,7 +126,7 @@ pub struct Finding {
 }
 
 /// The natural logarithm of the likelihood of each of [`WORSE`], in each question.
-pub(super) type Levels = [[f64; WORSE.len()]; 3];
+pub type Levels = [[f64; WORSE.len()]; 3];
 
 /// How many times as likely a failure might be.
 const WORSE: [f64; 8] = [1.5, 2.0, 3.0, 5.0, 8.0, 16.0, 32.0, 64.0];
@@ -146,8 +145,8 @@ impl Judge {
     }
 
     /// Judges from everything that is known; `counts` has one entry for each weight there was. `timed`: how many answers
-    /// of the canary have come since it is known which are slow.
-    pub fn judge(&self, counts: &[Counts], timed: u64, recent: &Recent) -> Finding {
+    /// of the canary have come since it is known which are slow. `lately`: what speaks most against it, wherever one begins.
+    pub fn judge(&self, counts: &[Counts], timed: u64, lately: Option<Levels>) -> Finding {
         let sum = |side: fn(&Counts) -> Arm| {
             counts.iter().map(side).fold(Arm::default(), |sum, arm| Arm {
                 requests: sum.requests.saturating_add(arm.requests),
@@ -164,7 +163,7 @@ impl Judge {
             canary,
             others,
         };
-        let (whole, lately) = (self.levels(counts), recent.levels(self, counts));
+        let whole = self.levels(counts);
         let mut questions = 0_u32;
         let mut take = |question: Question, favour: f64| {
             let of = |levels: &Levels| levels.get(question as usize).map_or(f64::NEG_INFINITY, |levels| mean(levels));
@@ -289,12 +288,14 @@ pub fn decibans(logarithm: f64) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+    use crate::canary::Recent;
     use crate::random::split_mix;
     use proptest::prelude::*;
 
-    const JUDGE: Judge = Judge {
+    /// Asks for errors alone, and tolerates none.
+    pub const JUDGE: Judge = Judge {
         tolerance: Fraction::NONE,
         limit: None,
         p99_increase: None,
@@ -344,7 +345,7 @@ mod tests {
             if on_trial && let Some(next) = self.recent.next(&judge, &self.counts) {
                 self.recent = next;
             }
-            (on_trial && failed).then(|| judge.judge(&self.counts, 0, &self.recent))
+            (on_trial && failed).then(|| judge.judge(&self.counts, 0, self.recent.levels(&judge, &self.counts)))
         }
 
         fn requests(&self) -> u64 {
@@ -473,7 +474,7 @@ mod tests {
                 for _ in 0..requests {
                     run.step(ppm(1_000), ppm(trial));
                 }
-                JUDGE.judge(&run.counts, 0, &run.recent).verdict == Verdict::Pass
+                JUDGE.judge(&run.counts, 0, run.recent.levels(&JUDGE, &run.counts)).verdict == Verdict::Pass
             };
             (0..50).filter(passes).count()
         };
@@ -488,7 +489,7 @@ mod tests {
         let side = |requests: u64, every: u64| Arm { requests, failures: 0, slow: requests / every };
         let (canary, others) = (side(2_000, trial), side(18_000, stable));
         let counts = Counts { weight: ppm(100_000), canary, others, handicap: 0, margin: 180 };
-        Judge { p99_increase: Some(1), ..JUDGE }.judge(&[counts], timed, &Recent::default()).verdict
+        Judge { p99_increase: Some(1), ..JUDGE }.judge(&[counts], timed, None).verdict
     }
 
     #[test]
@@ -517,7 +518,7 @@ mod tests {
                 let margin = 100_000;
                 let counts = Counts { weight: ppm(100_000), canary, others, handicap: 0, margin };
                 (canary.requests + others.requests) % 16 == 0
-                    && judge.judge(&[counts], canary.requests, &Recent::default()).verdict == Verdict::Pass
+                    && judge.judge(&[counts], canary.requests, None).verdict == Verdict::Pass
             })
         };
         let passed = (1..=200).filter(passes).count();
@@ -531,7 +532,7 @@ mod tests {
             for limit in [None, Some(ppm(1))] {
                 let canary = Arm { requests: 1, failures: 1, slow: 0 };
                 let counts = Counts { weight: ppm(weight), canary, ..Counts::default() };
-                let finding = Judge { limit, ..JUDGE }.judge(&[counts], 0, &Recent::default());
+                let finding = Judge { limit, ..JUDGE }.judge(&[counts], 0, None);
                 assert_eq!(finding.verdict, Verdict::Insufficient, "at {weight} ppm: {finding:?}");
             }
         }
@@ -541,7 +542,7 @@ mod tests {
     fn a_heavy_user_in_the_canary_is_no_evidence_against_it() {
         let side = |requests| Arm { requests, failures: requests / 50, slow: 0 };
         let counts = Counts { weight: ppm(50_000), canary: side(4_000), others: side(6_000), ..Counts::default() };
-        let finding = JUDGE.judge(&[counts], 0, &Recent::default());
+        let finding = JUDGE.judge(&[counts], 0, None);
         assert!(finding.against < 0.0, "40 % of the requests and of the failures, at a weight of 5 %: {finding:?}");
     }
 
@@ -568,7 +569,7 @@ mod tests {
                 weight: ppm(*weight), canary: arm(*canary), others: arm(*others), handicap: 3, margin: 5,
             }).collect();
             let judge = Judge { limit: Some(ppm(0)), p99_increase: Some(1), ..JUDGE };
-            let finding = judge.judge(&counts, timed, &Recent::default());
+            let finding = judge.judge(&counts, timed, None);
             let _ = (decibans(finding.against), decibans(finding.favour));
         }
 
@@ -584,8 +585,8 @@ mod tests {
                 canary: Arm { requests: 200, failures: failures + more, slow: 0 },
                 others: Arm { requests: 1_800, failures: failures + more, slow: 0 },
                 ..counts(0, 0)
-            }], 0, &Recent::default());
-            let parts = JUDGE.judge(&[counts(failures, more), counts(more, failures)], 0, &Recent::default());
+            }], 0, None);
+            let parts = JUDGE.judge(&[counts(failures, more), counts(more, failures)], 0, None);
             prop_assert!((whole.against - parts.against).abs() < 1e-9);
         }
     }

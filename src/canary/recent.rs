@@ -57,7 +57,7 @@ impl Terms {
 
 impl Recent {
     /// What speaks against the canary now that `counts` are known. `None` before the first beginning.
-    pub(super) fn levels(&self, judge: &Judge, counts: &[Counts]) -> Option<Levels> {
+    pub fn levels(&self, judge: &Judge, counts: &[Counts]) -> Option<Levels> {
         if !self.knows(judge) {
             return None;
         }
@@ -173,17 +173,9 @@ impl Counts {
 
 #[cfg(test)]
 mod tests {
+    use super::super::judge::tests::JUDGE;
     use super::*;
     use proptest::prelude::*;
-
-    const JUDGE: Judge = Judge {
-        tolerance: Fraction::NONE,
-        limit: None,
-        p99_increase: None,
-        confidence: Fraction::from_ppm(990_000),
-        rolls_back: true,
-        holds: false,
-    };
 
     fn counts(ppm: u32, canary: [u64; 2], others: [u64; 2]) -> Counts {
         let arm = |[requests, failures]: [u64; 2]| Arm { requests, failures, slow: 0 };
@@ -270,7 +262,7 @@ mod tests {
             for word in [word.clone(), [&[SCHEMA], &*word].concat()] {
                 let recent = Recent::decode(&word).unwrap_or_default();
                 let next = recent.next(&JUDGE, &known).unwrap_or_default();
-                let _ = JUDGE.judge(&known, 0, &next);
+                let _ = JUDGE.judge(&known, 0, next.levels(&JUDGE, &known));
             }
         }
     }

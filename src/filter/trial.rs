@@ -86,7 +86,7 @@ fn finding(stand: &Stand<'_>, judge: &Judge, meters: &JudgeMeters, host: &impl H
             None => Change::Keep(known),
         }
     });
-    judge.judge(&counts, meters.timed(&counts, host), &recent.unwrap_or_default())
+    judge.judge(&counts, meters.timed(&counts, host), recent.unwrap_or_default().levels(judge, &counts))
 }
 
 impl Trial {
