@@ -107,7 +107,8 @@ impl Simulate {
         let known: BTreeSet<&str> = policy.routes.iter().flat_map(labels).collect();
         if let Some(unknown) = upstreams.subsets().find(|subset| !known.contains(subset)) {
             let known: Vec<&str> = known.into_iter().collect();
-            return Err(format!("no destination is called {unknown:?}; there are: {}", known.join(", ")));
+            let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+            return Err(format!("no destination is called {unknown:?}; the policy names {known}"));
         }
         let left_out = leave_out(&mut policy);
         let seed = self.seed.unwrap_or_else(draw_seed);
@@ -179,9 +180,10 @@ impl Story<'_> {
         table.row(self.requests.to_string(), format!("{rate} a second, of {users} users"));
         table.section("sent to");
         for Sent { route, destination, requests, failures } in self.proxy.sent() {
+            let route = route.as_ref().map_or("no route".to_owned(), |name| format!("route {name}"));
             let share = percent(*requests, self.requests);
             let failed = percent(*failures, *requests);
-            table.row(destination, format!("{requests} ({share}) by route {route}; {failures} ({failed}) failed"));
+            table.row(destination, format!("{requests} ({share}) by {route}; {failures} ({failed}) failed"));
         }
         table.section("clients saw");
         for (Seen { status, grpc_status, from }, count) in self.proxy.seen() {

@@ -49,7 +49,8 @@ struct Stream {
 /// What a destination got.
 #[derive(Default)]
 pub(super) struct Sent {
-    pub route: String,
+    /// `None` where no route matched.
+    pub route: Option<String>,
     pub destination: String,
     pub requests: u64,
     pub failures: u64,
@@ -195,7 +196,7 @@ impl<'a> Proxy<'a> {
         stream.failed = failed;
         self.answers.push(Reverse((now.saturating_add(takes), id)));
         let sent = self.sent.entry(stream.to).or_insert_with(|| Sent {
-            route: route.map_or("none", |route| &route.name).to_owned(),
+            route: route.map(|route| route.name.to_string()),
             destination: destination.to_owned(),
             ..Sent::default()
         });
