@@ -78,6 +78,29 @@ async fn a_failed_canary_gets_not_one_request_more() {
 }
 
 #[tokio::test]
+async fn good_service_does_not_excuse_what_comes_after() {
+    needs_envoy!();
+    for workers in [2, 4] {
+        let setup = Setup { workers, ..Setup::default() };
+        let world = World::with(&trial("r", r#""judge": {"errorRateMax": "5%"}"#), setup).await;
+        let client = world.spreading_client();
+        flood(&client, 3_200).await;
+        let before = world.v2.count();
+        assert!((1_400..=1_800).contains(&before), "half of the requests are the canary's: {before}");
+        // Everybody fails, so only the limit on errors speaks against the canary.
+        world.v1.set_behaviour(Behaviour::echo().status(503));
+        world.v2.set_behaviour(Behaviour::echo().status(503));
+        let failed = format!("{ROLLOUT}.r.judge.failed");
+        while world.metric(&failed).await == 0 {
+            client.send(Request::get("/")).await;
+            let exposed = world.v2.count() - before;
+            assert!(exposed <= 25, "{exposed} requests failed, with {workers} workers\n{}", world.envoy.log_tail());
+        }
+        world.assert_no_trap().await;
+    }
+}
+
+#[tokio::test]
 async fn a_crowd_sends_no_more_than_it_had_under_way() {
     needs_envoy!();
     let world = World::with(&trial("r", r#""judge": {}"#), Setup { workers: 4, ..Setup::default() }).await;
