@@ -418,25 +418,13 @@ impl Worker {
         self.waiters.borrow_mut().wait(paused.waiting.call, stream, paused);
     }
 
-    /// Lets go of every stream whose delay is over, or whose experiment may inject nothing any more: unfaulted then.
+    /// Lets go of every stream that is to be let go now.
     fn release(&self) {
-        let now = self.envoy.now();
-        let ended = match self.filter.borrow().as_ref() {
-            Some(filter) => self.held.borrow_mut().take_all(|hold| filter.ends_faults(hold.experiment)),
+        let released = match self.filter.borrow_mut().as_mut() {
+            Some(filter) => filter.release(&mut self.held.borrow_mut(), &self.envoy),
             None => Vec::new(),
         };
-        for (stream, hold) in ended {
-            self.let_go(stream, Hold { then: Verdict::Continue, ..*hold });
-        }
-        loop {
-            let Some((stream, mut hold)) = self.held.borrow_mut().take_due(now) else { return };
-            // It may have been suspended since the last tick.
-            if hold.then != Verdict::Continue
-                && let Some(filter) = self.filter.borrow_mut().as_mut()
-                && !filter.may_fault(&self.envoy, hold.experiment)
-            {
-                hold.then = Verdict::Continue;
-            }
+        for (stream, hold) in released {
             self.let_go(stream, *hold);
         }
     }

@@ -113,30 +113,18 @@ impl Proxy for Native {
                         cluster: call.cluster,
                         path: call.path,
                     }));
-                    for (id, hold) in worker.held.take_all(|hold| filter.ends_faults(hold.experiment)) {
+                    for (id, hold) in filter.release(&mut worker.held, &self.host) {
+                        if let Some(stream) = worker.streams.get_mut(&id) {
+                            stream.outcome = match hold.then {
+                                Verdict::Answer(reply) => Outcome::Answered(answer(reply)),
+                                Verdict::Reset => Outcome::Reset,
+                                Verdict::Continue => Outcome::Continued(stream.headers.clone()),
+                                Verdict::Delay(_) | Verdict::Wait(_) => panic!("a delay follows a delay"),
+                            };
+                        }
                         if let Some(slot) = hold.slot {
                             filter.free(slot, &self.host);
                         }
-                        if let Some(stream) = worker.streams.get_mut(&id) {
-                            stream.outcome = Outcome::Continued(stream.headers.clone());
-                        }
-                    }
-                }
-                while let Some((id, mut hold)) = worker.held.take_due(self.host.now()) {
-                    let filter = worker.filter.as_mut().unwrap();
-                    if hold.then != Verdict::Continue && !filter.may_fault(&self.host, hold.experiment) {
-                        hold.then = Verdict::Continue;
-                    }
-                    if let Some(stream) = worker.streams.get_mut(&id) {
-                        stream.outcome = match hold.then {
-                            Verdict::Answer(reply) => Outcome::Answered(answer(reply)),
-                            Verdict::Reset => Outcome::Reset,
-                            Verdict::Continue => Outcome::Continued(stream.headers.clone()),
-                            Verdict::Delay(_) | Verdict::Wait(_) => panic!("a delay follows a delay"),
-                        };
-                    }
-                    if let (Some(slot), Some(filter)) = (hold.slot, &worker.filter) {
-                        filter.free(slot, &self.host);
                     }
                 }
             }

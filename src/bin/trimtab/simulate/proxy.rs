@@ -240,24 +240,16 @@ impl<'a> Proxy<'a> {
     fn tick(&mut self) {
         self.ticked = self.host.now();
         self.filter.on_tick(&self.host);
-        for (id, hold) in self.held.take_all(|hold| self.filter.ends_faults(hold.experiment)) {
-            self.let_go(id, Hold { then: Verdict::Continue, ..*hold });
-        }
+        self.release();
     }
 
+    /// Lets go of every stream that is to be let go now.
     fn release(&mut self) {
-        while let Some((id, mut hold)) = self.held.take_due(self.host.now()) {
-            if hold.then != Verdict::Continue && !self.filter.may_fault(&self.host, hold.experiment) {
-                hold.then = Verdict::Continue;
+        for (id, hold) in self.filter.release(&mut self.held, &self.host) {
+            self.go_on(id, hold.then);
+            if let Some(slot) = hold.slot {
+                self.filter.free(slot, &self.host);
             }
-            self.let_go(id, *hold);
-        }
-    }
-
-    fn let_go(&mut self, id: u32, hold: Hold) {
-        self.go_on(id, hold.then);
-        if let Some(slot) = hold.slot {
-            self.filter.free(slot, &self.host);
         }
     }
 }
