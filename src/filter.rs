@@ -14,7 +14,7 @@ mod report;
 mod trial;
 mod watch;
 
-use crate::canary::{Carried, Choice, Decided, Share, Term, Why};
+use crate::canary::{Carried, Choice, Decided, Destination, Share, Term, Why};
 use crate::fault::{Injection, MARK, Slot, Withheld};
 use crate::host::{Change, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request, http_from_grpc};
@@ -140,6 +140,14 @@ pub struct Reasons {
     pub withheld: Option<Withheld>,
     /// Whether the circuit breaker refused the request.
     pub broken: bool,
+}
+
+impl Reasons {
+    /// The destination that was chosen; `None` where the route names none.
+    pub fn destination<'p>(&self, policy: &'p Policy) -> Option<&'p Destination> {
+        let split = policy.routes.get(self.route?)?.split.as_ref()?;
+        split.destinations.get(self.choice?.destination).map(|(destination, _)| destination)
+    }
 }
 
 /// How long an answer takes.

@@ -1,6 +1,7 @@
 //! The log line of one request, for whoever looks into one: at the level `debug`, and put together only there.
 
 use super::{Decision, Verdict};
+use crate::canary::Destination;
 use crate::policy::Policy;
 
 impl Decision<'_> {
@@ -9,8 +10,6 @@ impl Decision<'_> {
     pub(super) fn log(&self, policy: &Policy) {
         let Decision { verdict, reasons, .. } = self;
         let route = reasons.route.and_then(|route| policy.routes.get(route));
-        let split = route.and_then(|route| route.split.as_ref());
-        let chosen = split.zip(reasons.choice).and_then(|(split, choice)| split.destinations.get(choice.destination));
         let trace_id = reasons.trace.as_ref().map(|trace| trace.context.trace_id_digits()).unwrap_or_default();
         let details = if let Verdict::Answer(reply) = verdict.last() { reply.details } else { "" };
         let verdict = match verdict {
@@ -23,7 +22,7 @@ impl Decision<'_> {
         log::debug!(
             "request: route={:?} destination={:?} verdict={verdict} details={details:?} trace_id={}",
             route.map_or("", |route| &route.name),
-            chosen.map_or("", |(destination, _)| destination.label()),
+            reasons.destination(policy).map_or("", Destination::label),
             String::from_utf8_lossy(&trace_id),
         );
     }

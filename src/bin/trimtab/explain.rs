@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::path::PathBuf;
 use trimtab::breaker::Breaker;
-use trimtab::canary::{Choice, Split, Term, Why};
+use trimtab::canary::{Choice, Destination, Split, Term, Why};
 use trimtab::decimal::Decimal;
 use trimtab::document::quoted;
 use trimtab::fault::{Abort, Delay, Draw, DrawnFrom, Fault, Guard, Status, Withheld};
@@ -92,6 +92,9 @@ impl Explain {
     }
 }
 
+/// What a destination is called where the route names none.
+pub(crate) const OWN_ROUTE: &str = "the proxy's own route";
+
 /// A header that is set, or removed where there is no value.
 struct Change {
     name: String,
@@ -161,13 +164,11 @@ impl Story<'_> {
 
     /// What the keys are taken from.
     fn scene(&self) -> Scene<'_, '_> {
-        let route = self.route();
-        let chosen = route.and_then(|route| route.split.as_ref()).zip(self.reasons.choice);
-        let destination = chosen.and_then(|(split, choice)| split.destinations.get(choice.destination));
+        let destination = self.reasons.destination(self.policy);
         Scene {
             request: &self.request,
-            route: route.map_or("", |route| &route.name),
-            subset: destination.map(|(destination, _)| &*destination.subset).filter(|subset| !subset.is_empty()),
+            route: self.route().map_or("", |route| &route.name),
+            subset: destination.map(|destination| &*destination.subset).filter(|subset| !subset.is_empty()),
             properties: self.host,
         }
     }
@@ -237,9 +238,7 @@ impl Story<'_> {
 
     /// The destination, as people call it; the route's own where it names none.
     fn destination(&self) -> String {
-        let split = self.route().and_then(|route| route.split.as_ref());
-        let chosen = self.reasons.choice.and_then(|choice| split?.destinations.get(choice.destination));
-        chosen.map_or("the proxy's own route".into(), |(destination, _)| destination.label().to_owned())
+        self.reasons.destination(self.policy).map_or(OWN_ROUTE, Destination::label).to_owned()
     }
 
     /// The answer that is given in the upstream's place.

@@ -4,11 +4,13 @@
 
 use super::journal;
 use super::upstreams::Upstreams;
+use crate::explain::OWN_ROUTE;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
 use std::time::Duration;
+use trimtab::canary::Destination;
 use trimtab::fault::HeldStreams;
-use trimtab::filter::{Exchange, Filter, Hold, Verdict};
+use trimtab::filter::{Decision, Exchange, Filter, Hold, Reasons, Verdict};
 use trimtab::host::Host;
 use trimtab::host::sim::Sim;
 use trimtab::http::HeaderMutation;
@@ -32,7 +34,8 @@ pub(super) struct Proxy<'a> {
     answers: BinaryHeap<Reverse<(Monotonic, u32)>>,
     /// The state of the upstreams' random numbers.
     draw: u64,
-    sent: BTreeMap<(Option<usize>, usize), Sent>,
+    /// By route and destination, as the policy numbers them.
+    sent: BTreeMap<(Option<usize>, Option<usize>), Sent>,
     seen: BTreeMap<Seen, u64>,
     took: Vec<u64>,
 }
@@ -40,8 +43,7 @@ pub(super) struct Proxy<'a> {
 /// A request on its way.
 struct Stream {
     since: Monotonic,
-    /// Route and destination, as indices.
-    to: (Option<usize>, usize),
+    reasons: Reasons,
     failed: bool,
     exchange: Exchange,
 }
@@ -159,11 +161,10 @@ impl<'a> Proxy<'a> {
     /// Sends a request, whose headers are serialised as a proxy hands them over.
     pub fn request(&mut self, headers: &[u8]) {
         let decision = self.filter.on_request(&self.host, headers, false, self.held.has_room());
-        let (verdict, exchange) = (decision.verdict, decision.exchange);
-        let to = (decision.reasons.route, decision.reasons.choice.map_or(0, |choice| choice.destination));
+        let Decision { verdict, exchange, reasons, .. } = decision;
         let id = self.next_stream;
         self.next_stream = id.wrapping_add(1);
-        self.streams.insert(id, Stream { since: self.host.now(), to, failed: false, exchange });
+        self.streams.insert(id, Stream { since: self.host.now(), reasons, failed: false, exchange });
         self.go_on(id, verdict);
     }
 
@@ -186,17 +187,16 @@ impl<'a> Proxy<'a> {
     /// To the upstream.
     fn send(&mut self, id: u32) {
         let Some(stream) = self.streams.get_mut(&id) else { return };
-        let (route, destination) = stream.to;
-        let route = route.and_then(|route| self.filter.policy().routes.get(route));
-        let destination = route.and_then(|route| route.split.as_ref()?.destinations.get(destination));
-        let destination = destination.map_or("the proxy's own route", |(destination, _)| destination.label());
+        let (policy, reasons) = (self.filter.policy(), &stream.reasons);
+        let destination = reasons.destination(policy).map_or(OWN_ROUTE, Destination::label);
         let now = self.host.now();
         let (failed, takes) =
             self.upstreams.answer(destination, now.saturating_sub(self.begin), || split_mix(&mut self.draw));
         stream.failed = failed;
         self.answers.push(Reverse((now.saturating_add(takes), id)));
-        let sent = self.sent.entry(stream.to).or_insert_with(|| Sent {
-            route: route.map(|route| route.name.to_string()),
+        let place = (reasons.route, reasons.choice.map(|choice| choice.destination));
+        let sent = self.sent.entry(place).or_insert_with(|| Sent {
+            route: reasons.route.and_then(|route| policy.routes.get(route)).map(|route| route.name.to_string()),
             destination: destination.to_owned(),
             ..Sent::default()
         });
