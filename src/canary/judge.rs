@@ -145,7 +145,8 @@ impl Judge {
     }
 
     /// Judges from everything that is known; `counts` has one entry for each weight there was. `timed`: how many answers
-    /// of the canary have come since it is known which are slow. `lately`: what speaks most against it, wherever one begins.
+    /// of the canary have come since it is known which are slow. `lately`: what speaks most against it, wherever one
+    /// begins.
     pub fn judge(&self, counts: &[Counts], timed: u64, lately: Option<Levels>) -> Finding {
         let sum = |side: fn(&Counts) -> Arm| {
             counts.iter().map(side).fold(Arm::default(), |sum, arm| Arm {
@@ -196,7 +197,7 @@ impl Judge {
     pub(super) fn levels(&self, counts: &[Counts]) -> Levels {
         let sum = |of: fn(&Counts) -> u64| counts.iter().map(of).fold(0, u64::saturating_add);
         let failures = sum(|counts| counts.canary.failures);
-        let limit = self.limit.map(|limit| (sum(|counts| counts.canary.requests), limit.as_part()));
+        let limit = self.limit.map(|limit| (Counts::canary_requests(counts), limit.as_part()));
         [
             likelihoods(&WORSE, failures, &sides(counts, |c| c.failures().saturating_add(c.handicap), Counts::most)),
             limit.map_or_else(Default::default, |trials| likelihoods(&WORSE, failures, &[trials])),
@@ -226,6 +227,11 @@ impl Finding {
 }
 
 impl Counts {
+    /// The canary's answers at all weights together.
+    pub fn canary_requests(all: &[Counts]) -> u64 {
+        all.iter().fold(0, |sum, counts| sum.saturating_add(counts.canary.requests))
+    }
+
     fn failures(&self) -> u64 {
         self.canary.failures.saturating_add(self.others.failures)
     }

@@ -58,27 +58,18 @@ impl Terms {
 impl Recent {
     /// What speaks against the canary now that `counts` are known. `None` before the first beginning.
     pub fn levels(&self, judge: &Judge, counts: &[Counts]) -> Option<Levels> {
-        if !self.knows(judge) {
-            return None;
-        }
-        let mut levels = self.levels;
-        let new = judge.levels(&self.since(counts));
-        for (level, new) in levels.as_flattened_mut().iter_mut().zip(new.as_flattened()) {
-            *level += new;
-        }
-        Some(levels)
+        self.knows(judge).then(|| self.with(judge, &self.since(counts)))
     }
 
     /// What is to be remembered now that `counts` are known, where that is something else.
     pub fn next(&self, judge: &Judge, counts: &[Counts]) -> Option<Recent> {
-        let answers = |counts: &[Counts]| counts.iter().map(|counts| counts.canary.requests).sum::<u64>();
-        if self.knows(judge) && answers(&self.since(counts)) < EVERY {
+        let (is_known, new) = (self.knows(judge), self.since(counts));
+        if is_known && Counts::canary_requests(&new) < EVERY {
             return None;
         }
-        let known = self.levels(judge, counts);
         let beginnings = self.beginnings.saturating_add(1);
         let share = -ln(f64::from(beginnings)) - ln(f64::from(beginnings) + 1.0);
-        let mut levels = known.unwrap_or([[share; _]; _]);
+        let mut levels = if is_known { self.with(judge, &new) } else { [[share; _]; _] };
         levels.as_flattened_mut().iter_mut().for_each(|level| *level = level.max(share));
         let mut now = counts.to_vec();
         let gone = self.counts.iter().filter(|old| counts.iter().all(|new| new.weight != old.weight));
@@ -90,6 +81,16 @@ impl Recent {
     /// Whether it has begun, and what was asked is what `judge` asks.
     fn knows(&self, judge: &Judge) -> bool {
         self.beginnings > 0 && self.terms == Terms::of(judge)
+    }
+
+    /// The levels, with what is `new`.
+    fn with(&self, judge: &Judge, new: &[Counts]) -> Levels {
+        let mut levels = self.levels;
+        let new = judge.levels(new);
+        for (level, new) in levels.as_flattened_mut().iter_mut().zip(new.as_flattened()) {
+            *level += new;
+        }
+        levels
     }
 
     /// What is new in `counts`.

@@ -154,10 +154,6 @@ impl RolloutMeters {
     }
 }
 
-fn canary_requests(counts: &[Counts]) -> u64 {
-    counts.iter().map(|known| known.canary.requests).sum()
-}
-
 impl JudgeMeters {
     fn define(weights: &[Fraction], judge: &Scope<'_, impl Metrics>) -> JudgeMeters {
         let weights = weights.iter().map(|weight| {
@@ -194,7 +190,7 @@ impl JudgeMeters {
     pub fn timed(&self, counts: &[Counts], metrics: &impl Metrics) -> u64 {
         match metrics.value(self.timed_from) {
             0 => 0,
-            first => canary_requests(counts).saturating_add(1).saturating_sub(first),
+            first => Counts::canary_requests(counts).saturating_add(1).saturating_sub(first),
         }
     }
 
@@ -250,12 +246,12 @@ impl JudgeMeters {
     pub fn set_edge(&self, edge: u64, metrics: &impl Metrics) {
         metrics.set_gauge(self.edge, edge);
         // Counted after that is known, so that no answer is taken for a timed one that was not.
-        metrics.set_gauge(self.timed_from, canary_requests(&self.counts(metrics)).saturating_add(1));
+        metrics.set_gauge(self.timed_from, Counts::canary_requests(&self.counts(metrics)).saturating_add(1));
     }
 
     /// Logs that nothing was known of the rollout.
     pub fn log_begin(&self, stand: &Stand<'_>, metrics: &impl Metrics) {
-        let answers = canary_requests(&self.counts(metrics));
+        let answers = Counts::canary_requests(&self.counts(metrics));
         log::info!("canary judge: {stand} verdict=insufficient canary_requests={answers}");
     }
 
