@@ -28,8 +28,8 @@
 //! guard, `filter/circuit.rs` for the breaker.
 //!
 //! [`document`] and [`diagnostic`] read strictly and tell all errors at once; [`policy`] puts the blocks together.
-//! [`http`], [`key`], [`address`], [`bytes`], [`slo`] and [`units`] are the words that features speak in. [`telemetry`] names the
-//! metrics. [`host`] is what the core asks of its surroundings; `host/proxy_wasm.rs` alone knows the ABI.
+//! [`http`], [`key`], [`address`], [`bytes`], [`slo`] and [`units`] are the words that features speak in. [`telemetry`]
+//! names the metrics. [`host`] is what the core asks of its surroundings; `host/proxy_wasm.rs` alone knows the ABI.
 //!
 //! # Invariants
 //!

@@ -1,7 +1,8 @@
 //! The command-line program as its users run it.
 //!
 //! What it says of the files in `policies/good` and `policies/bad` stands beside each of them, what it explains and
-//! simulates stands in `policies/explain` and `policies/simulate`, each with its command in the first line. `TRIMTAB_UPDATE=1` writes them anew.
+//! simulates stands in `policies/explain` and `policies/simulate`, each with its command in the first line.
+//! `TRIMTAB_UPDATE=1` writes them anew.
 
 use proptest::prelude::*;
 use serde_json::Value;
