@@ -217,12 +217,9 @@ async fn no_more_faults_are_active_than_may_be() {
             assert_eq!(tasks.join_next().await.expect("40 were sent").expect("it is answered"), 200);
         }
         assert_eq!(world.metric("route.r.fault.delays").await, (round * MOST) as u64, "round {round}");
-        // The clients that are held leave.
+        // The clients that are held leave. Envoy forgets a connection after all that its streams had.
         tasks.shutdown().await;
-        eventually("the streams of the clients that left to end", async || {
-            (world.envoy.stat("http.inbound.downstream_rq_active").await == Some(0)).then_some(())
-        })
-        .await;
+        world.envoy.wait_for_stat("http.inbound.downstream_cx_active", |active| active == 0).await;
     }
     world.assert_no_trap().await;
 }

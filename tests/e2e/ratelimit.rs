@@ -2,6 +2,8 @@
 
 use crate::world::{Setup, World, listener, policy};
 use serde_json::json;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 use tokio::task::JoinSet;
 use trimtab_testbed::{Behaviour, Listener, Request, needs_envoy};
@@ -17,23 +19,28 @@ struct Sample {
     is_admitted: bool,
 }
 
-/// As many requests as fit, from several connections at once, for `seconds`; in the order of their answers.
+/// As many requests as fit, from several connections at once, for `seconds`, or until a hundred of them were refused
+/// where that takes longer; in the order of their answers.
 async fn load(world: &World, connections: usize, seconds: f64) -> Vec<Sample> {
+    const REFUSALS: usize = 100;
     let mut tasks = JoinSet::new();
     let begin = Instant::now();
+    let refused = Arc::new(AtomicUsize::new(0));
     for n in 0..connections {
         // Half of the connections are kept, and half are new for each request, so that all workers get some.
         let client = if n % 2 == 0 { world.client() } else { world.spreading_client() };
+        let refused = Arc::clone(&refused);
         tasks.spawn(async move {
             let mut samples = Vec::new();
             loop {
                 let sent = begin.elapsed().as_secs_f64();
-                if sent > seconds {
+                if sent > seconds && refused.load(Ordering::Relaxed) >= REFUSALS {
                     return samples;
                 }
                 let status = client.send(Request::get("/")).await.status.as_u16();
                 assert!(matches!(status, 200 | 429), "GET / was answered {status}, expected 200 or 429");
                 let answered = begin.elapsed().as_secs_f64();
+                refused.fetch_add(usize::from(status == 429), Ordering::Relaxed);
                 samples.push(Sample { sent, answered, is_admitted: status == 200 });
             }
         });

@@ -9,6 +9,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio::sync::{Mutex, MutexGuard, OnceCell};
 use trimtab_testbed::{Client, PATIENCE, ProcessGroup, Request, eventually};
 
@@ -202,9 +203,17 @@ fn last_lines(log: &Path) -> String {
     lines[lines.len().saturating_sub(30)..].join("\n")
 }
 
-/// A port that was free a moment ago, for programs that cannot be given 0. Should somebody else take it in between, the
-/// program does not start, and the test says so.
+/// A free port for programs that cannot be given 0. It is one below those that the kernel gives out by itself, where
+/// there are any: neither a listener that asks for any port nor a connection that leaves takes it in between.
 pub fn free_port() -> u16 {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    listener.local_addr().unwrap().port()
+    static TRIED: AtomicUsize = AtomicUsize::new(0);
+    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap();
+    let end: u16 = range.split_whitespace().next().unwrap().parse().unwrap();
+    let below: Vec<u16> = (end.saturating_sub(10_000).max(1024)..end).collect();
+    let bind = |port: u16| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).ok()?.local_addr().ok();
+    // Where to begin differs from process to process.
+    let first = std::process::id() as usize;
+    let mut tries = (0..below.len()).map(|_| first + TRIED.fetch_add(1, Ordering::Relaxed));
+    let found = tries.find_map(|place| bind(*below.get(place % below.len())?));
+    found.or_else(|| bind(0)).expect("a port is free").port()
 }

