@@ -244,7 +244,7 @@ impl Table {
 
     /// Ejects a host, if so many may be.
     fn eject(&mut self, place: usize, detection: &Detection, now: Monotonic) {
-        let Health { hosts, ejected, .. } = self.health(now);
+        let Health { hosts, ejected } = self.health(now);
         let within = |part: u64, percent: u8| part * 100 <= hosts * u64::from(percent);
         let may_be = ejected == 0 || within(ejected + 1, detection.max_ejection_percent);
         let is_healthy = within(ejected, 100 - detection.min_health_percent.min(100));

@@ -1,7 +1,7 @@
 //! `trimtab check`: whether the module would take a policy, and if not, what to change and where.
 
 use crate::finding::{Finding, counted, plural, printable};
-use crate::source::{Contents, find_all};
+use crate::source::{Contents, Source, find_all};
 use crate::{Format, Outcome, UNUSABLE, WRONG};
 use clap::Args;
 use std::path::{Path, PathBuf};
@@ -29,21 +29,9 @@ pub(crate) struct Check {
 impl Check {
     pub(crate) fn run(&self) -> Outcome {
         let mut outcome = Outcome::default();
-        let (sources, failures) = find_all(&self.files);
-        for failure in failures {
-            outcome.complain(&failure);
-        }
         let mut listed = Vec::new();
         let mut held = false;
-        for source in &sources {
-            let name = source.name();
-            let contents = match source.read() {
-                Ok(contents) => contents,
-                Err(error) => {
-                    outcome.complain(&format!("{name}: {error}"));
-                    continue;
-                }
-            };
+        read_each(&self.files, &mut outcome, |outcome, name, contents| {
             if self.verbose {
                 for skipped in &contents.skipped {
                     outcome.stderr += &printable(&format!("{name}: passed over {skipped}"));
@@ -51,7 +39,7 @@ impl Check {
                 }
             }
             if contents.policies.is_empty() && contents.findings.is_empty() {
-                continue;
+                return;
             }
             held = true;
             let (policies, findings) = judge(contents);
@@ -59,10 +47,10 @@ impl Check {
                 outcome.code = outcome.code.max(WRONG);
             }
             match self.format {
-                Format::Text => outcome.stdout += &report(&name, &policies, &findings),
-                Format::Json => listed.extend(findings.iter().map(|finding| finding.json(&name))),
+                Format::Text => outcome.stdout += &report(name, &policies, &findings),
+                Format::Json => listed.extend(findings.iter().map(|finding| finding.json(name))),
             }
-        }
+        });
         if !held && outcome.code < UNUSABLE {
             outcome.complain("no policy in any of the files");
         }
@@ -79,31 +67,21 @@ impl Check {
 /// `act` returns what stands in its way, in words.
 pub(crate) fn read_one(path: &Path, act: impl FnOnce(Policy) -> Result<String, String>) -> Outcome {
     let mut outcome = Outcome::default();
-    let (sources, failures) = find_all(&[path]);
-    for failure in failures {
-        outcome.complain(&failure);
-    }
     let mut policies = Vec::new();
-    for source in &sources {
-        let name = source.name();
-        match source.read() {
-            Ok(contents) => {
-                let (usable, findings) = judge(contents);
-                if findings.iter().any(Finding::is_error) {
-                    outcome.stderr += &report(&name, &usable, &findings);
-                    outcome.code = WRONG;
-                } else {
-                    outcome.stderr.extend(findings.iter().map(|finding| finding.line(&name) + "\n"));
-                }
-                policies.extend(usable);
-            }
-            Err(error) => outcome.complain(&format!("{name}: {error}")),
+    read_each(&[path], &mut outcome, |outcome, name, contents| {
+        let (usable, findings) = judge(contents);
+        if findings.iter().any(Finding::is_error) {
+            outcome.stderr += &report(name, &usable, &findings);
+            outcome.code = outcome.code.max(WRONG);
+        } else {
+            outcome.stderr.extend(findings.iter().map(|finding| finding.line(name) + "\n"));
         }
-    }
+        policies.extend(usable);
+    });
     if outcome.code > 0 {
         return outcome;
     }
-    let name = if path.as_os_str() == "-" { "<stdin>".into() } else { path.display().to_string() };
+    let name = Source::named(path.to_owned()).name();
     let done = match (policies.pop(), policies.len()) {
         (Some(policy), 0) => act(policy),
         (None, _) => Err(format!("{name}: no policy")),
@@ -114,6 +92,21 @@ pub(crate) fn read_one(path: &Path, act: impl FnOnce(Policy) -> Result<String, S
         Err(message) => outcome.complain(&message),
     }
     outcome
+}
+
+/// Reads what `paths` stand for, one file after the other, each with its name, and tells which cannot be read.
+fn read_each(paths: &[impl AsRef<Path>], outcome: &mut Outcome, mut act: impl FnMut(&mut Outcome, &str, Contents)) {
+    let (sources, failures) = find_all(paths);
+    for failure in failures {
+        outcome.complain(&failure);
+    }
+    for source in sources {
+        let name = source.name();
+        match source.read() {
+            Ok(contents) => act(outcome, &name, contents),
+            Err(error) => outcome.complain(&format!("{name}: {error}")),
+        }
+    }
 }
 
 /// All policies of a file that can be used, and everything there is to say of it.
