@@ -4,9 +4,7 @@ use crate::world::{Setup, World, policy};
 use serde_json::json;
 use std::time::Duration;
 use tokio::task::JoinSet;
-use trimtab_testbed::{
-    Behaviour, Bootstrap, Client, Envoy, Listener, Request, Upstream, cluster, eventually, needs_envoy,
-};
+use trimtab_testbed::{Behaviour, Bootstrap, Client, Envoy, Listener, Request, Upstream, cluster, needs_envoy};
 
 fn faults(delay: &str) -> String {
     policy(
@@ -78,10 +76,7 @@ async fn a_client_that_leaves_frees_its_place() {
         let held = tokio::time::timeout(Duration::from_millis(20), client.try_send(experiment("slow"))).await;
         assert!(held.is_err(), "the request is held for a day");
     }
-    eventually("the streams of the clients that left to end", async || {
-        (world.envoy.stat("http.inbound.downstream_rq_active").await == Some(0)).then_some(())
-    })
-    .await;
+    world.envoy.wait_for_stat("http.inbound.downstream_rq_active", |active| active == 0).await;
     assert_eq!(client.send(Request::get("/")).await.status, 200);
     world.assert_no_trap().await;
 }

@@ -195,20 +195,29 @@ async fn forged_steering(stage: &Stage) -> Outcome {
     Ok(())
 }
 
+/// The answer, if it took less than `limit`; otherwise another to the same that does, of ten. A machine that is busy with something
+/// else is late by itself, but hardly each time.
+async fn within(limit: Duration, mut answer: Response, ask: &Ask, stage: &Stage) -> Outcome<Response> {
+    for _ in 0..10 {
+        if answer.elapsed < limit {
+            break;
+        }
+        answer = stage.send(ask).await?;
+    }
+    expect(answer.elapsed < limit, format!("an answer in less than {limit:?}"), answer.elapsed)?;
+    Ok(answer)
+}
+
 async fn delay(stage: &Stage) -> Outcome {
     const DELAY: Duration = Duration::from_millis(300);
     stage.terminal.title("4  A fault: the service is slow")?;
-    let slow = stage.ask(&Ask::get().header("x-experiment", "slow"), &[]).await?;
+    let ask = Ask::get().header("x-experiment", "slow");
+    let slow = stage.ask(&ask, &[]).await?;
+    let slow = within(DELAY + Duration::from_secs(1), slow, &ask, stage).await?;
     expect(slow.status == 200, "200", &slow)?;
     expect(slow.elapsed >= DELAY, "300 ms at least", slow.elapsed)?;
-    // A machine that is busy with something else may be late by itself, but hardly each time.
-    let mut quick = stage.send(&Ask::get()).await?;
-    for _ in 0..10 {
-        if quick.elapsed >= DELAY {
-            quick = stage.send(&Ask::get()).await?;
-        }
-    }
-    expect(quick.elapsed < DELAY, "less than 300 ms without the header", quick.elapsed)?;
+    let ask = Ask::get();
+    let quick = within(DELAY, stage.send(&ask).await?, &ask, stage).await?;
     stage.terminal.saw(&format!("the same without the header: {}", summary(&quick, &[])))?;
     stage.terminal.why("Because the route experiment-slow delays all of its requests by 300 ms.")?;
     Ok(())
