@@ -29,7 +29,8 @@
 //!
 //! [`document`] and [`diagnostic`] read strictly and tell all errors at once; [`policy`] puts the blocks together.
 //! [`http`], [`key`], [`address`], [`bytes`], [`slo`] and [`units`] are the words that features speak in. [`telemetry`]
-//! names the metrics. [`host`] is what the core asks of its surroundings; `host/proxy_wasm.rs` alone knows the ABI.
+//! names the metrics. [`worker`] is a filter with the streams that it holds, which every host drives. [`host`] is what the
+//! core asks of its surroundings; `host/proxy_wasm.rs` alone knows the ABI.
 //!
 //! # Invariants
 //!
@@ -76,3 +77,4 @@ pub mod slo;
 pub mod telemetry;
 pub mod trace;
 pub mod units;
+pub mod worker;

@@ -2,7 +2,7 @@
 
 use super::watch::{Experiment, Post, Watch};
 use super::{Decision, Exchange, Filter, Header, Verdict, number};
-use crate::fault::{Abort, Draw, HeldStreams, MARK, MESSAGE, Slot, Status, Withheld};
+use crate::fault::{Abort, Draw, MARK, MESSAGE, Slot, Status, Withheld};
 use crate::host::Host;
 use crate::http::{HeaderMutation, Request};
 use crate::trace;
@@ -149,31 +149,15 @@ impl Filter {
         }
     }
 
-    /// Takes the streams out of `held` that are to be let go now, each with what follows: unfaulted those whose experiment
-    /// may inject nothing any more, and then those whose delay is over.
-    pub fn release(&mut self, held: &mut HeldStreams<Box<Hold>>, host: &impl Host) -> Vec<(u32, Box<Hold>)> {
-        let mut released = held.take_all(|hold| self.ends_faults(hold.experiment));
-        released.iter_mut().for_each(|(_, hold)| hold.then = Verdict::Continue);
-        let now = host.now();
-        while let Some((stream, mut hold)) = held.take_due(now) {
-            // It may have been suspended since the last tick.
-            if hold.then != Verdict::Continue && !self.may_fault(host, hold.experiment) {
-                hold.then = Verdict::Continue;
-            }
-            released.push((stream, hold));
-        }
-        released
-    }
-
     /// Whether `experiment` may inject nothing any more: it was suspended, or is over. So it stood at the last tick.
-    fn ends_faults(&self, experiment: Experiment) -> bool {
+    pub(crate) fn ends_faults(&self, experiment: Experiment) -> bool {
         let watches = self.worker.watches.get(experiment.route as usize);
         let watch = watches.and_then(|watches| watches.get(experiment.destination as usize));
         watch.is_none_or(Watch::ends_faults)
     }
 
     /// Whether what follows a delay of `experiment` may still be injected now.
-    fn may_fault(&mut self, host: &impl Host, experiment: Experiment) -> bool {
+    pub(crate) fn may_fault(&mut self, host: &impl Host, experiment: Experiment) -> bool {
         let Experiment { route, destination } = experiment;
         let (route, destination) = (route as usize, destination as usize);
         let post = Post::new(&self.policy, &self.meters, route, destination);

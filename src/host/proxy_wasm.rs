@@ -9,14 +9,13 @@
 use super::{
     CallId, Calls, Conflict, GrpcAnswer, GrpcCall, GrpcClient, Host, MetricId, Metrics, Properties, StateStore, Version,
 };
-use crate::fault::{HeldStreams, Slot};
-use crate::filter::{Exchange, Filter, Hold, Verdict, Waiting};
 use crate::http::{HeaderMutation, LocalReply, encode_headers};
 use crate::outlier::MAX_ANSWER_BYTES;
 use crate::policy::Policy;
 use crate::random::split_mix;
-use crate::ratelimit::service::{MAX_RESPONSE_BYTES, Outcome, Waiters};
+use crate::ratelimit::service::MAX_RESPONSE_BYTES;
 use crate::units::{Monotonic, Wall};
+use crate::worker::{self, Worker};
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::{Action, BufferType, ContextType, LogLevel, MapType, MetricType, StreamType};
 use std::cell::{Cell, RefCell};
@@ -302,36 +301,66 @@ impl Host for Envoy {
     }
 }
 
-/// What the streams of one configuration in one worker share.
+/// One configuration in one worker thread.
 ///
-/// Invariant: no borrow is alive while a stream is resumed or answered, because the host may then call back at once.
+/// Invariant: no borrow is alive while a stream is released, because the host may then call back at once.
 #[derive(Default)]
-struct Worker {
+struct Plugin {
     envoy: Envoy,
-    filter: RefCell<Option<Filter>>,
-    held: RefCell<HeldStreams<Box<Hold>>>,
-    waiters: RefCell<Waiters<Paused>>,
+    /// `None` until a policy is accepted.
+    worker: RefCell<Option<Worker>>,
+    /// For when the next tick was asked for.
+    armed: Cell<Option<Monotonic>>,
 }
 
-/// A stream's request that waits for a call.
-struct Paused {
-    headers: Vec<u8>,
-    waiting: Box<Waiting>,
-    /// Where the stream finds its exchange in the end: the answer comes to the worker, not to the stream.
-    exchange: Rc<Cell<Exchange>>,
+/// Envoy's streams, as a worker releases them. Envoy carries out what is asked for after the callback.
+struct EnvoyStreams;
+
+impl worker::Streams for EnvoyStreams {
+    fn select(&mut self, stream: u32) -> bool {
+        unsafe { proxy_set_effective_context(stream) == OK }
+    }
+
+    fn connection(&mut self) -> Option<u64> {
+        let path = "connection\0id";
+        let id = fetch(|data, size| unsafe { proxy_get_property(path.as_ptr(), path.len(), data, size) })?;
+        Some(u64::from_le_bytes(id.try_into().ok()?))
+    }
+
+    fn mutate(&mut self, mutation: &HeaderMutation<'_>) {
+        mutate(MapType::HttpRequestHeaders, mutation);
+    }
+
+    fn release(&mut self, _: u32, action: worker::Action) {
+        if act(&action) == Action::Continue {
+            unsafe { proxy_continue_stream(StreamType::HttpRequest) };
+        }
+    }
+}
+
+/// Does to the current stream what was decided, and returns what the SDK is to be told.
+fn act(action: &worker::Action) -> Action {
+    match action {
+        worker::Action::Continue => return Action::Continue,
+        worker::Action::Reply(reply) => answer(reply),
+        worker::Action::Reset => reset(),
+        worker::Action::Pause => {}
+    }
+    Action::Pause
 }
 
 thread_local! {
-    /// The workers whose filter may have calls under way: the host tells of an answer by the call's token alone. One for
-    /// each configuration that is in use.
-    static WORKERS: RefCell<Vec<Weak<Worker>>> = const { RefCell::new(Vec::new()) };
+    /// The plugins that may have gRPC calls under way, one for each configuration that is in use: the host names a call
+    /// that is answered by its token alone.
+    static PLUGINS: RefCell<Vec<Weak<Plugin>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Takes the answer to a call, for whichever filter sent it.
+/// Takes the answer to a call, for whichever plugin sent it.
 fn on_grpc_answer(answer: GrpcAnswer<'_>) {
-    let workers: Vec<Rc<Worker>> = WORKERS.with_borrow(|workers| workers.iter().filter_map(Weak::upgrade).collect());
-    for worker in workers {
-        worker.settle(answer);
+    let plugins: Vec<Rc<Plugin>> = PLUGINS.with_borrow(|plugins| plugins.iter().filter_map(Weak::upgrade).collect());
+    for plugin in plugins {
+        plugin.with_worker(|worker, envoy| worker.on_grpc_answer(envoy, answer, &mut EnvoyStreams));
+        plugin.arm();
     }
 }
 
@@ -353,108 +382,28 @@ extern "C" fn trimtab_on_grpc_close(_root: u32, token: u32, status: u32) {
     on_grpc_answer(GrpcAnswer { call: CallId(token), status, message: &text.unwrap_or_default() });
 }
 
-impl Worker {
-    /// Asks for the next tick: when the next held stream is due, and often enough for the filter's windows.
-    fn schedule(&self) {
+impl Plugin {
+    /// Calls `action` with the worker, where there is one.
+    fn with_worker<R>(&self, action: impl FnOnce(&mut Worker, &Envoy) -> R) -> Option<R> {
+        self.worker.borrow_mut().as_mut().map(|worker| action(worker, &self.envoy))
+    }
+
+    /// Asks for the next tick, if it is to come earlier than the one that was asked for.
+    fn arm(&self) {
         const MILLISECOND: u64 = 1_000_000;
-        let now = self.envoy.now();
-        let due = self.held.borrow().next_due().map(|due| due.saturating_sub(now));
-        let windows = self.filter.borrow().as_ref().and_then(|filter| filter.tick_period(due.is_some()));
-        let period = match (due, windows) {
-            (Some(due), Some(windows)) => Some(due.min(windows)),
-            (due, windows) => due.or(windows),
-        };
-        let period = period.map_or(0, |period| period.div_ceil(MILLISECOND).max(1));
-        unsafe { proxy_set_tick_period_milliseconds(u32::try_from(period).unwrap_or(u32::MAX)) };
-    }
-
-    /// Lets the streams go on that waited for a call.
-    fn settle(&self, answer: GrpcAnswer<'_>) {
-        let found = {
-            let mut filter = self.filter.borrow_mut();
-            let Some(filter) = filter.as_mut() else { return };
-            let mut waiters = self.waiters.borrow_mut();
-            let settled = filter.on_answer(&self.envoy, answer, waiters.count(answer.call));
-            waiters.settle(answer.call, settled)
-        };
-        for (stream, paused, outcome) in found {
-            self.go_on(stream, paused, outcome);
-        }
-    }
-
-    fn go_on(&self, stream: u32, paused: Paused, outcome: Outcome) {
-        let Paused { headers, waiting, exchange } = paused;
-        let is_there = unsafe { proxy_set_effective_context(stream) } == OK;
-        let verdict = {
-            let mut filter = self.filter.borrow_mut();
-            let Some(filter) = filter.as_mut() else { return };
-            if !is_there {
-                return filter.on_gone(&self.envoy, *waiting);
-            }
-            let may_hold = self.held.borrow().has_room();
-            let decision = filter.on_settled(&self.envoy, &headers, may_hold, waiting, outcome);
-            mutate_all(&decision.mutations);
-            exchange.set(decision.exchange);
-            decision.verdict
-        };
-        match verdict {
-            Verdict::Continue => {
-                unsafe { proxy_continue_stream(StreamType::HttpRequest) };
-            }
-            Verdict::Answer(reply) => answer(&reply),
-            Verdict::Reset => reset(),
-            Verdict::Delay(hold) => self.hold(stream, hold),
-            Verdict::Wait(waiting) => self.wait(stream, Paused { headers, waiting, exchange }),
-        }
-    }
-
-    fn hold(&self, stream: u32, hold: Box<Hold>) {
-        let until = self.envoy.now().saturating_add(hold.delay);
-        self.held.borrow_mut().hold(stream, until, hold);
-        self.schedule();
-    }
-
-    fn wait(&self, stream: u32, paused: Paused) {
-        self.waiters.borrow_mut().wait(paused.waiting.call, stream, paused);
-    }
-
-    /// Lets go of every stream that is to be let go now.
-    fn release(&self) {
-        let released = match self.filter.borrow_mut().as_mut() {
-            Some(filter) => filter.release(&mut self.held.borrow_mut(), &self.envoy),
-            None => Vec::new(),
-        };
-        for (stream, hold) in released {
-            self.let_go(stream, *hold);
-        }
-    }
-
-    /// Does what follows a delay.
-    fn let_go(&self, stream: u32, hold: Hold) {
-        if unsafe { proxy_set_effective_context(stream) } == OK {
-            match hold.then {
-                Verdict::Answer(reply) => answer(&reply),
-                Verdict::Reset => reset(),
-                Verdict::Continue | Verdict::Delay(_) | Verdict::Wait(_) => {
-                    unsafe { proxy_continue_stream(StreamType::HttpRequest) };
-                }
-            }
-        }
-        self.free(hold.slot);
-    }
-
-    /// Gives back the slot of a fault that is over.
-    fn free(&self, slot: Option<Slot>) {
-        if let (Some(slot), Some(filter)) = (slot, self.filter.borrow().as_ref()) {
-            filter.free(slot, &self.envoy);
+        let Some(Some(due)) = self.with_worker(|worker, _| worker.next_tick()) else { return };
+        if self.armed.get().is_none_or(|armed| due < armed) {
+            self.armed.set(Some(due));
+            let period = due.saturating_sub(self.envoy.now()).div_ceil(MILLISECOND).max(1);
+            unsafe { proxy_set_tick_period_milliseconds(u32::try_from(period).unwrap_or(u32::MAX)) };
         }
     }
 }
 
-/// The plugin: one for each configuration and worker.
+/// The root context: one for each configuration and worker thread.
 #[derive(Default)]
 struct Root {
-    worker: Rc<Worker>,
+    plugin: Rc<Plugin>,
 }
 
 impl Context for Root {
@@ -466,9 +415,7 @@ impl Context for Root {
         };
         let status = header(MapType::HttpCallResponseHeaders, ":status");
         let body = if size <= MAX_ANSWER_BYTES { Some(body().unwrap_or_default()) } else { None };
-        if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
-            filter.on_call_answered(&self.worker.envoy, call, status, body.as_deref());
-        }
+        self.plugin.with_worker(|worker, envoy| worker.on_http_answer(envoy, call, status, body.as_deref()));
     }
 }
 
@@ -485,13 +432,13 @@ impl RootContext for Root {
                 }
                 log::info!("policy {} is loaded: {} routes", policy.name, policy.routes.len());
                 if policy.has_services() {
-                    WORKERS.with_borrow_mut(|workers| {
-                        workers.retain(|worker| worker.strong_count() > 0);
-                        workers.push(Rc::downgrade(&self.worker));
+                    PLUGINS.with_borrow_mut(|plugins| {
+                        plugins.retain(|plugin| plugin.strong_count() > 0);
+                        plugins.push(Rc::downgrade(&self.plugin));
                     });
                 }
-                *self.worker.filter.borrow_mut() = Some(Filter::new(policy, &self.worker.envoy));
-                self.worker.schedule();
+                *self.plugin.worker.borrow_mut() = Some(Worker::new(policy, &self.plugin.envoy));
+                self.plugin.arm();
                 true
             }
             Err(diagnostics) => {
@@ -504,16 +451,17 @@ impl RootContext for Root {
     }
 
     fn on_tick(&mut self) {
-        if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
-            filter.on_tick(&self.worker.envoy);
+        // The host repeats the tick with the period that was set last.
+        self.plugin.armed.set(None);
+        self.plugin.with_worker(|worker, envoy| worker.on_tick(envoy, &mut EnvoyStreams));
+        self.plugin.arm();
+        if self.plugin.armed.get().is_none() {
+            unsafe { proxy_set_tick_period_milliseconds(0) };
         }
-        self.worker.release();
-        self.worker.schedule();
     }
 
     fn create_http_context(&self, id: u32) -> Option<Box<dyn HttpContext>> {
-        let (worker, exchange) = (Rc::clone(&self.worker), Exchange::default());
-        Some(Box::new(Stream { id, worker, exchange, waited: None, is_held: false }))
+        Some(Box::new(Stream { id, plugin: Rc::clone(&self.plugin), stream: None }))
     }
 
     fn get_type(&self) -> Option<ContextType> {
@@ -535,70 +483,46 @@ fn adopt_log_level() {
     });
 }
 
-/// One request.
+/// The context of one stream.
 struct Stream {
     id: u32,
-    worker: Rc<Worker>,
-    exchange: Exchange,
-    /// The exchange of a request that has waited.
-    waited: Option<Rc<Cell<Exchange>>>,
-    /// Whether it may be held or wait.
-    is_held: bool,
+    plugin: Rc<Plugin>,
+    /// `None` before the request's headers.
+    stream: Option<worker::Stream>,
 }
 
 impl Context for Stream {}
 
 impl HttpContext for Stream {
     fn on_http_request_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
-        let worker = &*self.worker;
-        let headers;
-        let verdict = {
-            let mut filter = worker.filter.borrow_mut();
-            let Some(filter) = filter.as_mut() else { return Action::Continue };
-            headers =
-                fetch(|data, size| unsafe { proxy_get_header_map_pairs(MapType::HttpRequestHeaders, data, size) })
-                    .unwrap_or_default();
-            let may_hold = worker.held.borrow().has_room();
-            let decision = filter.on_request(&worker.envoy, &headers, !end_of_stream, may_hold);
-            mutate_all(&decision.mutations);
-            self.exchange = decision.exchange;
-            decision.verdict
-        };
-        match verdict {
-            Verdict::Continue => return Action::Continue,
-            Verdict::Answer(reply) => answer(&reply),
-            Verdict::Reset => reset(),
-            Verdict::Delay(hold) => {
-                self.is_held = true;
-                worker.hold(self.id, hold);
-            }
-            Verdict::Wait(waiting) => {
-                self.is_held = true;
-                let exchange = Rc::<Cell<Exchange>>::default();
-                self.waited = Some(Rc::clone(&exchange));
-                worker.wait(self.id, Paused { headers, waiting, exchange });
-            }
+        let headers =
+            fetch(|data, size| unsafe { proxy_get_header_map_pairs(MapType::HttpRequestHeaders, data, size) });
+        let mutate = |mutation: &HeaderMutation<'_>| mutate(MapType::HttpRequestHeaders, mutation);
+        let started = self.plugin.with_worker(|worker, envoy| {
+            worker.on_request(envoy, self.id, headers.unwrap_or_default(), !end_of_stream, mutate)
+        });
+        let Some(started) = started else { return Action::Continue };
+        self.stream = Some(started.stream);
+        if started.action == worker::Action::Pause {
+            self.plugin.arm();
         }
-        Action::Pause
+        act(&started.action)
     }
 
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
-        if let Some(exchange) = self.waited.take() {
-            self.exchange = exchange.take();
-        }
-        if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
+        if let Some(stream) = &mut self.stream {
             let header = |name: &str| header(MapType::HttpResponseHeaders, name);
             let mut change = |mutation| mutate(MapType::HttpResponseHeaders, &mutation);
-            filter.on_response(&self.worker.envoy, &mut self.exchange, &header, &mut change);
+            self.plugin.with_worker(|worker, envoy| worker.on_response(envoy, stream, &header, &mut change));
         }
         Action::Continue
     }
 
     fn on_http_response_trailers(&mut self, _: usize) -> Action {
-        if let Some(filter) = self.worker.filter.borrow_mut().as_mut() {
+        if let Some(stream) = &mut self.stream {
             let header = |name: &str| header(MapType::HttpResponseTrailers, name);
             let mut change = |mutation| mutate(MapType::HttpResponseTrailers, &mutation);
-            filter.on_response_trailers(&self.worker.envoy, &mut self.exchange, &header, &mut change);
+            self.plugin.with_worker(|worker, envoy| worker.on_response_trailers(envoy, stream, &header, &mut change));
         }
         Action::Continue
     }
@@ -606,23 +530,9 @@ impl HttpContext for Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if self.is_held {
-            let hold = self.worker.held.borrow_mut().forget(self.id);
-            self.worker.free(hold.and_then(|hold| hold.slot));
-            let paused = self.worker.waiters.borrow_mut().forget(self.id);
-            if let (Some(paused), Some(filter)) = (paused, self.worker.filter.borrow_mut().as_mut()) {
-                filter.on_gone(&self.worker.envoy, *paused.waiting);
-            }
+        if let Some(stream) = self.stream.take() {
+            self.plugin.with_worker(|worker, envoy| worker.on_end(envoy, stream));
         }
-        let slot = self.waited.as_ref().map_or(self.exchange.slot, |waited| waited.take().slot);
-        self.worker.free(slot);
-    }
-}
-
-#[inline(never)]
-fn mutate_all(mutations: &[HeaderMutation<'_>]) {
-    for mutation in mutations {
-        mutate(MapType::HttpRequestHeaders, mutation);
     }
 }
 

@@ -1,42 +1,74 @@
-//! The filter on the simulated host: what `host/proxy_wasm.rs` does for Envoy, done here for a clock that stands still.
+//! The worker on the simulated host: what `host/proxy_wasm.rs` does in Envoy, with a clock that a test moves.
 
 use crate::proxy::{Call, ENVIRONMENT, GrpcCall, Headers, Outcome, Proxy, Reply, StreamId, has_body};
-use std::collections::HashMap;
 use std::time::Duration;
-use trimtab::fault::HeldStreams;
-use trimtab::filter::{Decision, Exchange, Filter, Hold, Verdict, Waiting};
 use trimtab::host::sim::Sim;
 use trimtab::host::{CallId, GrpcAnswer, Host, Properties, StateStore, Version};
 use trimtab::http::{HeaderMutation, LocalReply, encode_headers};
 use trimtab::outlier::MAX_ANSWER_BYTES;
 use trimtab::policy::Policy;
-use trimtab::ratelimit::service::Waiters;
+use trimtab::worker::{self, Action, Worker};
 
+/// One worker thread.
 #[derive(Default)]
-struct Worker {
-    filter: Option<Filter>,
-    held: HeldStreams<Box<Hold>>,
-    waiters: Waiters<Box<Waiting>>,
+struct Thread {
+    /// A worker for each configuration, the newest last. The old ones serve the streams that they have.
+    workers: Vec<Worker>,
     grpc_calls: Vec<GrpcCall>,
-    next_stream: u32,
-    streams: HashMap<u32, Stream>,
+    streams: Vec<Stream>,
+    /// The request of each stream.
+    requests: Vec<Request>,
 }
 
 struct Stream {
-    exchange: Exchange,
+    /// An index into the workers of the thread.
+    worker: usize,
+    /// `None` after its end.
+    stream: Option<worker::Stream>,
+}
+
+/// A request as it was sent, and what became of it.
+struct Request {
     headers: Headers,
     outcome: Outcome,
 }
 
 pub struct Native {
     host: Sim,
-    workers: [Worker; 2],
+    threads: [Thread; 2],
     calls: Vec<Call>,
+}
+
+/// The requests of a thread, and what its workers ask to be done to them.
+struct Releases<'t> {
+    requests: &'t mut [Request],
+    selected: u32,
+    actions: Vec<(u32, Action)>,
+}
+
+impl worker::Streams for Releases<'_> {
+    fn select(&mut self, stream: u32) -> bool {
+        self.selected = stream;
+        true
+    }
+
+    fn connection(&mut self) -> Option<u64> {
+        Some(self.selected.into())
+    }
+
+    fn mutate(&mut self, mutation: &HeaderMutation<'_>) {
+        apply(&mut self.requests[self.selected as usize].headers, mutation);
+    }
+
+    fn release(&mut self, stream: u32, action: Action) {
+        assert_eq!(stream, self.selected, "the stream that is released is not the one that is selected");
+        self.actions.push((stream, action));
+    }
 }
 
 impl Native {
     pub fn start(policy: &str) -> Box<dyn Proxy> {
-        let mut native = Native { host: Sim::new(1), workers: Default::default(), calls: Vec::new() };
+        let mut native = Native { host: Sim::new(1), threads: Default::default(), calls: Vec::new() };
         native.update(policy).expect("the case's policy is valid");
         Box::new(native)
     }
@@ -44,57 +76,45 @@ impl Native {
 
 impl Proxy for Native {
     fn update(&mut self, policy: &str) -> Result<(), String> {
-        for worker in &mut self.workers {
+        for thread in &mut self.threads {
             let (policy, _) = Policy::from_json(policy.as_bytes(), &environment)
                 .map_err(|told| told.iter().map(|told| format!("policy refused: {told}\n")).collect::<String>())?;
-            worker.filter = Some(Filter::new(policy, &self.host));
+            thread.workers.push(Worker::new(policy, &self.host));
         }
         Ok(())
     }
 
     fn request(&mut self, worker: usize, headers: &[(&str, &[u8])]) -> (StreamId, Outcome) {
-        let at = worker;
-        let worker = &mut self.workers[worker];
-        let id = worker.next_stream;
-        worker.next_stream += 1;
-        let filter = worker.filter.as_mut().expect("a policy is loaded");
+        let thread = &mut self.threads[worker];
+        let id = thread.streams.len() as u32;
+        let mut sent = headers.iter().map(|(name, value)| ((*name).to_owned(), value.to_vec())).collect();
+        let newest = thread.workers.len() - 1;
+        let mutate = |mutation: &HeaderMutation<'_>| apply(&mut sent, mutation);
         let block = encode_headers(headers);
-        let decision = filter.on_request(&self.host, &block, has_body(headers), worker.held.has_room());
-        let headers = headers.iter().map(|(name, value)| ((*name).to_owned(), value.to_vec())).collect();
-        let stream = Stream { exchange: Exchange::default(), headers, outcome: Outcome::Held };
-        let stream = carry_out(id, stream, decision, &mut worker.held, &mut worker.waiters, &self.host);
-        let outcome = stream.outcome.clone();
-        worker.streams.insert(id, stream);
-        worker.note_calls(&self.host);
-        (StreamId { worker: at, id }, outcome)
+        let started = thread.workers[newest].on_request(&self.host, id, block, has_body(headers), mutate);
+        thread.streams.push(Stream { worker: newest, stream: Some(started.stream) });
+        thread.requests.push(Request { headers: sent, outcome: Outcome::Held });
+        thread.carry_out(vec![(id, started.action)], &self.host);
+        (StreamId { worker, id }, thread.requests[id as usize].outcome.clone())
     }
 
     fn response(&mut self, stream: StreamId, headers: &[(&str, &str)]) -> Headers {
-        let worker = &mut self.workers[stream.worker];
-        let exchange = &mut worker.streams.get_mut(&stream.id).expect("the stream is open").exchange;
-        let filter = worker.filter.as_mut().unwrap();
-        changed(headers, |change| filter.on_response(&self.host, exchange, &|name| find(headers, name), change))
+        let (worker, stream) = self.threads[stream.worker].open(stream.id);
+        changed(headers, |change| worker.on_response(&self.host, stream, &|name| find(headers, name), change))
     }
 
     fn response_trailers(&mut self, stream: StreamId, trailers: &[(&str, &str)]) -> Headers {
-        let worker = &mut self.workers[stream.worker];
-        let exchange = &mut worker.streams.get_mut(&stream.id).expect("the stream is open").exchange;
-        let filter = worker.filter.as_mut().unwrap();
+        let (worker, stream) = self.threads[stream.worker].open(stream.id);
         changed(trailers, |change| {
-            filter.on_response_trailers(&self.host, exchange, &|name| find(trailers, name), change);
+            worker.on_response_trailers(&self.host, stream, &|name| find(trailers, name), change);
         })
     }
 
     fn end(&mut self, stream: StreamId) {
-        let worker = &mut self.workers[stream.worker];
-        let ended = worker.streams.remove(&stream.id);
-        let held = worker.held.forget(stream.id);
-        if let Some(waiting) = worker.waiters.forget(stream.id) {
-            worker.filter.as_mut().unwrap().on_gone(&self.host, *waiting);
-        }
-        let filter = worker.filter.as_ref().unwrap();
-        let slots = [ended.and_then(|stream| stream.exchange.slot), held.and_then(|hold| hold.slot)];
-        slots.into_iter().flatten().for_each(|slot| filter.free(slot, &self.host));
+        let thread = &mut self.threads[stream.worker];
+        let ended = &mut thread.streams[stream.id as usize];
+        let stream = ended.stream.take().expect("a stream ends once");
+        thread.workers[ended.worker].on_end(&self.host, stream);
     }
 
     fn advance(&mut self, time: Duration) {
@@ -104,29 +124,15 @@ impl Proxy for Native {
             let step = left.min(TICK);
             left -= step;
             self.host.advance(step);
-            for (at, worker) in self.workers.iter_mut().enumerate() {
-                if let Some(filter) = &mut worker.filter {
-                    filter.on_tick(&self.host);
-                    self.calls.extend(self.host.take_calls().into_iter().map(|call| Call {
-                        worker: at,
-                        number: call.number,
-                        cluster: call.cluster,
-                        path: call.path,
-                    }));
-                    for (id, hold) in filter.release(&mut worker.held, &self.host) {
-                        if let Some(stream) = worker.streams.get_mut(&id) {
-                            stream.outcome = match hold.then {
-                                Verdict::Answer(reply) => Outcome::Answered(answer(reply)),
-                                Verdict::Reset => Outcome::Reset,
-                                Verdict::Continue => Outcome::Continued(stream.headers.clone()),
-                                Verdict::Delay(_) | Verdict::Wait(_) => panic!("a delay follows a delay"),
-                            };
-                        }
-                        if let Some(slot) = hold.slot {
-                            filter.free(slot, &self.host);
-                        }
-                    }
-                }
+            for at in 0..self.threads.len() {
+                let actions = self.threads[at].each_worker(|worker, releases| worker.on_tick(&self.host, releases));
+                self.calls.extend(self.host.take_calls().into_iter().map(|call| Call {
+                    worker: at,
+                    number: call.number,
+                    cluster: call.cluster,
+                    path: call.path,
+                }));
+                self.threads[at].carry_out(actions, &self.host);
             }
         }
     }
@@ -136,26 +142,19 @@ impl Proxy for Native {
     }
 
     fn outcome(&mut self, stream: StreamId) -> Outcome {
-        self.workers[stream.worker].streams[&stream.id].outcome.clone()
+        self.threads[stream.worker].requests[stream.id as usize].outcome.clone()
     }
 
     fn grpc_calls(&mut self, worker: usize) -> Vec<GrpcCall> {
-        self.workers[worker].grpc_calls.clone()
+        self.threads[worker].grpc_calls.clone()
     }
 
     fn answer_grpc_call(&mut self, worker: usize, call: u32, status: u32, message: &[u8]) {
-        let Worker { filter, held, waiters, grpc_calls, streams, .. } = &mut self.workers[worker];
-        let filter = filter.as_mut().unwrap();
-        grpc_calls.retain(|known| known.id != call);
+        let thread = &mut self.threads[worker];
+        thread.grpc_calls.retain(|known| known.id != call);
         let answer = GrpcAnswer { call: CallId(call), status, message };
-        let settled = filter.on_answer(&self.host, answer, waiters.count(CallId(call)));
-        for (id, waiting, outcome) in waiters.settle(CallId(call), settled) {
-            let stream = streams.remove(&id).expect("who has gone was forgotten");
-            let headers = encode_headers(&stream.headers);
-            let decision = filter.on_settled(&self.host, &headers, held.has_room(), waiting, outcome);
-            streams.insert(id, carry_out(id, stream, decision, held, waiters, &self.host));
-        }
-        self.workers[worker].note_calls(&self.host);
+        let actions = thread.each_worker(|worker, releases| worker.on_grpc_answer(&self.host, answer, releases));
+        thread.carry_out(actions, &self.host);
     }
 
     fn set_property(&mut self, path: &str, value: &[u8]) {
@@ -176,11 +175,12 @@ impl Proxy for Native {
 
     fn answer_call(&mut self, call: &Call, answer: Option<(&str, &[u8])>) {
         self.calls.retain(|waiting| waiting != call);
-        let filter = self.workers[call.worker].filter.as_mut().unwrap();
         let status = answer.map(|(status, _)| status.as_bytes().to_vec());
         let body = answer.map_or(&b""[..], |(_, body)| body);
         let body = (body.len() <= MAX_ANSWER_BYTES).then_some(body);
-        filter.on_call_answered(&self.host, call.number, status, body);
+        for worker in &mut self.threads[call.worker].workers {
+            worker.on_http_answer(&self.host, call.number, status.clone(), body);
+        }
     }
 
     fn write_shared(&mut self, key: &str, value: &[u8]) {
@@ -193,7 +193,41 @@ impl Proxy for Native {
     }
 }
 
-impl Worker {
+impl Thread {
+    /// Calls all workers, and returns what they ask to be done to held streams.
+    fn each_worker(&mut self, call: impl Fn(&mut Worker, &mut Releases<'_>)) -> Vec<(u32, Action)> {
+        let mut releases = Releases { requests: &mut self.requests, selected: 0, actions: Vec::new() };
+        self.workers.iter_mut().for_each(|worker| call(worker, &mut releases));
+        releases.actions
+    }
+
+    /// Does to requests what was decided, as Envoy does after the callback. A local reply goes back through the filter.
+    fn carry_out(&mut self, actions: Vec<(u32, Action)>, host: &Sim) {
+        for (id, action) in actions {
+            let request = &self.requests[id as usize];
+            let outcome = match action {
+                Action::Continue => Outcome::Continued(request.headers.clone()),
+                Action::Pause => Outcome::Held,
+                Action::Reset => Outcome::Reset,
+                Action::Reply(reply) => {
+                    let reply = answer(reply);
+                    let (worker, stream) = self.open(id);
+                    let header = |name: &str| reply_header(&reply, name);
+                    worker.on_response(host, stream, &header, &mut |_| {});
+                    Outcome::Answered(reply)
+                }
+            };
+            self.requests[id as usize].outcome = outcome;
+        }
+        self.note_calls(host);
+    }
+
+    /// An open stream, and the worker that serves it.
+    fn open(&mut self, id: u32) -> (&mut Worker, &mut worker::Stream) {
+        let stream = &mut self.streams[id as usize];
+        (&mut self.workers[stream.worker], stream.stream.as_mut().expect("the stream is open"))
+    }
+
     fn note_calls(&mut self, host: &Sim) {
         self.grpc_calls.extend(host.take_grpc_calls().into_iter().map(|call| GrpcCall {
             id: call.id.0,
@@ -205,34 +239,11 @@ impl Worker {
     }
 }
 
-/// Does to a stream's request what was decided.
-fn carry_out(
-    id: u32,
-    mut stream: Stream,
-    decision: Decision<'_>,
-    held: &mut HeldStreams<Box<Hold>>,
-    waiters: &mut Waiters<Box<Waiting>>,
-    host: &Sim,
-) -> Stream {
-    let mut headers: Vec<(Vec<u8>, Vec<u8>)> =
-        stream.headers.iter().map(|(name, value)| (name.clone().into_bytes(), value.clone())).collect();
-    decision.mutations.iter().for_each(|mutation| mutation.apply(&mut headers));
-    stream.headers = headers.into_iter().map(|(name, value)| (String::from_utf8(name).unwrap(), value)).collect();
-    stream.exchange = decision.exchange;
-    stream.outcome = match decision.verdict {
-        Verdict::Continue => Outcome::Continued(stream.headers.clone()),
-        Verdict::Answer(reply) => Outcome::Answered(answer(reply)),
-        Verdict::Reset => Outcome::Reset,
-        Verdict::Delay(hold) => {
-            held.hold(id, host.now() + hold.delay, hold);
-            Outcome::Held
-        }
-        Verdict::Wait(waiting) => {
-            waiters.wait(waiting.call, id, waiting);
-            Outcome::Held
-        }
-    };
-    stream
+/// Changes `headers` as a proxy does.
+fn apply(headers: &mut Headers, mutation: &HeaderMutation<'_>) {
+    let mut all: Vec<(Vec<u8>, Vec<u8>)> = headers.drain(..).map(|(name, value)| (name.into_bytes(), value)).collect();
+    mutation.apply(&mut all);
+    *headers = all.into_iter().map(|(name, value)| (String::from_utf8(name).unwrap(), value)).collect();
 }
 
 /// The same variable as the module's virtual machine has.
@@ -251,6 +262,16 @@ fn changed(headers: &[(&str, &str)], act: impl FnOnce(&mut dyn FnMut(HeaderMutat
 
 fn find(headers: &[(&str, &str)], name: &str) -> Option<Vec<u8>> {
     headers.iter().find(|(found, _)| *found == name).map(|(_, value)| value.as_bytes().to_vec())
+}
+
+/// A header of the response that Envoy makes of a local reply.
+fn reply_header(reply: &Reply, name: &str) -> Option<Vec<u8>> {
+    match (name, reply.grpc_status) {
+        (":status", Some(_)) => Some(b"200".to_vec()),
+        (":status", None) => Some(reply.status.to_string().into_bytes()),
+        ("grpc-status", status) => Some(status?.to_string().into_bytes()),
+        _ => reply.headers.iter().find(|(found, _)| found == name).map(|(_, value)| value.clone()),
+    }
 }
 
 fn answer(reply: LocalReply) -> Reply {

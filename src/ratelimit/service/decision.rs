@@ -308,7 +308,7 @@ mod tests {
     use crate::host::sim::{SentCall, Sim};
     use crate::host::{GrpcAnswer, Host};
     use crate::http::{HeaderNames, Request, encode_headers};
-    use crate::ratelimit::service::{Rest, Waiters};
+    use crate::ratelimit::service::{PendingStreams, Rest};
     use proptest::prelude::*;
     use std::collections::HashMap;
     use std::time::Duration;
@@ -400,7 +400,7 @@ mod tests {
         let proxies = [Sim::new(1), Sim::new(2)];
         proxies.iter().for_each(|proxy| proxy.add_cluster("c"));
         let mut calls: [Calls; 4] = Default::default();
-        let mut waiters: [Waiters<()>; 4] = Default::default();
+        let mut pending: [PendingStreams<()>; 4] = Default::default();
         let mut flights: Vec<Flight> = Vec::new();
         let mut admitted = Admitted::default();
         let advance = |to: Monotonic| {
@@ -416,13 +416,13 @@ mod tests {
                 let flight = flights.swap_remove(at);
                 let host = &proxies[flight.worker / 2];
                 advance(flight.arrives);
-                let (calls, waiters) = (&mut calls[flight.worker], &mut waiters[flight.worker]);
-                let waiting = waiters.count(flight.call.id);
+                let (calls, pending) = (&mut calls[flight.worker], &mut pending[flight.worker]);
+                let waiting = pending.count(flight.call.id);
                 let answer = service.answer(&flight.call, flight.charge, flight.told, waiting as u32);
                 let limit = |_| limits.first();
                 let answer = GrpcAnswer { call: flight.call.id, status: 0, message: &answer };
                 let settled = calls.settle(answer, waiting, limit, host.now(), host).unwrap();
-                for (_, (), outcome) in waiters.settle(flight.call.id, Some(settled)) {
+                for (_, (), outcome) in pending.settle(flight.call.id, Some(settled)) {
                     calls.leave();
                     match outcome {
                         Outcome::Admitted(_) => admitted.all += 1,
@@ -456,7 +456,7 @@ mod tests {
             let scene = Scene { request: &request, route: "r", subset: None, properties: host };
             let mut inquiry = Inquiry::default();
             match asker.ask(&mut inquiry, &scene, host.now(), host) {
-                Some(call) => waiters[worker].wait(call, 0, ()),
+                Some(call) => pending[worker].wait(call, 0, ()),
                 None if inquiry.refused.is_some() => admitted.refused += 1,
                 None => {
                     admitted.all += 1;
@@ -470,7 +470,7 @@ mod tests {
             }));
         }
         assert!(
-            waiters.iter().all(|waiters| (0..1000).all(|call| waiters.count(CallId(call)) == 0)),
+            pending.iter().all(|pending| (0..1000).all(|call| pending.count(CallId(call)) == 0)),
             "nobody waits on"
         );
         admitted

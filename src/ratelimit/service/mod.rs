@@ -8,13 +8,13 @@ mod calls;
 mod codec;
 mod config;
 mod decision;
+mod pending;
 mod policy;
 mod quota;
-mod waiters;
 
 pub use calls::{Calls, Failure, Place, Rest, Settled};
 pub use codec::MAX_RESPONSE_BYTES;
 pub(super) use config::read;
 pub use decision::{Asker, Event, Inquiry, Outcome, Refusal, give_back};
+pub use pending::PendingStreams;
 pub use policy::{GlobalLimit, OnFailure, Service};
-pub use waiters::Waiters;

@@ -1,6 +1,6 @@
 //! One worker of a proxy between clients and upstreams, on a clock that jumps from event to event.
 //!
-//! It does for the filter what `host/proxy_wasm.rs` does in Envoy: ticks, held streams, answers.
+//! It drives a worker as `host/proxy_wasm.rs` does in Envoy.
 
 use super::journal;
 use super::upstreams::Upstreams;
@@ -9,25 +9,26 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
 use std::time::Duration;
 use trimtab::canary::Destination;
-use trimtab::fault::HeldStreams;
-use trimtab::filter::{Decision, Exchange, Filter, Hold, Reasons, Verdict};
+use trimtab::filter::Reasons;
 use trimtab::host::Host;
 use trimtab::host::sim::Sim;
-use trimtab::http::HeaderMutation;
+use trimtab::http::{HeaderMutation, Request};
 use trimtab::policy::Policy;
 use trimtab::random::split_mix;
 use trimtab::units::{Monotonic, Wall};
+use trimtab::worker::{self, Action, Streams, Worker};
+
+const MILLISECOND: u64 = 1_000_000;
 
 /// What a gRPC service says where it fails.
 const UNAVAILABLE: u16 = 14;
 
 pub(super) struct Proxy<'a> {
     host: Sim,
-    filter: Filter,
+    worker: Worker,
     upstreams: Upstreams<'a>,
     begin: Monotonic,
     ticked: Monotonic,
-    held: HeldStreams<Box<Hold>>,
     streams: HashMap<u32, Stream>,
     next_stream: u32,
     /// When upstreams answer.
@@ -45,7 +46,33 @@ struct Stream {
     since: Monotonic,
     reasons: Reasons,
     failed: bool,
-    exchange: Exchange,
+    is_grpc: bool,
+    stream: worker::Stream,
+}
+
+/// What the worker asks to be done to held streams.
+#[derive(Default)]
+struct Releases {
+    selected: u32,
+    actions: Vec<(u32, Action)>,
+}
+
+impl Streams for Releases {
+    fn select(&mut self, stream: u32) -> bool {
+        self.selected = stream;
+        true
+    }
+
+    /// Each request comes on a connection of its own.
+    fn connection(&mut self) -> Option<u64> {
+        Some(self.selected.into())
+    }
+
+    fn mutate(&mut self, _: &HeaderMutation<'_>) {}
+
+    fn release(&mut self, stream: u32, action: Action) {
+        self.actions.push((stream, action));
+    }
 }
 
 /// What a destination got.
@@ -72,7 +99,6 @@ pub(super) struct Seen {
 enum Event {
     Tick,
     Answer(u32),
-    Due,
 }
 
 impl<'a> Proxy<'a> {
@@ -83,15 +109,14 @@ impl<'a> Proxy<'a> {
         // Whatever answers is an upstream.
         host.set_property("response.code_details", b"via_upstream");
         journal::set_now(0);
-        let filter = Filter::new(policy, &host);
+        let worker = Worker::new(policy, &host);
         let begin = host.now();
         Proxy {
             host,
-            filter,
+            worker,
             upstreams,
             begin,
             ticked: begin,
-            held: HeldStreams::default(),
             streams: HashMap::new(),
             next_stream: 0,
             answers: BinaryHeap::new(),
@@ -138,7 +163,6 @@ impl<'a> Proxy<'a> {
             match event {
                 Event::Tick => self.tick(),
                 Event::Answer(stream) => self.answer(stream),
-                Event::Due => self.release(),
             }
         }
         self.advance(time);
@@ -149,45 +173,46 @@ impl<'a> Proxy<'a> {
         journal::set_now(self.host.now().saturating_sub(self.begin));
     }
 
-    fn next(&self) -> Option<(Monotonic, Event)> {
-        let due = self.held.next_due();
-        let tick =
-            self.filter.tick_period(due.is_some()).map(|period| (self.ticked.saturating_add(period), Event::Tick));
+    fn next(&mut self) -> Option<(Monotonic, Event)> {
+        let now = self.host.now();
+        // A host has no tick finer than a millisecond.
+        let tick = self
+            .worker
+            .next_tick()
+            .map(|at| (if at <= self.ticked { self.ticked + MILLISECOND } else { at }, Event::Tick));
         let answer = self.answers.peek().map(|Reverse((at, stream))| (*at, Event::Answer(*stream)));
-        let events = [answer, due.map(|at| (at, Event::Due)), tick];
-        events.into_iter().flatten().min_by_key(|(at, _)| (*at).max(self.host.now()))
+        [answer, tick].into_iter().flatten().min_by_key(|(at, _)| (*at).max(now))
     }
 
     /// Sends a request, whose headers are serialised as a proxy hands them over.
     pub fn request(&mut self, headers: &[u8]) {
-        let decision = self.filter.on_request(&self.host, headers, false, self.held.has_room());
-        let Decision { verdict, exchange, reasons, .. } = decision;
         let id = self.next_stream;
         self.next_stream = id.wrapping_add(1);
-        self.streams.insert(id, Stream { since: self.host.now(), reasons, failed: false, exchange });
-        self.go_on(id, verdict);
+        let is_grpc = Request::parse(headers, &self.worker.policy().header_names).is_grpc();
+        let started = self.worker.on_request(&self.host, id, headers.to_vec(), false, |_| {});
+        let (reasons, stream) = (started.reasons, started.stream);
+        self.streams.insert(id, Stream { since: self.host.now(), reasons, failed: false, is_grpc, stream });
+        self.act(id, started.action);
     }
 
-    fn go_on(&mut self, id: u32, verdict: Verdict) {
-        match verdict {
-            Verdict::Continue => self.send(id),
-            Verdict::Delay(hold) => self.held.hold(id, self.host.now().saturating_add(hold.delay), hold),
-            Verdict::Answer(reply) => {
+    fn act(&mut self, id: u32, action: Action) {
+        match action {
+            Action::Continue => self.send(id),
+            Action::Pause => {}
+            Action::Reply(reply) => {
                 // gRPC's own status travels with 200.
                 let status = if reply.grpc_status.is_some() { 200 } else { reply.status };
                 let grpc_status = reply.grpc_status.map(u16::from);
                 self.end(id, Seen { status: Some(status), grpc_status, from: reply.details });
             }
-            Verdict::Reset => self.end(id, Seen { status: None, grpc_status: None, from: "wasm_close_stream" }),
-            // No service is asked here.
-            Verdict::Wait(waiting) => self.filter.on_gone(&self.host, *waiting),
+            Action::Reset => self.end(id, Seen { status: None, grpc_status: None, from: "wasm_close_stream" }),
         }
     }
 
     /// To the upstream.
     fn send(&mut self, id: u32) {
         let Some(stream) = self.streams.get_mut(&id) else { return };
-        let (policy, reasons) = (self.filter.policy(), &stream.reasons);
+        let (policy, reasons) = (self.worker.policy(), &stream.reasons);
         let destination = reasons.destination(policy).map_or(OWN_ROUTE, Destination::label);
         let now = self.host.now();
         let (failed, takes) =
@@ -208,7 +233,7 @@ impl<'a> Proxy<'a> {
     fn answer(&mut self, id: u32) {
         self.answers.pop();
         let Some(stream) = self.streams.get_mut(&id) else { return };
-        let is_grpc = stream.exchange.is_grpc;
+        let is_grpc = stream.is_grpc;
         let status: u16 = if stream.failed && !is_grpc { 503 } else { 200 };
         let grpc_status = is_grpc.then_some(if stream.failed { UNAVAILABLE } else { 0 });
         let header = |name: &str| match name {
@@ -224,32 +249,23 @@ impl<'a> Proxy<'a> {
                 if name == ":status" { seen.status = number } else { seen.grpc_status = number }
             }
         };
-        self.filter.on_response(&self.host, &mut stream.exchange, &header, &mut change);
+        self.worker.on_response(&self.host, &mut stream.stream, &header, &mut change);
         self.end(id, seen);
     }
 
     fn end(&mut self, id: u32, seen: Seen) {
         let Some(stream) = self.streams.remove(&id) else { return };
-        if let Some(slot) = stream.exchange.slot {
-            self.filter.free(slot, &self.host);
-        }
         self.took.push(self.host.now().saturating_sub(stream.since));
         *self.seen.entry(seen).or_default() += 1;
+        self.worker.on_end(&self.host, stream.stream);
     }
 
     fn tick(&mut self) {
         self.ticked = self.host.now();
-        self.filter.on_tick(&self.host);
-        self.release();
-    }
-
-    /// Lets go of every stream that is to be let go now.
-    fn release(&mut self) {
-        for (id, hold) in self.filter.release(&mut self.held, &self.host) {
-            self.go_on(id, hold.then);
-            if let Some(slot) = hold.slot {
-                self.filter.free(slot, &self.host);
-            }
+        let mut releases = Releases::default();
+        self.worker.on_tick(&self.host, &mut releases);
+        for (id, action) in releases.actions {
+            self.act(id, action);
         }
     }
 }

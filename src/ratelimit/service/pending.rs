@@ -1,4 +1,4 @@
-//! The streams that wait for a service's answer, by the call that they wait for.
+//! The streams of one worker that wait for a rate limit service, by the call that they wait for.
 
 use super::calls::{Rest, Settled};
 use super::decision::Outcome;
@@ -6,33 +6,33 @@ use crate::host::CallId;
 
 /// The waiting streams of one worker, in the order in which they came.
 #[derive(Debug)]
-pub struct Waiters<T> {
+pub struct PendingStreams<T> {
     waiting: Vec<(CallId, u32, T)>,
 }
 
-impl<T> Default for Waiters<T> {
+impl<T> Default for PendingStreams<T> {
     fn default() -> Self {
-        Waiters { waiting: Vec::new() }
+        PendingStreams { waiting: Vec::new() }
     }
 }
 
-impl<T> Waiters<T> {
+impl<T> PendingStreams<T> {
     /// Lets `stream` wait for `call`.
     pub fn wait(&mut self, call: CallId, stream: u32, request: T) {
         self.waiting.push((call, stream, request));
     }
 
-    /// How many wait for `call`.
+    /// How many streams wait for `call`.
     pub fn count(&self, call: CallId) -> usize {
         self.waiting.iter().filter(|(awaited, ..)| *awaited == call).count()
     }
 
-    /// Takes the streams that need not wait any more, each with what was found. Nothing is found by a call that nobody
-    /// knows.
+    /// Takes the streams that `settled` decides, each with its outcome; the others wait for the next call. Without a
+    /// `settled` the outcome of all that wait for `call` is a failure.
     pub fn settle(&mut self, call: CallId, settled: Option<Settled>) -> Vec<(u32, T, Outcome)> {
         let (admitted, until, rest) =
             settled.map_or((0, 0, Rest::Failed), |settled| (settled.admitted, settled.until, settled.rest));
-        let mut found = Vec::new();
+        let mut decided = Vec::new();
         let answered: Vec<_> = self.waiting.extract_if(.., |(awaited, ..)| *awaited == call).collect();
         for (at, (_, stream, request)) in answered.into_iter().enumerate() {
             let outcome = match rest {
@@ -44,13 +44,13 @@ impl<T> Waiters<T> {
                     continue;
                 }
             };
-            found.push((stream, request, outcome));
+            decided.push((stream, request, outcome));
         }
-        found
+        decided
     }
 
-    /// Forgets a stream whose client has gone.
-    pub fn forget(&mut self, stream: u32) -> Option<T> {
+    /// Removes a stream whose client has left.
+    pub fn cancel(&mut self, stream: u32) -> Option<T> {
         let at = self.waiting.iter().position(|(_, waiting, _)| *waiting == stream)?;
         Some(self.waiting.remove(at).2)
     }
@@ -63,18 +63,18 @@ mod tests {
 
     #[test]
     fn the_first_to_come_are_admitted_first() {
-        let mut waiters = Waiters::default();
+        let mut pending = PendingStreams::default();
         for (call, stream) in [(1, 10), (2, 20), (1, 11), (1, 12), (1, 13)] {
-            waiters.wait(CallId(call), stream, ());
+            pending.wait(CallId(call), stream, ());
         }
-        waiters.forget(11);
-        assert_eq!(waiters.count(CallId(1)), 3);
+        pending.cancel(11);
+        assert_eq!(pending.count(CallId(1)), 3);
         let place = Place { route: 0, limit: 0 };
         let settled = |admitted, rest| Some(Settled { place, admitted, until: 9, rest, failure: None });
-        let found = waiters.settle(CallId(1), settled(1, Rest::Waits(CallId(3))));
-        assert_eq!(found, [(10, (), Outcome::Admitted(9))]);
-        let found = waiters.settle(CallId(3), settled(0, Rest::Refused(7)));
-        assert_eq!(found, [(12, (), Outcome::Refused(7)), (13, (), Outcome::Refused(7))]);
-        assert_eq!(waiters.settle(CallId(2), None), [(20, (), Outcome::Failed)]);
+        let decided = pending.settle(CallId(1), settled(1, Rest::Waits(CallId(3))));
+        assert_eq!(decided, [(10, (), Outcome::Admitted(9))]);
+        let decided = pending.settle(CallId(3), settled(0, Rest::Refused(7)));
+        assert_eq!(decided, [(12, (), Outcome::Refused(7)), (13, (), Outcome::Refused(7))]);
+        assert_eq!(pending.settle(CallId(2), None), [(20, (), Outcome::Failed)]);
     }
 }

@@ -1,0 +1,339 @@
+//! One worker: a filter and the streams that it holds.
+//!
+//! A host calls a [`Worker`] with each event of a stream (request, response, end), each answer to a call, and at the time
+//! that [`Worker::next_tick`] asks for. The worker returns what to do with that stream, and calls [`Streams`] for others
+//! that it releases. It has no thread and no clock of its own, so Envoy, the tests and the command-line program drive the
+//! same code.
+//!
+//! Invariants:
+//! - One call of [`Worker::on_tick`] or [`Worker::on_grpc_answer`] releases at most [`MAX_RELEASES`] streams. The others
+//!   follow at the next ticks, in the order in which they became due. Envoy carries out what a module asks for only after
+//!   the call into the module, and nests: a stream that Envoy answers at once calls the module again, and that call
+//!   carries out what is left. Several hundred releases in one call exhaust the stack.
+//! - In one call nothing is released on a connection after a reset on it. Envoy closes a connection on which too many
+//!   streams were reset (`overload.premature_reset_total_stream_count`), and with it all its streams. What was asked for
+//!   them in the same call would then act on streams that are gone.
+//! - [`Worker::on_end`] gives back whatever a stream still has: a place among the delayed streams, a slot of `maxActive`,
+//!   a request that waits for a service and what it has charged.
+
+use crate::fault::{DelayedStreams, Due, Slot};
+use crate::filter::{Exchange, Experiment, Filter, Header, Hold, Reasons, Verdict, Waiting};
+use crate::host::{GrpcAnswer, Host};
+use crate::http::{HeaderMutation, LocalReply};
+use crate::policy::Policy;
+use crate::ratelimit::service::{Outcome, PendingStreams};
+use crate::units::Monotonic;
+use hashbrown::HashMap;
+use std::collections::VecDeque;
+
+/// The most streams that are released in one call. Envoy 1.40 fails at about 270 (see the module's documentation); the
+/// distance leaves room for filters beside this one.
+pub const MAX_RELEASES: usize = 32;
+
+/// A filter and the streams that it holds.
+#[derive(Debug)]
+pub struct Worker {
+    filter: Filter,
+    delayed: DelayedStreams<Experiment, Box<Hold>>,
+    /// Streams that wait for the answer to a call.
+    pending: PendingStreams<Pending>,
+    /// Streams whose call is answered and which are not released yet, in the order of the answers.
+    answered: VecDeque<Answered>,
+    /// The exchanges of streams that waited for a call, until their response or their end.
+    resumed: HashMap<u32, Exchange>,
+    ticked: Monotonic,
+}
+
+/// A request that waits for a call.
+#[derive(Debug)]
+struct Pending {
+    headers: Vec<u8>,
+    waiting: Box<Waiting>,
+}
+
+/// A stream whose call is answered.
+#[derive(Debug)]
+struct Answered {
+    stream: u32,
+    pending: Pending,
+    outcome: Outcome,
+    at: Monotonic,
+}
+
+/// What a host keeps of a stream from its request to its end.
+#[derive(Debug, Default)]
+pub struct Stream {
+    id: u32,
+    exchange: Exchange,
+    is_held: bool,
+}
+
+/// What a host does with a request now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// The request goes on.
+    Continue,
+    /// The client is answered in the upstream's place.
+    Reply(LocalReply),
+    /// The stream is reset. No answer is sent.
+    Reset,
+    /// The request is held until [`Streams::release`] is called for it.
+    Pause,
+}
+
+/// How a request began.
+#[derive(Debug)]
+pub struct Started {
+    /// To be handed to the other calls about this stream, and at last to [`Worker::on_end`].
+    pub stream: Stream,
+    pub action: Action,
+    /// Why; for a request that is held for a service, what was decided until then.
+    pub reasons: Reasons,
+}
+
+/// The streams of a host, to which a worker applies what it decides about held streams.
+///
+/// The worker must not be called from here. A host that acts at once, and may be called again while it acts, collects
+/// what it is asked for and acts afterwards.
+pub trait Streams {
+    /// Makes `stream` the one that [`Streams::mutate`] and the host's properties are about. Whether it still exists.
+    fn select(&mut self, stream: u32) -> bool;
+
+    /// A number of the connection of the stream that is selected; `None` where it is not known.
+    fn connection(&mut self) -> Option<u64>;
+
+    /// Changes a request header of the stream that is selected.
+    fn mutate(&mut self, mutation: &HeaderMutation<'_>);
+
+    /// Releases the stream that is selected; `action` is never [`Action::Pause`].
+    fn release(&mut self, stream: u32, action: Action);
+}
+
+/// The connections on which a stream was reset in this call.
+#[derive(Default)]
+struct Resets {
+    connections: Vec<u64>,
+    /// Whether one of them is not known.
+    any: bool,
+}
+
+impl Resets {
+    /// Whether nothing may be released any more on the connection of `stream`.
+    fn forbid(&self, stream: u32, streams: &mut impl Streams) -> bool {
+        if self.connections.is_empty() && !self.any {
+            return false;
+        }
+        let connection = if streams.select(stream) { streams.connection() } else { None };
+        self.any || connection.is_none_or(|connection| self.connections.contains(&connection))
+    }
+
+    /// Notes that the stream that is selected was reset.
+    fn add(&mut self, streams: &mut impl Streams) {
+        match streams.connection() {
+            Some(connection) => self.connections.push(connection),
+            None => self.any = true,
+        }
+    }
+}
+
+impl Worker {
+    /// Puts `policy` to work.
+    pub fn new(policy: Policy, host: &impl Host) -> Worker {
+        Worker {
+            filter: Filter::new(policy, host),
+            delayed: DelayedStreams::default(),
+            pending: PendingStreams::default(),
+            answered: VecDeque::new(),
+            resumed: HashMap::new(),
+            ticked: host.now(),
+        }
+    }
+
+    pub fn policy(&self) -> &Policy {
+        self.filter.policy()
+    }
+
+    /// Decides on a request. `id` is a number that no other open stream of this worker has, `headers` the serialised
+    /// headers (see [`crate::http::encode_headers`]); `mutate` is called with each change of them.
+    pub fn on_request(
+        &mut self,
+        host: &impl Host,
+        id: u32,
+        headers: Vec<u8>,
+        has_body: bool,
+        mutate: impl FnMut(&HeaderMutation<'_>),
+    ) -> Started {
+        let decision = self.filter.on_request(host, &headers, has_body, self.delayed.has_room());
+        decision.mutations.iter().for_each(mutate);
+        let (verdict, exchange, reasons) = (decision.verdict, decision.exchange, decision.reasons);
+        let action = self.act_on(host, id, headers, verdict);
+        Started { stream: Stream { id, exchange, is_held: action == Action::Pause }, action, reasons }
+    }
+
+    /// Observes the head of a response, and changes it. `header` returns a header of the response by its name.
+    pub fn on_response(
+        &mut self,
+        host: &impl Host,
+        stream: &mut Stream,
+        header: Header<'_>,
+        change: &mut dyn FnMut(HeaderMutation<'static>),
+    ) {
+        if stream.is_held
+            && let Some(exchange) = self.resumed.remove(&stream.id)
+        {
+            stream.exchange = exchange;
+        }
+        self.filter.on_response(host, &mut stream.exchange, header, change);
+    }
+
+    /// Observes the trailers of a response, and changes them.
+    pub fn on_response_trailers(
+        &mut self,
+        host: &impl Host,
+        stream: &mut Stream,
+        header: Header<'_>,
+        change: &mut dyn FnMut(HeaderMutation<'static>),
+    ) {
+        self.filter.on_response_trailers(host, &mut stream.exchange, header, change);
+    }
+
+    /// Gives back what an ended stream still has. It must be called once for each stream, however it ended.
+    pub fn on_end(&mut self, host: &impl Host, stream: Stream) {
+        let held = if stream.is_held { self.cancel(host, stream.id) } else { None };
+        if let Some(slot) = held.or(stream.exchange.slot) {
+            self.filter.free(slot, host);
+        }
+    }
+
+    /// Removes a stream from wherever it is held, and returns the slot that it has.
+    #[inline(never)]
+    fn cancel(&mut self, host: &impl Host, stream: u32) -> Option<Slot> {
+        if let Some(hold) = self.delayed.cancel(stream) {
+            return hold.slot.or_else(|| self.resumed.remove(&stream)?.slot);
+        }
+        let answered = || {
+            let at = self.answered.iter().position(|answered| answered.stream == stream)?;
+            Some(self.answered.remove(at)?.pending)
+        };
+        if let Some(pending) = self.pending.cancel(stream).or_else(answered) {
+            self.filter.on_gone(host, *pending.waiting);
+            return None;
+        }
+        self.resumed.remove(&stream)?.slot
+    }
+
+    /// Takes the answer to a gRPC call, and releases streams that waited for it.
+    pub fn on_grpc_answer(&mut self, host: &impl Host, answer: GrpcAnswer<'_>, streams: &mut impl Streams) {
+        let settled = self.filter.on_answer(host, answer, self.pending.count(answer.call));
+        let at = host.now();
+        let decided = self.pending.settle(answer.call, settled).into_iter();
+        self.answered.extend(decided.map(|(stream, pending, outcome)| Answered { stream, pending, outcome, at }));
+        self.release(host, streams);
+    }
+
+    /// Takes the answer to an HTTP call. `body` is `None` where it is longer than
+    /// [`crate::outlier::MAX_ANSWER_BYTES`].
+    pub fn on_http_answer(&mut self, host: &impl Host, call: u32, status: Option<Vec<u8>>, body: Option<&[u8]>) {
+        self.filter.on_call_answered(host, call, status, body);
+    }
+
+    /// Does what is due: lets windows move on, judges, and releases streams.
+    pub fn on_tick(&mut self, host: &impl Host, streams: &mut impl Streams) {
+        self.ticked = host.now();
+        self.filter.on_tick(host);
+        self.release(host, streams);
+    }
+
+    /// When [`Worker::on_tick`] is to be called next, by the host's monotonic clock; a time that has passed means as soon
+    /// as possible. It changes with every other call.
+    pub fn next_tick(&mut self) -> Option<Monotonic> {
+        let due =
+            if self.answered.is_empty() { self.delayed.next_due().map(|(due, _)| due) } else { Some(self.ticked) };
+        let period = self.filter.tick_period(due.is_some());
+        let periodic = period.map(|period| self.ticked.saturating_add(period));
+        [due, periodic].into_iter().flatten().min()
+    }
+
+    /// Releases streams that are due, up to [`MAX_RELEASES`].
+    fn release(&mut self, host: &impl Host, streams: &mut impl Streams) {
+        let now = host.now();
+        let filter = &self.filter;
+        self.delayed.expedite(now, |experiment| filter.ends_faults(experiment));
+        let mut resets = Resets::default();
+        for _ in 0..MAX_RELEASES {
+            let answered = self.answered.front().map(|answered| (answered.at, answered.stream));
+            let delayed = self.delayed.next_due().filter(|(due, _)| *due <= now);
+            let Some((_, stream)) = [delayed, answered].into_iter().flatten().min_by_key(|(at, _)| *at) else { break };
+            if resets.forbid(stream, streams) {
+                break;
+            }
+            let is_reset = if delayed.is_some_and(|(_, next)| next == stream) {
+                self.release_delayed(host, now, streams)
+            } else {
+                self.release_answered(host, streams)
+            };
+            if is_reset {
+                resets.add(streams);
+            }
+        }
+    }
+
+    /// Releases the next delayed stream, unfaulted where its experiment may inject nothing any more. Whether it was reset.
+    fn release_delayed(&mut self, host: &impl Host, now: Monotonic, streams: &mut impl Streams) -> bool {
+        let Some(Due { stream, then: hold, is_expedited }) = self.delayed.take_due(now) else { return false };
+        // It may have been suspended since the last tick.
+        let is_faulted =
+            hold.then != Verdict::Continue && !is_expedited && self.filter.may_fault(host, hold.experiment);
+        let action = match hold.then {
+            Verdict::Answer(reply) if is_faulted => Action::Reply(reply),
+            Verdict::Reset if is_faulted => Action::Reset,
+            _ => Action::Continue,
+        };
+        let is_reset = action == Action::Reset;
+        if streams.select(stream) {
+            streams.release(stream, action);
+        }
+        if let Some(slot) = hold.slot {
+            self.filter.free(slot, host);
+        }
+        is_reset
+    }
+
+    /// Decides on the next stream whose call is answered, and releases it unless it is held again. Whether it was reset.
+    fn release_answered(&mut self, host: &impl Host, streams: &mut impl Streams) -> bool {
+        let Some(answered) = self.answered.pop_front() else { return false };
+        let Answered { stream, pending: Pending { headers, waiting }, outcome, .. } = answered;
+        if !streams.select(stream) {
+            self.filter.on_gone(host, *waiting);
+            return false;
+        }
+        let decision = self.filter.on_settled(host, &headers, self.delayed.has_room(), waiting, outcome);
+        decision.mutations.iter().for_each(|mutation| streams.mutate(mutation));
+        let (verdict, exchange) = (decision.verdict, decision.exchange);
+        self.resumed.insert(stream, exchange);
+        let action = self.act_on(host, stream, headers, verdict);
+        let is_reset = action == Action::Reset;
+        if action != Action::Pause {
+            streams.release(stream, action);
+        }
+        is_reset
+    }
+
+    /// What the host does about a verdict. A request that does not go on yet is kept.
+    fn act_on(&mut self, host: &impl Host, stream: u32, headers: Vec<u8>, verdict: Verdict) -> Action {
+        match verdict {
+            Verdict::Continue => Action::Continue,
+            Verdict::Answer(reply) => Action::Reply(reply),
+            Verdict::Reset => Action::Reset,
+            Verdict::Delay(hold) => {
+                let due = host.now().saturating_add(hold.delay);
+                self.delayed.hold(stream, hold.experiment, due, hold);
+                Action::Pause
+            }
+            Verdict::Wait(waiting) => {
+                self.pending.wait(waiting.call, stream, Pending { headers, waiting });
+                Action::Pause
+            }
+        }
+    }
+}
