@@ -10,6 +10,7 @@ mod hops;
 mod hostile;
 mod ratelimit;
 mod steering;
+mod storm;
 mod trace;
 mod trial;
 mod update;
