@@ -229,7 +229,8 @@ async fn ended_http1(mut socket: TcpStream) -> Outcome {
     let mut received = Vec::new();
     while !matches!(socket.read_buf(&mut received).await, Ok(0) | Err(_)) {
         if response_end(&received, false).is_some() {
-            let status = received.split(|byte| *byte == b' ').nth(1).and_then(|status| std::str::from_utf8(status).ok());
+            let status =
+                received.split(|byte| *byte == b' ').nth(1).and_then(|status| std::str::from_utf8(status).ok());
             return Outcome::Answered(status.and_then(|status| status.parse().ok()).expect("a status line"));
         }
     }
