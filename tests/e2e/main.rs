@@ -12,6 +12,7 @@ mod ratelimit;
 mod steering;
 mod storm;
 mod trace;
+mod trap;
 mod trial;
 mod update;
 mod upstream;
