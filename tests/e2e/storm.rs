@@ -437,10 +437,10 @@ async fn delays_of_clients_that_left_leave_room() {
     let world = held_world().await;
     for round in 1..=2 {
         let held = send(&world, MOST_HELD, &asked("/", HOUR)).await;
-        world.envoy.wait_for_stat(ACTIVE, |active| active == MOST_HELD as u64).await;
+        arrived(&world, round * MOST_HELD).await;
+        assert_faulted(&world, "asked", round * MOST_HELD, &format!("round {round}")).await;
         held.leave().await;
         world.envoy.wait_for_stat(ACTIVE, |active| active == 0).await;
-        assert_faulted(&world, "asked", round * MOST_HELD, &format!("round {round}")).await;
     }
     let honest = world.client().send(asked("/", 100)).await;
     assert_eq!(honest.status, 200, "{honest:?}");
