@@ -108,6 +108,18 @@ async fn the_upstream_filter_writes_the_trace_last() {
 }
 
 #[tokio::test]
+async fn held_streams_have_a_timeout() {
+    needs_istio!();
+    let mesh = Mesh::start().await;
+    mesh.apply(&render_with("idle-timeout"));
+    let envoy = mesh.sidecar("storefront").await;
+    eventually("the timeout in Envoy's configuration", async || {
+        envoy.config_dump().await.to_string().contains(r#""stream_idle_timeout":"300s""#).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn envoys_own_tracer_leaves_the_headers_alone() {
     needs_istio!();
     needs_new_istio!();

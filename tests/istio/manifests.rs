@@ -9,7 +9,8 @@ use std::process::Command;
 use trimtab_testbed::repository;
 
 /// The components that are meant to be added to the base, one by one.
-const COMPONENTS: [&str; 4] = ["cluster-header", "metrics", "no-context-propagation", "upstream-filter"];
+const COMPONENTS: [&str; 5] =
+    ["cluster-header", "idle-timeout", "metrics", "no-context-propagation", "upstream-filter"];
 
 /// The folder's manifests, as `kubectl apply -k` would apply them.
 pub fn render(folder: &str) -> String {

@@ -245,6 +245,20 @@ impl Envoy {
         self.process.id()
     }
 
+    /// Stops it from running without ending it, so that all that comes due meanwhile is due at once.
+    ///
+    /// # Panics
+    /// When another program started it, which would be stopped in its place.
+    pub fn pause(&self) {
+        assert_eq!(self.launcher, Launcher::Direct, "Envoy itself is to be stopped");
+        self.process.pause();
+    }
+
+    /// Lets it run on.
+    pub fn resume(&self) {
+        self.process.signal("CONT");
+    }
+
     /// Its temporary directory, for access logs and the like.
     pub fn directory(&self) -> &Path {
         self.directory.path()

@@ -27,6 +27,7 @@
 
 mod bootstrap;
 pub mod browser;
+mod burst;
 mod client;
 mod envoy;
 mod installation;
@@ -45,6 +46,7 @@ pub use bootstrap::{
     Bootstrap, Direction, Listener, by_cluster_header, by_subset, cluster, cluster_of, direct_response, http2_cluster,
     pipe_cluster, wasm_filter,
 };
+pub use burst::{Burst, Outcome, Outcomes, raise_descriptor_limit};
 pub use client::Client;
 pub use envoy::{Envoy, Options, Update};
 pub use installation::{ENVOY_VERSION, Installation, Launcher};

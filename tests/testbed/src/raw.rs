@@ -84,7 +84,7 @@ impl RawConnection {
 
 /// Where the response at the start of `bytes` ends, if it is complete and does
 /// not end with the connection.
-fn response_end(bytes: &[u8], bodiless: bool) -> Option<usize> {
+pub(crate) fn response_end(bytes: &[u8], bodiless: bool) -> Option<usize> {
     let body = find(bytes, b"\r\n\r\n")? + 4;
     let head = String::from_utf8_lossy(&bytes[..body]).to_ascii_lowercase();
     let status = head.split(' ').nth(1).unwrap_or_default();
