@@ -332,21 +332,15 @@ impl worker::Streams for EnvoyStreams {
     }
 
     fn release(&mut self, _: u32, action: worker::Action) {
-        if act(&action) == Action::Continue {
-            unsafe { proxy_continue_stream(StreamType::HttpRequest) };
+        match action {
+            worker::Action::Continue => unsafe {
+                proxy_continue_stream(StreamType::HttpRequest);
+            },
+            worker::Action::Reply(reply) => answer(&reply),
+            worker::Action::Reset => reset(),
+            worker::Action::Pause => {}
         }
     }
-}
-
-/// Does to the current stream what was decided, and returns what the SDK is to be told.
-fn act(action: &worker::Action) -> Action {
-    match action {
-        worker::Action::Continue => return Action::Continue,
-        worker::Action::Reply(reply) => answer(reply),
-        worker::Action::Reset => reset(),
-        worker::Action::Pause => {}
-    }
-    Action::Pause
 }
 
 thread_local! {
@@ -461,7 +455,7 @@ impl RootContext for Root {
     }
 
     fn create_http_context(&self, id: u32) -> Option<Box<dyn HttpContext>> {
-        Some(Box::new(Stream { id, plugin: Rc::clone(&self.plugin), stream: None }))
+        Some(Box::new(Stream { plugin: Rc::clone(&self.plugin), stream: worker::Stream::new(id) }))
     }
 
     fn get_type(&self) -> Option<ContextType> {
@@ -485,10 +479,8 @@ fn adopt_log_level() {
 
 /// The context of one stream.
 struct Stream {
-    id: u32,
     plugin: Rc<Plugin>,
-    /// `None` before the request's headers.
-    stream: Option<worker::Stream>,
+    stream: worker::Stream,
 }
 
 impl Context for Stream {}
@@ -497,42 +489,41 @@ impl HttpContext for Stream {
     fn on_http_request_headers(&mut self, _: usize, end_of_stream: bool) -> Action {
         let headers =
             fetch(|data, size| unsafe { proxy_get_header_map_pairs(MapType::HttpRequestHeaders, data, size) });
+        let (plugin, stream) = (&*self.plugin, &mut self.stream);
         let mutate = |mutation: &HeaderMutation<'_>| mutate(MapType::HttpRequestHeaders, mutation);
-        let started = self.plugin.with_worker(|worker, envoy| {
-            worker.on_request(envoy, self.id, headers.unwrap_or_default(), !end_of_stream, mutate)
+        let action = plugin.with_worker(|worker, envoy| {
+            worker.on_request(envoy, stream, headers.unwrap_or_default(), !end_of_stream, mutate, |_| {})
         });
-        let Some(started) = started else { return Action::Continue };
-        self.stream = Some(started.stream);
-        if started.action == worker::Action::Pause {
-            self.plugin.arm();
+        match action {
+            None | Some(worker::Action::Continue) => return Action::Continue,
+            Some(worker::Action::Pause) => plugin.arm(),
+            Some(worker::Action::Reply(reply)) => answer(&reply),
+            Some(worker::Action::Reset) => reset(),
         }
-        act(&started.action)
+        Action::Pause
     }
 
     fn on_http_response_headers(&mut self, _: usize, _: bool) -> Action {
-        if let Some(stream) = &mut self.stream {
-            let header = |name: &str| header(MapType::HttpResponseHeaders, name);
-            let mut change = |mutation| mutate(MapType::HttpResponseHeaders, &mutation);
-            self.plugin.with_worker(|worker, envoy| worker.on_response(envoy, stream, &header, &mut change));
-        }
+        let stream = &mut self.stream;
+        let header = |name: &str| header(MapType::HttpResponseHeaders, name);
+        let mut change = |mutation| mutate(MapType::HttpResponseHeaders, &mutation);
+        self.plugin.with_worker(|worker, envoy| worker.on_response(envoy, stream, &header, &mut change));
         Action::Continue
     }
 
     fn on_http_response_trailers(&mut self, _: usize) -> Action {
-        if let Some(stream) = &mut self.stream {
-            let header = |name: &str| header(MapType::HttpResponseTrailers, name);
-            let mut change = |mutation| mutate(MapType::HttpResponseTrailers, &mutation);
-            self.plugin.with_worker(|worker, envoy| worker.on_response_trailers(envoy, stream, &header, &mut change));
-        }
+        let stream = &mut self.stream;
+        let header = |name: &str| header(MapType::HttpResponseTrailers, name);
+        let mut change = |mutation| mutate(MapType::HttpResponseTrailers, &mutation);
+        self.plugin.with_worker(|worker, envoy| worker.on_response_trailers(envoy, stream, &header, &mut change));
         Action::Continue
     }
 }
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if let Some(stream) = self.stream.take() {
-            self.plugin.with_worker(|worker, envoy| worker.on_end(envoy, stream));
-        }
+        let stream = &mut self.stream;
+        self.plugin.with_worker(|worker, envoy| worker.on_end(envoy, stream));
     }
 }
 

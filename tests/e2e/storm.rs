@@ -281,16 +281,19 @@ async fn assert_faulted(world: &World, experiment: &str, delays: usize, case: &s
     assert_eq!(metric("delays").await, delays as u64, "{case}: delays");
 }
 
-/// That ten thousand requests of an experiment all end as expected, twice: what the first have taken has to be there
-/// for the second.
-async fn hold_twice(world: &World, name: &str, request: &Request, expected: Outcome) {
-    for round in 1..=2 {
-        let case = format!("{name}, round {round}");
-        let outcomes = held(world, MOST_HELD, request).await;
-        assert_all(&outcomes, MOST_HELD, expected, &case);
-        assert_faulted(world, name, round * MOST_HELD, &case).await;
-        assert_sound(world, &case).await;
-    }
+/// That ten thousand requests of an experiment all end as expected, and that as many can be faulted afterwards: what the
+/// first have taken was given back.
+async fn hold(world: &World, name: &str, request: &Request, expected: Outcome) {
+    let outcomes = held(world, MOST_HELD, request).await;
+    assert_all(&outcomes, MOST_HELD, expected, name);
+    assert_faulted(world, name, MOST_HELD, name).await;
+    assert_sound(world, name).await;
+    let again = send(world, MOST_HELD, request).await;
+    arrived(world, 2 * MOST_HELD + 1).await;
+    assert_faulted(world, name, 2 * MOST_HELD, name).await;
+    again.leave().await;
+    world.envoy.wait_for_stat(ACTIVE, |active| active == 0).await;
+    assert_sound(world, name).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -310,7 +313,7 @@ async fn ten_thousand_are_held_and_aborted() {
     needs_envoy!();
     let world = held_world().await;
     let aborted = asked("/", 2000).header("x-envoy-fault-abort-request", "503");
-    hold_twice(&world, "asked", &aborted, Outcome::Answered(503)).await;
+    hold(&world, "asked", &aborted, Outcome::Answered(503)).await;
     assert_eq!(world.metric("route.asked.fault.aborts").await, 2 * MOST_HELD as u64);
 }
 
@@ -318,7 +321,7 @@ async fn ten_thousand_are_held_and_aborted() {
 async fn ten_thousand_are_held_and_reset() {
     needs_envoy!();
     let world = held_world().await;
-    hold_twice(&world, "reset", &experiment("reset", "/"), Outcome::Reset(INTERNAL_ERROR)).await;
+    hold(&world, "reset", &experiment("reset", "/"), Outcome::Reset(INTERNAL_ERROR)).await;
     assert_eq!(world.metric("route.reset.fault.resets").await, 2 * MOST_HELD as u64);
 }
 
@@ -327,7 +330,7 @@ const INTERNAL_ERROR: u32 = 2;
 
 /// Envoy closes a connection, and all of its streams, in the midst of the 250th reset of a stream that is younger than
 /// two seconds (`overload.premature_reset_total_stream_count`). What else is let go in the same call to the module then
-/// acts on streams that are gone: with a second reset in the call, Envoy 1.40 accesses memory that it has freed.
+/// acts on streams that are gone: Envoy 1.40 accesses memory that it has freed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn envoy_survives_that_it_closes_a_connection_for_its_resets() {
     needs_envoy!();
@@ -349,9 +352,9 @@ async fn envoy_survives_that_it_closes_a_connection_for_its_resets() {
 async fn ten_thousand_are_held_and_their_answers_replaced() {
     needs_envoy!();
     let world = held_world().await;
-    hold_twice(&world, "replaced", &experiment("replaced", "/"), Outcome::Answered(418)).await;
-    assert_eq!(world.metric("route.replaced.fault.responses").await, 2 * MOST_HELD as u64);
-    assert!(world.v1.count() >= 2 * MOST_HELD, "the upstream did the work");
+    hold(&world, "replaced", &experiment("replaced", "/"), Outcome::Answered(418)).await;
+    assert!(world.metric("route.replaced.fault.responses").await >= MOST_HELD as u64);
+    assert!(world.v1.count() >= MOST_HELD, "the upstream did the work");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -361,7 +364,7 @@ async fn a_guard_suspends_while_ten_thousand_are_held() {
         &format!(
             r#"{{"name": "experiment", "match": [{{"headers": {{"x-experiment": {{}}}}}}],
                  "fault": {{"delay": {{"percentage": {{"value": 100}}, "fixedDelay": "24h"}}, "maxActive": {MOST_HELD},
-                            "guard": {{"errorRate": "100%", "minRequests": 1000000, "window": "1s", "holdDown": "1s"}}}},
+                            "guard": {{"errorRate": "100%", "minRequests": 5, "window": "5s", "holdDown": "1s"}}}},
                  "route": [{{"destination": {{"host": "user-service", "subset": "v1"}}}}]}},
                {{"name": "default", "route": [{{"destination": {{"host": "user-service", "subset": "v1"}}}}]}}"#
         ),
@@ -407,7 +410,7 @@ async fn thousands_are_held_on_http1() {
     needs_envoy!();
     // The client has one descriptor for each request and Envoy another; some are left for all else.
     let descriptors = usize::try_from(raise_descriptor_limit()).unwrap_or(usize::MAX);
-    let count = descriptors.saturating_sub(3000).min(MOST_HELD);
+    let count = descriptors.saturating_sub(3000).min(5000);
     println!("{count} connections with {descriptors} descriptors");
     assert!(count >= 4000, "{descriptors} descriptors are too few: raise the hard limit of open files");
     let world = held_world().await;

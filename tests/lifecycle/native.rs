@@ -91,10 +91,12 @@ impl Proxy for Native {
         let newest = thread.workers.len() - 1;
         let mutate = |mutation: &HeaderMutation<'_>| apply(&mut sent, mutation);
         let block = encode_headers(headers);
-        let started = thread.workers[newest].on_request(&self.host, id, block, has_body(headers), mutate);
-        thread.streams.push(Stream { worker: newest, stream: Some(started.stream) });
+        let mut stream = worker::Stream::new(id);
+        let (newest_worker, has_body) = (&mut thread.workers[newest], has_body(headers));
+        let action = newest_worker.on_request(&self.host, &mut stream, block, has_body, mutate, |_| {});
+        thread.streams.push(Stream { worker: newest, stream: Some(stream) });
         thread.requests.push(Request { headers: sent, outcome: Outcome::Held });
-        thread.carry_out(vec![(id, started.action)], &self.host);
+        thread.carry_out(vec![(id, action)], &self.host);
         (StreamId { worker, id }, thread.requests[id as usize].outcome.clone())
     }
 
@@ -113,8 +115,8 @@ impl Proxy for Native {
     fn end(&mut self, stream: StreamId) {
         let thread = &mut self.threads[stream.worker];
         let ended = &mut thread.streams[stream.id as usize];
-        let stream = ended.stream.take().expect("a stream ends once");
-        thread.workers[ended.worker].on_end(&self.host, stream);
+        let mut stream = ended.stream.take().expect("a stream ends once");
+        thread.workers[ended.worker].on_end(&self.host, &mut stream);
     }
 
     fn advance(&mut self, time: Duration) {

@@ -12,7 +12,7 @@ use trimtab::canary::Destination;
 use trimtab::filter::Reasons;
 use trimtab::host::Host;
 use trimtab::host::sim::Sim;
-use trimtab::http::{HeaderMutation, Request};
+use trimtab::http::HeaderMutation;
 use trimtab::policy::Policy;
 use trimtab::random::split_mix;
 use trimtab::units::{Monotonic, Wall};
@@ -46,7 +46,6 @@ struct Stream {
     since: Monotonic,
     reasons: Reasons,
     failed: bool,
-    is_grpc: bool,
     stream: worker::Stream,
 }
 
@@ -188,11 +187,11 @@ impl<'a> Proxy<'a> {
     pub fn request(&mut self, headers: &[u8]) {
         let id = self.next_stream;
         self.next_stream = id.wrapping_add(1);
-        let is_grpc = Request::parse(headers, &self.worker.policy().header_names).is_grpc();
-        let started = self.worker.on_request(&self.host, id, headers.to_vec(), false, |_| {});
-        let (reasons, stream) = (started.reasons, started.stream);
-        self.streams.insert(id, Stream { since: self.host.now(), reasons, failed: false, is_grpc, stream });
-        self.act(id, started.action);
+        let (mut stream, mut reasons) = (worker::Stream::new(id), Reasons::default());
+        let explain = |explained: &mut Reasons| reasons = std::mem::take(explained);
+        let action = self.worker.on_request(&self.host, &mut stream, headers.to_vec(), false, |_| {}, explain);
+        self.streams.insert(id, Stream { since: self.host.now(), reasons, failed: false, stream });
+        self.act(id, action);
     }
 
     fn act(&mut self, id: u32, action: Action) {
@@ -233,7 +232,7 @@ impl<'a> Proxy<'a> {
     fn answer(&mut self, id: u32) {
         self.answers.pop();
         let Some(stream) = self.streams.get_mut(&id) else { return };
-        let is_grpc = stream.is_grpc;
+        let is_grpc = stream.stream.is_grpc();
         let status: u16 = if stream.failed && !is_grpc { 503 } else { 200 };
         let grpc_status = is_grpc.then_some(if stream.failed { UNAVAILABLE } else { 0 });
         let header = |name: &str| match name {
@@ -254,10 +253,10 @@ impl<'a> Proxy<'a> {
     }
 
     fn end(&mut self, id: u32, seen: Seen) {
-        let Some(stream) = self.streams.remove(&id) else { return };
+        let Some(mut stream) = self.streams.remove(&id) else { return };
         self.took.push(self.host.now().saturating_sub(stream.since));
         *self.seen.entry(seen).or_default() += 1;
-        self.worker.on_end(&self.host, stream.stream);
+        self.worker.on_end(&self.host, &mut stream.stream);
     }
 
     fn tick(&mut self) {
