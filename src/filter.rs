@@ -315,7 +315,7 @@ impl Filter {
             }
             let tells = trace.response != Response::None && continuation.direction != Direction::Outbound;
             exchange.trace = tells.then_some(continuation.context);
-            trace.filter_state.leave(continuation, &request, mutations, host);
+            trace.leave(continuation, &request, mutations, host);
             meters.count_trace(continuation, remembered, host);
         }
         if log::log_enabled!(log::Level::Debug) {

@@ -2,6 +2,7 @@
 
 use super::baggage;
 use super::bridge::Remembered;
+use super::filter_state::KeptHeaders;
 use super::formats::Format;
 use super::notes::{Note, Notes};
 use super::policy::{Direction, Edge, Recognised, Response, Trace};
@@ -30,6 +31,8 @@ pub struct Continuation {
     pub from: Option<Format>,
     /// Whether the trace began here.
     pub root: bool,
+    /// Whether the sampling decision was made here, because no earlier hop has made one.
+    pub is_sampled_here: bool,
     pub context: TraceContext,
     pub direction: Direction,
     pub notes: Notes,
@@ -38,6 +41,8 @@ pub struct Continuation {
     threshold: Option<u64>,
     is_forced: bool,
     remembered: Option<Remembered>,
+    /// Where an earlier filter has decided: the headers that it wrote with more in them than the context.
+    kept: KeptHeaders,
 }
 
 /// Where the request's `tracestate` comes from.
@@ -116,7 +121,8 @@ impl Trace {
             }
         };
         let mut threshold = None;
-        if context.flags.contains(Flags::UNDECIDED) {
+        let is_sampled_here = context.flags.contains(Flags::UNDECIDED);
+        if is_sampled_here {
             let (sampled, by) = self.sample(request, &context, restarts);
             context.flags = context.flags.without(Flags::UNDECIDED).with(Flags::decided(Some(sampled)));
             threshold = by.filter(|_| sampled);
@@ -148,6 +154,7 @@ impl Trace {
             arrived: found.arrived,
             from: found.from,
             root: known.is_none(),
+            is_sampled_here,
             context,
             direction,
             notes,
@@ -155,6 +162,7 @@ impl Trace {
             threshold,
             is_forced: false,
             remembered,
+            kept: KeptHeaders::default(),
         })
     }
 
@@ -202,11 +210,12 @@ impl Trace {
 
 impl Continuation {
     /// What goes on as it was decided before.
-    pub(super) fn restored(context: TraceContext, tracestate: Option<&[u8]>) -> Continuation {
+    pub(super) fn restored(context: TraceContext, tracestate: Option<&[u8]>, kept: KeptHeaders) -> Continuation {
         Continuation {
             arrived: Arrived::Decided,
             from: None,
             root: false,
+            is_sampled_here: false,
             context,
             direction: Direction::Neither,
             notes: Notes::default(),
@@ -214,6 +223,7 @@ impl Continuation {
             threshold: None,
             is_forced: false,
             remembered: None,
+            kept,
         }
     }
 
@@ -286,11 +296,13 @@ impl Continuation {
         let headers = known.format.headers();
         let mut written = 0_u8;
         if known.injected {
-            let read = |place| if restarted { Ok(None) } else { known.read(request, place) };
-            known.format.write(&self.context, &read, &mut |place, value| {
+            let sent = |place| if restarted { Ok(None) } else { known.read(request, place) };
+            let kept =
+                |place| if self.kept.has(known.format) { Ok(self.kept.get(headers, place)) } else { sent(place) };
+            known.format.write(&self.context, &kept, &mut |place, value| {
                 written |= 1 << place;
                 if let Some(name) = headers.get(place)
-                    && !read(place).is_ok_and(|read| read.is_some_and(|read| is_same(read, &value)))
+                    && !sent(place).is_ok_and(|sent| sent.is_some_and(|sent| is_same(sent, &value)))
                 {
                     mutations.push(HeaderMutation::Set(name, Cow::Owned(value)));
                 }

@@ -278,7 +278,9 @@ impl Story<'_> {
 
     fn tell_trace(&self, table: &mut Table) {
         table.section("trace");
-        let Some(continuation @ Continuation { arrived, from, root, context, .. }) = &self.reasons.trace else {
+        let Some(continuation @ Continuation { arrived, from, root, is_sampled_here, context, .. }) =
+            &self.reasons.trace
+        else {
             let why = match self.policy.trace.as_ref().map(|trace| trace.edge) {
                 None => "the policy has no trace block",
                 Some(Edge::Restore) => "edge: restore, and no earlier filter has left a context",
@@ -298,13 +300,16 @@ impl Story<'_> {
             true => "sampled, for what was done to the request (force)".to_owned(),
             false => format!("{sampled}{by}"),
         };
+        let share = self.policy.trace.as_ref().map_or(Fraction::NONE, |trace| trace.sampling);
         if *arrived == Arrived::Decided {
             table.row("goes on", format!("{arrival}; {sampled}"));
         } else if *root {
             let restarted = if *arrived == Arrived::Valid { ", but edge is restart" } else { "" };
-            let share = self.policy.trace.as_ref().map_or(Fraction::NONE, |trace| trace.sampling);
             let decided = decided(format!(" ({share} are)"));
             table.row("begins here", format!("{arrival}{restarted}; its id is drawn; {decided}"));
+        } else if *is_sampled_here {
+            let decided = decided(format!(" ({share} are): the caller left the decision open"));
+            table.row("goes on", format!("{arrival}; its new parent id is drawn; {decided}"));
         } else {
             let decided = decided(", as the caller decided".to_owned());
             table.row("goes on", format!("{arrival}; its new parent id is drawn; {decided}"));

@@ -1,5 +1,6 @@
 //! B3 in several headers. Debug implies sampled, so only one of the two is written; neither leaves the decision open.
 
+use super::b3::sampling_state;
 use super::{Parsed, Read, Write, bit, context, decision};
 use crate::trace::w3c::{Flags, Invalid, TraceContext, push_hex};
 
@@ -7,12 +8,11 @@ pub(super) const HEADERS: [&str; 5] =
     ["x-b3-traceid", "x-b3-spanid", "x-b3-sampled", "x-b3-flags", "x-b3-parentspanid"];
 
 pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
-    let flags = match (read(3)?, read(2)?) {
-        (Some(b"1"), _) => Flags::SAMPLED.with(Flags::DEBUG),
-        (_, None) => Flags::UNDECIDED,
-        (_, Some(b"1" | b"true")) => Flags::SAMPLED,
-        (_, Some(b"0" | b"false")) => Flags::NONE,
-        _ => return Err(Invalid::Shape),
+    // A sampling header that is repeated or not readable leaves the decision open. It does not invalidate the ids.
+    let optional = |place| read(place).ok().flatten();
+    let flags = match optional(3) {
+        Some(b"1") => Flags::SAMPLED.with(Flags::DEBUG),
+        _ => optional(2).and_then(sampling_state).unwrap_or(Flags::UNDECIDED),
     };
     match (read(0)?, read(1)?) {
         (Some(trace_id), Some(parent_id)) if matches!(trace_id.len(), 16 | 32) && parent_id.len() == 16 => {

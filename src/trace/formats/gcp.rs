@@ -11,11 +11,11 @@ pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
     let mut ids = parts.next().unwrap_or_default().splitn(2, |byte| *byte == b'/');
     let trace_id = ids.next().filter(|digits| digits.len() == 32).ok_or(Invalid::Shape)?;
     let parent_id = ids.next().map_or(Ok(0), decimal::parse)?;
+    // Only 0 and 1 are defined. Any other option leaves the decision open and does not invalidate the ids.
     let flags = match parts.next() {
         Some(b"o=1") => Flags::SAMPLED,
         Some(b"o=0") => Flags::NONE,
-        None => Flags::UNDECIDED,
-        Some(_) => return Err(Invalid::Shape),
+        _ => Flags::UNDECIDED,
     };
     Ok(Some(TraceContext { trace_id: padded_id(trace_id)?, parent_id: parent_id.to_be_bytes(), flags }))
 }

@@ -21,16 +21,19 @@ pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
         };
     }
     let [trace_id, parent_id, _, flags] = fields;
-    // Flags are a number like the ids: up to two digits.
-    let bits = match flags {
+    context(trace_id, parent_id, parse_flags(flags).unwrap_or(Flags::UNDECIDED))
+}
+
+/// The flags, a bit field of one or two hexadecimal digits; `None` if the value is not one.
+fn parse_flags(digits: &[u8]) -> Option<Flags> {
+    let bits = match digits {
         b"0" | b"00" => 0,
-        _ => padded_id::<1>(flags)?[0],
+        _ => padded_id::<1>(digits).ok()?[0],
     };
-    let flags = match (bits & 2 != 0, bits & 1 != 0) {
+    Some(match (bits & 2 != 0, bits & 1 != 0) {
         (true, _) => Flags::SAMPLED.with(Flags::DEBUG),
         (false, sampled) => Flags::decided(Some(sampled)),
-    };
-    context(trace_id, parent_id, flags)
+    })
 }
 
 pub(super) fn write(context: &TraceContext, write: Write<'_>) {

@@ -78,6 +78,15 @@ impl Format {
         }
     }
 
+    /// The places of the headers with more in them than the context: what [`Format::write`] keeps of an earlier value.
+    pub const fn kept_headers(self) -> &'static [usize] {
+        match self {
+            Format::Xray => &xray::KEPT,
+            Format::Datadog => &datadog::KEPT,
+            _ => &[],
+        }
+    }
+
     /// The context in a request's headers.
     ///
     /// # Errors
@@ -104,7 +113,7 @@ impl Format {
             Format::B3 => b3::write(context, write),
             Format::B3Multi => b3multi::write(context, write),
             Format::Jaeger => jaeger::write(context, write),
-            Format::Xray => xray::write(context, write),
+            Format::Xray => xray::write(context, read, write),
             Format::Gcp => gcp::write(context, write),
             Format::Datadog => datadog::write(context, read, write),
             Format::OtTrace => ottrace::write(context, write),
@@ -122,6 +131,17 @@ fn decision(flags: Flags) -> Parsed {
 #[inline(never)]
 fn context(trace_id: &[u8], parent_id: &[u8], flags: Flags) -> Parsed {
     Ok(Some(TraceContext { trace_id: padded_id(trace_id)?, parent_id: padded_id(parent_id)?, flags }))
+}
+
+/// A boolean as formats write it: a digit or a word, in any case. `None` if the value is neither.
+fn sampled_word(value: &[u8]) -> Option<bool> {
+    match value {
+        b"0" => Some(false),
+        b"1" => Some(true),
+        _ if value.eq_ignore_ascii_case(b"true") => Some(true),
+        _ if value.eq_ignore_ascii_case(b"false") => Some(false),
+        _ => None,
+    }
 }
 
 /// `0` or `1`.
@@ -190,11 +210,8 @@ mod tests {
             "x",
             "2",
             "80f198ee56343ba864fe8b2a57d3eff7",
-            "80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1-",
-            "80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1-true",
             "80f198ee56343ba864fe8b2a57d3eff-e457b5a2e4d86bd1-1",
             "80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1-1-05e3ac9a4f6e3b90-",
-            "80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1-1-05e3",
         ] {
             assert_eq!(b3(bad), "Shape", "{bad}");
         }
@@ -206,7 +223,6 @@ mod tests {
         assert_eq!(multi(&[("x-b3-sampled", "1"), ("x-b3-parentspanid", "05e3ac9a4f6e3b90")]), format!("{B3} sampled"));
         assert_eq!(multi(&[("x-b3-sampled", "false")]), format!("{B3} not"));
         assert_eq!(multi(&[("x-b3-flags", "1"), ("x-b3-sampled", "0")]), format!("{B3} debug"));
-        assert_eq!(multi(&[("x-b3-sampled", "maybe")]), "Shape");
         assert_eq!(multi(&ids), "Duplicate");
         assert_eq!(shown(parse(Format::B3Multi, &ids[..1])), "Shape");
         let only = shown(parse(Format::B3Multi, &[("x-b3-sampled", "0")]));
@@ -216,9 +232,7 @@ mod tests {
         assert_eq!(jaeger("1:2:0:1"), "00000000000000000000000000000001 0000000000000002 sampled");
         assert_eq!(jaeger("a%3A2%3a0%3A3"), "0000000000000000000000000000000a 0000000000000002 debug");
         assert_eq!(jaeger("80f198ee56343ba864fe8b2a57d3eff7:e457b5a2e4d86bd1:0:0"), format!("{B3} not"));
-        for (bad, why) in
-            [("1:2:0", "Shape"), ("1:2:0:1:1", "Shape"), ("1:2:0:x", "Character"), ("0:2:0:1", "ZeroTraceId")]
-        {
+        for (bad, why) in [("1:2:0", "Shape"), ("1:2:0:1:1", "Shape"), ("0:2:0:1", "ZeroTraceId")] {
             assert_eq!(jaeger(bad), why, "{bad}");
         }
 
@@ -297,6 +311,172 @@ mod tests {
             ["", "A", "AABA", "AQBAQUJDREVGR0hJSktMTU5PAWFiY2RlZmdoAgE", "AABAQUJDREVGR0hJSktMTU5PAWFiY2RlZmdoAgE*"]
         {
             assert_ne!(grpc(bad), expected, "{bad}");
+        }
+    }
+
+    /// A sampling field that its format does not define leaves the ids alone. It is read where its meaning is plain;
+    /// otherwise the decision is left open.
+    #[test]
+    fn an_unusual_sampling_field_does_not_invalidate_the_ids() {
+        const IDS: &str = "80f198ee56343ba864fe8b2a57d3eff7 e457b5a2e4d86bd1";
+        const LOW: &str = "000000000000000064fe8b2a57d3eff7 e457b5a2e4d86bd1";
+        let check = |format: Format, ids: &str, headers: &[(&str, &str)], decision: &str| {
+            assert_eq!(shown(parse(format, headers)), format!("{ids} {decision}"), "{headers:?}");
+        };
+
+        let b3 = [
+            ("", "undecided"),
+            ("2", "undecided"),
+            ("x", "undecided"),
+            ("true", "sampled"),
+            ("True", "sampled"),
+            ("false", "not"),
+            ("D", "debug"),
+            ("1-05e3", "sampled"),
+            ("?-", "undecided"),
+        ];
+        for (state, decision) in b3 {
+            let value = format!("80f198ee56343ba864fe8b2a57d3eff7-e457b5a2e4d86bd1-{state}");
+            check(Format::B3, IDS, &[("b3", &value)], decision);
+        }
+
+        let ids = [("x-b3-traceid", "80f198ee56343ba864fe8b2a57d3eff7"), ("x-b3-spanid", "e457b5a2e4d86bd1")];
+        let sampled = [
+            ("True", "sampled"),
+            ("TRUE", "sampled"),
+            ("False", "not"),
+            ("d", "debug"),
+            ("", "undecided"),
+            ("2", "undecided"),
+            ("maybe", "undecided"),
+        ];
+        for (value, decision) in sampled {
+            check(Format::B3Multi, IDS, &[&ids[..], &[("x-b3-sampled", value)]].concat(), decision);
+        }
+        let twice = [("x-b3-sampled", "1"), ("x-b3-sampled", "1")];
+        check(Format::B3Multi, IDS, &[&ids[..], &twice].concat(), "undecided");
+        let flags = [("x-b3-flags", "x"), ("x-b3-sampled", "0")];
+        check(Format::B3Multi, IDS, &[&ids[..], &flags].concat(), "not");
+        let twice = [("x-b3-flags", "1"), ("x-b3-flags", "1"), ("x-b3-sampled", "1")];
+        check(Format::B3Multi, IDS, &[&ids[..], &twice].concat(), "sampled");
+
+        for (flags, decision) in [
+            ("", "undecided"),
+            ("x", "undecided"),
+            ("-1", "undecided"),
+            ("101", "undecided"),
+            ("5", "sampled"),
+            ("8", "not"),
+            ("2", "debug"),
+        ] {
+            let value = format!("80f198ee56343ba864fe8b2a57d3eff7:e457b5a2e4d86bd1:0:{flags}");
+            check(Format::Jaeger, IDS, &[("uber-trace-id", &value)], decision);
+        }
+
+        for (sampled, decision) in
+            [("2", "undecided"), ("", "undecided"), ("true", "undecided"), ("1;Lineage=a:0", "sampled")]
+        {
+            let value = format!("Root=1-80f198ee-56343ba864fe8b2a57d3eff7;Parent=e457b5a2e4d86bd1;Sampled={sampled}");
+            check(Format::Xray, IDS, &[("x-amzn-trace-id", &value)], decision);
+        }
+
+        for options in [";o=2", ";o=", ";o", ";", ";x=1", ";o=1;o=0"] {
+            let value = format!("80f198ee56343ba864fe8b2a57d3eff7/16453819474850114513{options}");
+            check(Format::Gcp, IDS, &[("x-cloud-trace-context", &value)], "undecided");
+        }
+
+        let ids = [("x-datadog-trace-id", "7277407061855694839"), ("x-datadog-parent-id", "16453819474850114513")];
+        let priorities = [
+            ("3", "sampled"),
+            ("99999999999999999999", "sampled"),
+            ("-2", "not"),
+            ("-0", "not"),
+            ("00", "not"),
+            ("", "undecided"),
+            ("-", "undecided"),
+            ("+1", "undecided"),
+            ("1.5", "undecided"),
+            ("keep", "undecided"),
+        ];
+        for (priority, decision) in priorities {
+            let headers = [&ids[..], &[("x-datadog-sampling-priority", priority)]].concat();
+            check(Format::Datadog, LOW, &headers, decision);
+        }
+        for name in ["x-datadog-sampling-priority", "x-datadog-tags"] {
+            let twice = [(name, "1"), (name, "1")];
+            check(Format::Datadog, LOW, &[&ids[..], &twice].concat(), "undecided");
+        }
+
+        let ids = [("ot-tracer-traceid", "64fe8b2a57d3eff7"), ("ot-tracer-spanid", "e457b5a2e4d86bd1")];
+        for (sampled, decision) in
+            [("True", "sampled"), ("FALSE", "not"), ("", "undecided"), ("2", "undecided"), ("yes", "undecided")]
+        {
+            let headers = [&ids[..], &[("ot-tracer-sampled", sampled)]].concat();
+            check(Format::OtTrace, LOW, &headers, decision);
+        }
+        let twice = [("ot-tracer-sampled", "true"), ("ot-tracer-sampled", "true")];
+        check(Format::OtTrace, LOW, &[&ids[..], &twice].concat(), "undecided");
+
+        let ids = "404142434445464748494a4b4c4d4e4f 6162636465666768";
+        for (value, decision) in [
+            ("AABAQUJDREVGR0hJSktMTU5PAWFiY2RlZmdo", "undecided"),
+            ("AABAQUJDREVGR0hJSktMTU5PAWFiY2RlZmdoAg==", "undecided"),
+            ("AABAQUJDREVGR0hJSktMTU5PAWFiY2RlZmdoAwE", "undecided"),
+            ("AABAQUJDREVGR0hJSktMTU5PAWFiY2RlZmdoAv8", "sampled"),
+            ("AABAQUJDREVGR0hJSktMTU5PAWFiY2RlZmdoAgEDBAUG", "sampled"),
+        ] {
+            check(Format::Grpc, ids, &[("grpc-trace-bin", value)], decision);
+        }
+    }
+
+    #[test]
+    fn unknown_fields_of_x_ray_are_kept() {
+        let context = TraceContext { trace_id: [1; 16], parent_id: [2; 8], flags: Flags::SAMPLED };
+        let rewritten = |value: &str| {
+            let mut text = Vec::new();
+            Format::Xray.write(&context, &|_| Ok(Some(value.as_bytes())), &mut |_, value| text = value);
+            String::from_utf8(text).unwrap()
+        };
+        let ours = "Root=1-01010101-010101010101010101010101;Parent=0202020202020202;Sampled=1";
+        for (value, kept) in [
+            (
+                "Root=1-5759e988-bd862e3fe1be46a994272793;Sampled=0;Lineage=a87bd80c:1|68fd508a:5",
+                ";Lineage=a87bd80c:1|68fd508a:5",
+            ),
+            (
+                "Self=1-67891234-12456789abcdef012345678;Root=1-5759e988-bd862e3fe1be46a994272793",
+                ";Self=1-67891234-12456789abcdef012345678",
+            ),
+            (
+                "Root=1-5759e988-bd862e3fe1be46a994272793; CalledFrom=app ;; Parent=53995c3f42cd8ad8;k=a=b",
+                ";CalledFrom=app;k=a=b",
+            ),
+            ("Root=nonsense;word;=1;Lineage=", ";Lineage="),
+            ("", ""),
+        ] {
+            assert_eq!(rewritten(value), format!("{ours}{kept}"), "{value}");
+        }
+    }
+
+    #[test]
+    fn a_priority_that_datadog_does_not_define_is_replaced() {
+        for (priority, flags, expected) in [
+            ("2", Flags::SAMPLED, "2"),
+            ("-1", Flags::NONE, "-1"),
+            ("-1", Flags::SAMPLED, "1"),
+            ("3", Flags::SAMPLED, "1"),
+            ("-2", Flags::NONE, "0"),
+            ("", Flags::SAMPLED, "1"),
+        ] {
+            let context = TraceContext { trace_id: [1; 16], parent_id: [2; 8], flags };
+            let read = |place| Ok((place == 2).then_some(priority.as_bytes()));
+            let mut written = Vec::new();
+            Format::Datadog.write(&context, &read, &mut |place, value| {
+                if place == 2 {
+                    written = value;
+                }
+            });
+            assert_eq!(written, expected.as_bytes(), "{priority}");
         }
     }
 

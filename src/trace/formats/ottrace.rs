@@ -1,6 +1,6 @@
 //! OpenTracing's basic tracers: ids in hexadecimal, of the trace id only the low half.
 
-use super::{Parsed, Read, Write, context};
+use super::{Parsed, Read, Write, context, sampled_word};
 use crate::trace::w3c::{Flags, Invalid, TraceContext, push_hex};
 
 pub(super) const HEADERS: [&str; 3] = ["ot-tracer-traceid", "ot-tracer-spanid", "ot-tracer-sampled"];
@@ -11,12 +11,8 @@ pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
         (None, None) => return Ok(None),
         _ => return Err(Invalid::Shape),
     };
-    let sampled = match read(2)? {
-        Some(b"true" | b"1") => Some(true),
-        Some(b"false" | b"0") => Some(false),
-        None => None,
-        Some(_) => return Err(Invalid::Shape),
-    };
+    // A sampling header that is repeated or not readable leaves the decision open. It does not invalidate the ids.
+    let sampled = read(2).ok().flatten().and_then(sampled_word);
     context(trace_id, parent_id, Flags::decided(sampled))
 }
 

@@ -1,11 +1,13 @@
-//! AWS X-Ray: `X-Amzn-Trace-Id: Root=1-{8 digits}-{24 digits};Parent={span id};Sampled={0, 1 or ?}`, in any order, with
-//! fields of load balancers and functions between them, which are not kept. The trace id is the two parts of the root.
+//! AWS X-Ray: `X-Amzn-Trace-Id: Root=1-{8 digits}-{24 digits};Parent={span id};Sampled={0, 1 or ?}`, in any order. The
+//! trace id is the two parts of the root. Load balancers, functions and applications add other fields, such as `Self`,
+//! `Lineage` and `CalledFrom`; these are kept (AWS X-Ray developer guide, "Tracing header").
 
 use super::{Parsed, Read, Write, bit};
 use crate::trace::tracestate::trim_ows;
 use crate::trace::w3c::{Flags, Invalid, TraceContext, padded_id, push, push_hex};
 
 pub(super) const HEADERS: [&str; 1] = ["x-amzn-trace-id"];
+pub(super) const KEPT: [usize; 1] = [0];
 
 pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
     let Some(value) = read(0)? else { return Ok(None) };
@@ -26,7 +28,7 @@ pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
     Ok(Some(TraceContext { trace_id: padded_id(&[time, random].concat())?, parent_id, flags }))
 }
 
-pub(super) fn write(context: &TraceContext, write: Write<'_>) {
+pub(super) fn write(context: &TraceContext, read: Read<'_, '_>, write: Write<'_>) {
     let (time, random) = context.trace_id.split_at(4);
     let mut text = b"Root=1-".to_vec();
     push_hex(&mut text, time);
@@ -36,5 +38,12 @@ pub(super) fn write(context: &TraceContext, write: Write<'_>) {
     push_hex(&mut text, &context.parent_id);
     push(&mut text, b";Sampled=");
     push(&mut text, &[bit(context.flags.sampled())]);
+    for field in read(0).ok().flatten().unwrap_or_default().split(|byte| *byte == b';').map(trim_ows) {
+        let is_written = [&b"Root="[..], b"Parent=", b"Sampled="].iter().any(|name| field.starts_with(name));
+        if !is_written && field.iter().position(|byte| *byte == b'=').is_some_and(|name| name > 0) {
+            push(&mut text, b";");
+            push(&mut text, field);
+        }
+    }
     write(0, text);
 }
