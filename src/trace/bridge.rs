@@ -39,7 +39,7 @@ const ABSENT: u16 = u16::MAX;
 
 /// The `bridge` block.
 #[derive(Debug)]
-pub struct Bridge {
+pub(super) struct Bridge {
     /// The header that the application copies.
     key: HeaderId,
     capacity: u64,
@@ -53,8 +53,8 @@ pub struct Bridge {
 
 /// A context that was remembered.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Remembered {
-    pub context: TraceContext,
+pub(super) struct Remembered {
+    pub(super) context: TraceContext,
     pub(super) tracestate: Option<Vec<u8>>,
     /// In the order of the headers that the bridge carries.
     pub(super) carried: Vec<Option<Vec<u8>>>,
@@ -131,7 +131,7 @@ impl Bridge {
     }
 
     /// What is remembered for a request that leaves with `context`, or with none.
-    pub fn recall(
+    pub(super) fn recall(
         &self,
         request: &Request<'_>,
         context: Option<&TraceContext>,
@@ -163,7 +163,7 @@ impl Bridge {
     }
 
     /// Remembers what a request goes on to the application with, once all its `mutations` are known.
-    pub fn remember(
+    pub(super) fn remember(
         &self,
         request: &Request<'_>,
         context: &TraceContext,

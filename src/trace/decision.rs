@@ -34,8 +34,8 @@ pub struct Continuation {
     /// Whether the sampling decision was made here, because no earlier hop has made one.
     pub is_sampled_here: bool,
     pub context: TraceContext,
-    pub direction: Direction,
-    pub notes: Notes,
+    pub(super) direction: Direction,
+    pub(super) notes: Notes,
     tracestate: Tracestate,
     /// The threshold by which the trace was sampled here.
     threshold: Option<u64>,
@@ -79,7 +79,7 @@ impl Trace {
     /// Reads the request's context, and continues it or begins a new trace; `random` draws the new ids. `recall` is
     /// asked what is remembered for a request that leaves with this context, or with none. `None` where the policy
     /// leaves trace headers alone.
-    pub fn carry_on(
+    pub(super) fn carry_on(
         &self,
         request: &Request<'_>,
         direction: Direction,
@@ -233,20 +233,25 @@ impl Continuation {
     }
 
     /// Samples the trace whatever was decided. With what probability that happens nobody knows, so no threshold stays.
-    pub fn force_sampling(&mut self) {
+    pub(crate) fn force_sampling(&mut self) {
         self.context.flags = self.context.flags.with(Flags::SAMPLED);
         self.threshold = None;
         self.is_forced = true;
     }
 
     /// The header `id` as it was remembered for a request that leaves, if the bridge of `trace` carries it.
-    pub fn recalled(&self, trace: &Trace, id: HeaderId) -> Option<&[u8]> {
+    pub(super) fn recalled(&self, trace: &Trace, id: HeaderId) -> Option<&[u8]> {
         let place = trace.bridge.as_ref()?.carry.iter().position(|(_, carried)| *carried == id)?;
         self.remembered.as_ref()?.carried.get(place)?.as_deref()
     }
 
     /// The header changes that tell the next hop.
-    pub fn inject<'p>(&mut self, trace: &'p Trace, request: &Request<'p>, mutations: &mut Vec<HeaderMutation<'p>>) {
+    pub(super) fn inject<'p>(
+        &mut self,
+        trace: &'p Trace,
+        request: &Request<'p>,
+        mutations: &mut Vec<HeaderMutation<'p>>,
+    ) {
         let restarted = self.notes.contains(Note::Restarted);
         for known in &trace.formats {
             self.inject_format(known, request, restarted, mutations);
@@ -354,7 +359,7 @@ impl Continuation {
     }
 
     /// The response header that tells the client its trace.
-    pub fn response(context: &TraceContext, response: Response) -> Option<HeaderMutation<'static>> {
+    pub(super) fn response(context: &TraceContext, response: Response) -> Option<HeaderMutation<'static>> {
         let traceparent = format_traceparent(context);
         match response {
             Response::None => None,

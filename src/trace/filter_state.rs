@@ -39,7 +39,7 @@ impl KeptHeaders {
 
 impl Trace {
     /// Leaves what a request goes on with, once all its `mutations` are known.
-    pub fn leave(
+    pub(super) fn leave(
         &self,
         continuation: &Continuation,
         request: &Request<'_>,
@@ -86,7 +86,7 @@ impl Trace {
 }
 
 /// What an earlier filter of the same request has decided, if one has left it.
-pub fn restore(host: &dyn Properties) -> Option<Continuation> {
+pub(super) fn restore(host: &dyn Properties) -> Option<Continuation> {
     let left = host.property(&[CONTEXT])?;
     let end = left.iter().position(|byte| *byte == b'\n').unwrap_or(left.len());
     let (head, lines) = left.split_at_checked(end)?;

@@ -15,14 +15,14 @@ mod filter_state;
 mod formats;
 #[cfg(test)]
 mod fuzz;
+mod metrics;
 mod notes;
 mod policy;
+mod propagator;
 mod tracestate;
 pub mod w3c;
 
-pub use bridge::{Bridge, Remembered};
 pub use decision::{Arrived, Continuation, extract};
-pub use filter_state::restore;
 pub use formats::Format;
-pub use notes::{Note, Notes};
-pub use policy::{Direction, Edge, FilterState, Force, Response, Trace};
+pub use policy::{Edge, FilterState, Force, Trace};
+pub use propagator::TracePropagator;

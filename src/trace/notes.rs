@@ -41,9 +41,4 @@ impl Notes {
     pub fn contains(self, note: Note) -> bool {
         self.0 & 1 << note as u16 != 0
     }
-
-    /// As a number: the bit of each note stands at its own place.
-    pub fn bits(self) -> u16 {
-        self.0
-    }
 }

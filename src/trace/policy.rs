@@ -17,7 +17,7 @@ pub struct Trace {
     /// The share of new traces that are sampled. A caller's decision is respected.
     pub sampling: Fraction,
     /// What makes a request sampled whatever was decided.
-    pub force: Force,
+    pub(crate) force: Force,
     /// Our own key in `tracestate`.
     pub(super) mark: Option<Box<str>>,
     pub(super) tracestate_allow: Option<Box<[Box<str>]>>,
@@ -28,10 +28,10 @@ pub struct Trace {
     pub(super) untrusted: Vec<(&'static str, HeaderId)>,
     /// Where requests come from; `None`: as the listener says.
     pub(super) direction: Option<Direction>,
-    pub response: Response,
+    pub(super) response: Response,
     /// What is left for access logs and later filters.
     pub filter_state: FilterState,
-    pub bridge: Option<Bridge>,
+    pub(super) bridge: Option<Bridge>,
 }
 
 /// What makes a request sampled, whatever was decided for its trace.
@@ -92,7 +92,7 @@ pub enum Response {
 impl Trace {
     /// The direction, or `None` where the listener has to be asked, which costs more than all else that a trace needs:
     /// nothing is asked where the policy is the same either way.
-    pub fn known_direction(&self) -> Option<Direction> {
+    pub(super) fn known_direction(&self) -> Option<Direction> {
         let matters = self.bridge.is_some()
             || matches!(self.edge, Edge::Restart | Edge::RestartExternal)
             || self.tracestate_allow.is_some()
@@ -104,7 +104,7 @@ impl Trace {
 
 impl Direction {
     /// From Envoy's `listener_direction`: a 64-bit number, little-endian.
-    pub fn from_property(value: Option<&[u8]>) -> Direction {
+    pub(super) fn from_property(value: Option<&[u8]>) -> Direction {
         match value.and_then(<[u8]>::first) {
             Some(1) => Direction::Inbound,
             Some(2) => Direction::Outbound,

@@ -1,13 +1,15 @@
-//! Traces: what requests arrived with, and what was done about it.
+//! The counters of trace propagation: what requests arrived with, and what was done about it.
 
-use super::{Meters, Scope};
+use super::decision::{Arrived, Continuation};
+use super::formats::Format;
+use super::notes::{Note, Notes};
+use super::w3c::Invalid;
 use crate::host::{MetricId, Metrics};
-use crate::trace::w3c::Invalid;
-use crate::trace::{Arrived, Continuation, Direction, Format, Note, Notes};
+use crate::telemetry::Scope;
 
-/// What requests arrived with, and what was done about it.
-#[derive(Debug, Default)]
-pub(super) struct TraceMeters {
+/// The counters of one kind of request.
+#[derive(Debug)]
+pub(super) struct TraceMetrics {
     /// In the order of [`ARRIVED`].
     arrived: Vec<MetricId>,
     /// In the order of [`NOTES`].
@@ -41,22 +43,18 @@ const NOTES: [(Note, &str); 8] = [
     (Note::Displaced, "displaced"),
 ];
 
-impl TraceMeters {
-    pub(super) fn define(trace: &Scope<'_, impl Metrics>) -> TraceMeters {
+impl TraceMetrics {
+    pub(super) fn define(trace: &Scope<'_, impl Metrics>) -> TraceMetrics {
         let from = trace.within("from");
-        TraceMeters {
+        TraceMetrics {
             arrived: ARRIVED.iter().map(|name| trace.counter(name)).collect(),
             notes: NOTES.iter().map(|(_, name)| trace.counter(name)).collect(),
             from: Format::ALL.iter().map(|(name, _)| from.counter(name)).collect(),
         }
     }
-}
 
-impl Meters {
     /// Counts what a request arrived with and what was done about it.
-    pub fn count_trace(&self, continuation: &Continuation, remembered: Notes, metrics: &impl Metrics) {
-        let is_outbound = continuation.direction == Direction::Outbound && !self.outbound.arrived.is_empty();
-        let meters = if is_outbound { &self.outbound } else { &self.trace };
+    pub(super) fn count(&self, continuation: &Continuation, metrics: &impl Metrics) {
         let add = |metric: Option<&MetricId>| {
             if let Some(metric) = metric {
                 metrics.add(*metric, 1);
@@ -73,16 +71,15 @@ impl Meters {
             Arrived::Invalid(Invalid::ZeroTraceId) => (2, Some(7)),
             Arrived::Invalid(Invalid::ZeroParentId) => (2, Some(8)),
         };
-        add(meters.arrived.get(arrived));
-        add(reason.and_then(|reason| meters.arrived.get(reason)));
+        add(self.arrived.get(arrived));
+        add(reason.and_then(|reason| self.arrived.get(reason)));
         // Where it came from tells nothing new of W3C's own format.
         if let Some(from) = continuation.from.filter(|from| *from != Format::TraceContext) {
-            add(meters.from.get(from as usize));
+            add(self.from.get(from as usize));
         }
-        let mut notes = continuation.notes;
-        notes.add_all(remembered);
+        let notes = continuation.notes;
         if notes != Notes::default() {
-            for ((note, _), metric) in NOTES.iter().zip(&meters.notes) {
+            for ((note, _), metric) in NOTES.iter().zip(&self.notes) {
                 add(notes.contains(*note).then_some(metric));
             }
         }
