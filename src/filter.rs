@@ -25,7 +25,7 @@ use crate::ratelimit::service::{Calls, Inquiry, Outcome};
 use crate::ratelimit::{Admission, Leases, Remark, Secret, return_leases, settle};
 use crate::telemetry::{Meters, Scope, Stand};
 use crate::trace::w3c::TraceContext;
-use crate::trace::{Continuation, Force, TracePropagator};
+use crate::trace::{ForcedSampling, PropagatedContext, TracePropagator};
 use crate::units::{Fraction, Monotonic};
 use circuit::{Circuit, Fuse};
 use hosts::Hosts;
@@ -123,7 +123,7 @@ impl Verdict {
 /// What was decided on the way to a verdict.
 #[derive(Debug, Default)]
 pub struct Reasons {
-    pub trace: Option<Continuation>,
+    pub trace: Option<PropagatedContext>,
     /// An index into the policy's routes.
     pub route: Option<usize>,
     /// What the limits said, where they did not just admit.
@@ -636,7 +636,7 @@ impl Filter {
 }
 
 /// Whether something was done to a request that its trace has to tell, whatever samplers say.
-fn is_forced(force: Force, policy: &Policy, reasons: &Reasons, host: &impl Host) -> bool {
+fn is_forced(force: ForcedSampling, policy: &Policy, reasons: &Reasons, host: &impl Host) -> bool {
     let is_faulted = || !reasons.drawn.is_none() && reasons.withheld.is_none();
     let is_limited = |admission: &Admission| {
         let would_refuse = |remark: &Remark| matches!(remark, Remark::WouldRefuse(_));

@@ -12,7 +12,7 @@ use crate::ratelimit::service::{GlobalLimit, Place};
 use crate::ratelimit::{self, Keyspace, Limit, Rate};
 use crate::route_table::RouteTable;
 use crate::slo::Slo;
-use crate::trace::Trace;
+use crate::trace::TracePolicy;
 use std::borrow::Cow;
 use std::sync::Arc;
 
@@ -38,7 +38,7 @@ pub struct Policy {
     pub cohort: Option<CohortHeader>,
     pub routes: Vec<Route>,
     route_table: RouteTable,
-    pub trace: Option<Arc<Trace>>,
+    pub trace: Option<Arc<TracePolicy>>,
     /// Everything that requests are sent to, each once.
     pub targets: Vec<Target>,
     /// Whether a match asks for Envoy's own route name.
@@ -140,7 +140,7 @@ impl Policy {
             fields.optional("cohort").and_then(|value| CohortHeader::read(&value, environment, &mut header_names));
         let trace = fields
             .optional("trace")
-            .and_then(|value| Trace::read(&value, &state_prefix, &mut header_names))
+            .and_then(|value| TracePolicy::read(&value, &state_prefix, &mut header_names))
             .map(Arc::new);
         let (labels, routes, targets) = (Vec::new(), Vec::new(), Vec::new());
         let detection = fields.optional("outlierDetection").and_then(|value| Detection::read(&value));

@@ -5,10 +5,10 @@
 //! and before the filters of the cluster. So the listener's filter decides and leaves what it decided; the same module as
 //! a filter of the cluster (`edge: restore`) writes that again, whatever the headers say by then. No client can forge it.
 
-use super::decision::Continuation;
-use super::formats::Format;
-use super::policy::Trace;
-use super::w3c::{Flags, TRACEPARENT_LENGTH, format_traceparent, parse_traceparent, push};
+use super::decision::PropagatedContext;
+use super::formats::TraceFormat;
+use super::policy::TracePolicy;
+use super::w3c::{TRACEPARENT_LENGTH, TraceFlags, format_traceparent, parse_traceparent, push};
 use crate::host::Properties;
 use crate::http::{HeaderMutation, HeaderNames, Request};
 
@@ -22,56 +22,58 @@ const DEBUG: &[u8] = b"debug";
 
 /// Header lines of [`CONTEXT`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct KeptHeaders(Vec<u8>);
+pub(super) struct RetainedHeaders(Vec<u8>);
 
-impl KeptHeaders {
+impl RetainedHeaders {
     /// Whether there is a header of this format.
-    pub(super) fn has(&self, format: Format) -> bool {
-        !self.0.is_empty() && format.kept_headers().iter().any(|place| self.get(format.headers(), *place).is_some())
+    pub(super) fn has(&self, format: TraceFormat) -> bool {
+        !self.0.is_empty() && format.retained_headers().iter().any(|index| self.get(format.headers(), *index).is_some())
     }
 
-    /// The value of the header at a place.
-    pub(super) fn get(&self, headers: &[&str], place: usize) -> Option<&[u8]> {
-        let name = headers.get(place)?.as_bytes();
+    /// The value of the header at an index.
+    pub(super) fn get(&self, headers: &[&str], index: usize) -> Option<&[u8]> {
+        let name = headers.get(index)?.as_bytes();
         self.0.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(name)?.strip_prefix(b":"))
     }
 }
 
-impl Trace {
+impl TracePolicy {
     /// Leaves what a request goes on with, once all its `mutations` are known.
-    pub(super) fn leave(
+    pub(super) fn set_filter_state(
         &self,
-        continuation: &Continuation,
+        propagated: &PropagatedContext,
         request: &Request<'_>,
         mutations: &[HeaderMutation<'_>],
         host: &dyn Properties,
     ) {
         if self.filter_state.trace_id {
-            host.leave(TRACE_ID, &continuation.context.trace_id_digits());
+            host.leave(TRACE_ID, &propagated.context.trace_id_hex());
         }
         if self.filter_state.context {
-            host.leave(CONTEXT, &self.context_lines(continuation, request, mutations));
+            host.leave(CONTEXT, &self.context_lines(propagated, request, mutations));
         }
     }
 
     fn context_lines(
         &self,
-        continuation: &Continuation,
+        propagated: &PropagatedContext,
         request: &Request<'_>,
         mutations: &[HeaderMutation<'_>],
     ) -> Vec<u8> {
-        let mut lines = format_traceparent(&continuation.context);
+        let mut lines = format_traceparent(&propagated.context);
         if let Some(tracestate) = request.value_after("tracestate", HeaderNames::TRACESTATE, mutations) {
             push(&mut lines, b" ");
             push(&mut lines, &tracestate);
         }
-        if continuation.context.flags.contains(Flags::DEBUG) {
+        if propagated.context.flags.contains(TraceFlags::DEBUG) {
             push(&mut lines, b"\n");
             push(&mut lines, DEBUG);
         }
-        for known in self.formats.iter().filter(|known| known.injected) {
-            for place in known.format.kept_headers() {
-                let (Some(name), Some(id)) = (known.format.headers().get(*place), known.ids.get(*place)) else {
+        for configured in self.formats.iter().filter(|configured| configured.injected) {
+            for index in configured.format.retained_headers() {
+                let (Some(name), Some(id)) =
+                    (configured.format.headers().get(*index), configured.header_ids.get(*index))
+                else {
                     continue;
                 };
                 let value = request.value_after(name, *id, mutations).filter(|value| !value.contains(&b'\n'));
@@ -86,14 +88,14 @@ impl Trace {
 }
 
 /// What an earlier filter of the same request has decided, if one has left it.
-pub(super) fn restore(host: &dyn Properties) -> Option<Continuation> {
+pub(super) fn restore(host: &dyn Properties) -> Option<PropagatedContext> {
     let left = host.property(&[CONTEXT])?;
     let end = left.iter().position(|byte| *byte == b'\n').unwrap_or(left.len());
     let (head, lines) = left.split_at_checked(end)?;
     let (traceparent, tracestate) = head.split_at_checked(TRACEPARENT_LENGTH)?;
     let mut context = parse_traceparent(traceparent).ok()?;
     if lines.split(|byte| *byte == b'\n').any(|line| line == DEBUG) {
-        context.flags = context.flags.with(Flags::SAMPLED).with(Flags::DEBUG);
+        context.flags = context.flags.with(TraceFlags::SAMPLED).with(TraceFlags::DEBUG);
     }
-    Some(Continuation::restored(context, tracestate.strip_prefix(b" "), KeptHeaders(lines.to_vec())))
+    Some(PropagatedContext::from_filter_state(context, tracestate.strip_prefix(b" "), RetainedHeaders(lines.to_vec())))
 }
