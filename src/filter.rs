@@ -23,9 +23,9 @@ use crate::outlier::{answer, is_failure, is_outage};
 use crate::policy::{Policy, Route, TargetId};
 use crate::ratelimit::service::{Calls, Inquiry, Outcome};
 use crate::ratelimit::{Admission, Leases, Remark, Secret, return_leases, settle};
-use crate::telemetry::{Meters, Stand};
+use crate::telemetry::{Meters, Scope, Stand};
 use crate::trace::w3c::TraceContext;
-use crate::trace::{self, Continuation, Direction, Edge, Force, Notes, Response};
+use crate::trace::{ForcedSampling, PropagatedContext, TracePropagator};
 use crate::units::{Fraction, Monotonic};
 use circuit::{Circuit, Fuse};
 use hosts::Hosts;
@@ -48,6 +48,7 @@ pub use watch::Experiment;
 pub struct Filter {
     policy: Policy,
     meters: Meters,
+    trace: Option<TracePropagator>,
     worker: WorkerState,
     /// How often to tick, and how often while a stream is held.
     period: Option<u64>,
@@ -122,7 +123,7 @@ impl Verdict {
 /// What was decided on the way to a verdict.
 #[derive(Debug, Default)]
 pub struct Reasons {
-    pub trace: Option<Continuation>,
+    pub trace: Option<PropagatedContext>,
     /// An index into the policy's routes.
     pub route: Option<usize>,
     /// What the limits said, where they did not just admit.
@@ -202,6 +203,7 @@ impl Filter {
     /// Puts `policy` to work: defines its metrics and agrees with the other workers on a secret.
     pub fn new(policy: Policy, host: &impl Host) -> Filter {
         let meters = Meters::define(&policy, host);
+        let trace = policy.trace.as_ref().map(|trace| TracePropagator::new(trace, &Scope::policy(&policy.name, host)));
         let secret = agree_on_secret(&policy, host);
         let routes = policy.routes.iter().zip(&meters.routes);
         let watches = routes.map(|(route, meters)| watch::watches(&policy, route, meters, host)).collect();
@@ -214,7 +216,7 @@ impl Filter {
         let circuits = fuses.map(|fuse| fuse.map(|fuse| Circuit::new(&fuse, host))).collect();
         let limiter = Limiter { secret, leases: Leases::default(), calls: Calls::default() };
         let worker = WorkerState { limiter, watches, hosts, polls, circuits, trials };
-        let mut filter = Filter { policy, meters, worker, period: None, held_period: None };
+        let mut filter = Filter { policy, meters, trace, worker, period: None, held_period: None };
         filter.period = filter.period(false);
         filter.held_period = filter.period(true);
         filter
@@ -258,8 +260,8 @@ impl Filter {
         may_hold: bool,
         waited: Option<(Box<Waiting>, Outcome)>,
     ) -> Decision<'p> {
-        let Filter { policy, meters, worker, .. } = self;
-        let policy: &'p Policy = policy;
+        let Filter { policy, meters, trace, worker, .. } = self;
+        let (policy, trace): (&'p Policy, Option<&'p TracePropagator>) = (policy, trace.as_ref());
         let mut request = Request::parse(headers, &policy.header_names);
         request.set_has_body(has_body);
         if policy.reads_route_name {
@@ -267,25 +269,14 @@ impl Filter {
         }
 
         // The trace first: whatever happens to the request, it belongs to one, and faults are drawn from its id.
-        let continuation = policy.trace.as_ref().and_then(|trace| {
-            if trace.edge == Edge::Restore {
-                return trace::restore(host);
-            }
-            // Asked for every request: listeners with equal configurations share one filter in Envoy, so what one
-            // request tells does not hold for the next.
-            let ask = || Direction::from_property(host.property(&["xds", "listener_direction"]).as_deref());
-            let direction = trace.known_direction().unwrap_or_else(ask);
-            trace.carry_on(&request, direction, &mut || host.random(), &mut |context| {
-                trace.bridge.as_ref()?.recall(&request, context, host.now(), host)
-            })
-        });
+        let context = trace.and_then(|trace| trace.begin(&request, host));
         let carried = policy.cohort.as_ref().map_or_else(Carried::default, |header| {
-            let recalled = continuation.as_ref().and_then(|known| known.recalled(policy.trace.as_ref()?, header.id));
-            header.carried(request.joined(header.id).as_deref(), recalled, || host.wall_now())
+            let stored = context.as_ref().and_then(|context| trace?.stored_header(context, header.id));
+            header.carried(request.joined(header.id).as_deref(), stored, || host.wall_now())
         });
         let arrival = Arrival { request: &request, carried: &carried, may_hold };
         let mut decision = Decision::default();
-        decision.reasons.trace = continuation;
+        decision.reasons.trace = context;
         worker.decide(policy, meters, host, arrival, waited, &mut decision);
         if let Verdict::Wait(_) = decision.verdict {
             return decision; // everything is done when it goes on
@@ -301,22 +292,15 @@ impl Filter {
             }
             meters.count_carried(&carried, policy, reasons.share, host);
         }
-        let is_forced = policy.trace.as_ref().is_some_and(|trace| is_forced(trace.force, policy, reasons, host));
-        if let (Some(trace), Some(continuation)) = (&policy.trace, &mut reasons.trace) {
+        let is_forced = trace.is_some_and(|trace| is_forced(trace.policy().force, policy, reasons, host));
+        if let (Some(trace), Some(context)) = (trace, &mut reasons.trace) {
             if is_forced {
-                continuation.force_sampling();
+                context.force_sampling();
             }
-            let mut remembered = Notes::default();
             if verdict.may_go_on() {
-                continuation.inject(trace, &request, mutations);
-                if let (Some(bridge), Direction::Inbound) = (&trace.bridge, continuation.direction) {
-                    remembered = bridge.remember(&request, &continuation.context, mutations, host.now(), host);
-                }
+                trace.inject(context, &request, mutations, host);
             }
-            let tells = trace.response != Response::None && continuation.direction != Direction::Outbound;
-            exchange.trace = tells.then_some(continuation.context);
-            trace.filter_state.leave(continuation, &request, mutations, host);
-            meters.count_trace(continuation, remembered, host);
+            exchange.trace = trace.finish(context, &request, mutations, host);
         }
         if log::log_enabled!(log::Level::Debug) {
             decision.log(policy);
@@ -489,9 +473,9 @@ impl Filter {
             };
             report.answer(attempt, failed, host);
         }
-        if let Some(trace) = &self.policy.trace
+        if let Some(trace) = &self.trace
             && let Some(context) = exchange.trace.take()
-            && let Some(mutation) = Continuation::response(&context, trace.response)
+            && let Some(mutation) = trace.response_header(&context)
         {
             change(mutation);
         }
@@ -652,7 +636,7 @@ impl Filter {
 }
 
 /// Whether something was done to a request that its trace has to tell, whatever samplers say.
-fn is_forced(force: Force, policy: &Policy, reasons: &Reasons, host: &impl Host) -> bool {
+fn is_forced(force: ForcedSampling, policy: &Policy, reasons: &Reasons, host: &impl Host) -> bool {
     let is_faulted = || !reasons.drawn.is_none() && reasons.withheld.is_none();
     let is_limited = |admission: &Admission| {
         let would_refuse = |remark: &Remark| matches!(remark, Remark::WouldRefuse(_));

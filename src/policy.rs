@@ -12,8 +12,9 @@ use crate::ratelimit::service::{GlobalLimit, Place};
 use crate::ratelimit::{self, Keyspace, Limit, Rate};
 use crate::route_table::RouteTable;
 use crate::slo::Slo;
-use crate::trace::Trace;
+use crate::trace::TracePolicy;
 use std::borrow::Cow;
+use std::sync::Arc;
 
 /// The only version of the document so far.
 pub const API_VERSION: &str = "trimtab/v1alpha1";
@@ -37,7 +38,7 @@ pub struct Policy {
     pub cohort: Option<CohortHeader>,
     pub routes: Vec<Route>,
     route_table: RouteTable,
-    pub trace: Option<Trace>,
+    pub trace: Option<Arc<TracePolicy>>,
     /// Everything that requests are sent to, each once.
     pub targets: Vec<Target>,
     /// Whether a match asks for Envoy's own route name.
@@ -137,7 +138,10 @@ impl Policy {
         let steering_header = header_names.intern(&steering.header)?;
         let cohort =
             fields.optional("cohort").and_then(|value| CohortHeader::read(&value, environment, &mut header_names));
-        let trace = fields.optional("trace").and_then(|value| Trace::read(&value, &state_prefix, &mut header_names));
+        let trace = fields
+            .optional("trace")
+            .and_then(|value| TracePolicy::read(&value, &state_prefix, &mut header_names))
+            .map(Arc::new);
         let (labels, routes, targets) = (Vec::new(), Vec::new(), Vec::new());
         let detection = fields.optional("outlierDetection").and_then(|value| Detection::read(&value));
         let mut reading = Reading { labels, state_prefix, steering, cohort, header_names, routes, targets, detection };

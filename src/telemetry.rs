@@ -9,14 +9,12 @@ mod fault;
 mod limit;
 mod rollout;
 mod target;
-mod trace;
 
 use crate::canary::{Carried, Share, Term};
 use crate::host::{MetricId, Metrics};
 use crate::outlier::Totals;
 use crate::policy::{Policy, Route, label};
 use limit::{LimitMeters, ServiceMeters};
-use trace::TraceMeters;
 
 pub use fault::{FaultMeters, HostMeters, ReportMeters};
 pub use rollout::{JudgeMeters, RolloutMeters, Stand};
@@ -33,10 +31,6 @@ pub struct Meters {
     pub targets: Vec<TargetMeters>,
     /// Where decisions are carried from hop to hop.
     cohort: Option<CohortMeters>,
-    /// Of requests that leave the application.
-    outbound: TraceMeters,
-    /// Of all others.
-    trace: TraceMeters,
 }
 
 /// The metrics of one route.
@@ -94,20 +88,25 @@ struct StateMeters {
 }
 
 /// Metrics whose names begin alike.
-struct Scope<'m, M> {
+pub(crate) struct Scope<'m, M> {
     prefix: String,
     metrics: &'m M,
 }
 
 // Not inlined: a policy has metrics of a hundred kinds, and the module would pay for each.
-impl<M: Metrics> Scope<'_, M> {
+impl<'m, M: Metrics> Scope<'m, M> {
+    /// The scope of all metrics of a policy.
+    pub(crate) fn policy(name: &str, metrics: &'m M) -> Scope<'m, M> {
+        Scope { prefix: "trimtab.policy".into(), metrics }.within(name)
+    }
+
     #[inline(never)]
     fn name(&self, name: &str) -> String {
         [&*self.prefix, ".", name].concat()
     }
 
     #[inline(never)]
-    fn counter(&self, name: &str) -> MetricId {
+    pub(crate) fn counter(&self, name: &str) -> MetricId {
         self.metrics.counter(&self.name(name))
     }
 
@@ -117,7 +116,7 @@ impl<M: Metrics> Scope<'_, M> {
     }
 
     #[inline(never)]
-    fn within(&self, name: &str) -> Self {
+    pub(crate) fn within(&self, name: &str) -> Self {
         Scope { prefix: self.name(name), metrics: self.metrics }
     }
 }
@@ -125,19 +124,15 @@ impl<M: Metrics> Scope<'_, M> {
 impl Meters {
     /// Defines the metrics of `policy`.
     pub fn define(policy: &Policy, metrics: &impl Metrics) -> Meters {
-        let scope = Scope { prefix: "trimtab.policy".into(), metrics }.within(&policy.name);
+        let scope = Scope::policy(&policy.name, metrics);
         let targets: Vec<TargetMeters> =
             policy.targets.iter().map(|target| TargetMeters::define(target, &scope)).collect();
         let state = StateMeters::define(&scope.within("state"));
-        let trace = policy.trace.as_ref();
-        let outbound = trace.filter(|trace| trace.bridge.is_some());
         Meters {
             unmatched: scope.counter("unmatched"),
             routes: policy.routes.iter().map(|route| RouteMeters::define(route, &targets, state, &scope)).collect(),
             targets,
             cohort: policy.cohort.as_ref().map(|_| CohortMeters::define(&scope.within("cohort"))),
-            outbound: outbound.map(|_| TraceMeters::define(&scope.within("outbound.trace"))).unwrap_or_default(),
-            trace: trace.map(|_| TraceMeters::define(&scope.within("trace"))).unwrap_or_default(),
         }
     }
 

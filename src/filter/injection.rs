@@ -44,8 +44,8 @@ impl Post<'_> {
         let Post { fault, meters, .. } = *self;
         let Some(faults) = &meters.faults else { return };
         let Decision { verdict, exchange, reasons, .. } = decision;
-        let inbound = || trace::extract(request).ok().flatten();
-        let context = reasons.trace.as_ref().map(|continuation| continuation.context).or_else(inbound);
+        let inbound = || trace::extract_traceparent(request).ok().flatten();
+        let context = reasons.trace.as_ref().map(|propagated| propagated.context).or_else(inbound);
         let trace_id = context.map(|context| context.trace_id);
         reasons.drawn = fault.draw(fault.asked(request), trace_id, || host.random());
         let drawn = &reasons.drawn;

@@ -10,7 +10,7 @@ impl Decision<'_> {
     pub(super) fn log(&self, policy: &Policy) {
         let Decision { verdict, reasons, .. } = self;
         let route = reasons.route.and_then(|route| policy.routes.get(route));
-        let trace_id = reasons.trace.as_ref().map(|trace| trace.context.trace_id_digits()).unwrap_or_default();
+        let trace_id = reasons.trace.as_ref().map(|trace| trace.context.trace_id_hex()).unwrap_or_default();
         let details = if let Verdict::Answer(reply) = verdict.last() { reply.details } else { "" };
         let verdict = match verdict {
             Verdict::Continue => "continue",

@@ -10,7 +10,7 @@ const MAX_LENGTH: usize = 8192;
 
 /// The list as it may go on, or `None` where all of it may: the leading members that fit, and of them those that
 /// `allow` names. The second half says whether a member was cut for want of room.
-pub fn limit(values: &mut dyn Iterator<Item = &[u8]>, allow: Option<&[Box<str>]>) -> (Option<Vec<u8>>, bool) {
+pub fn enforce_limits(values: &mut dyn Iterator<Item = &[u8]>, allow: Option<&[Box<str>]>) -> (Option<Vec<u8>>, bool) {
     let mut list = Vec::new();
     let (mut count, mut cut, mut changed) = (0, false, false);
     for member in values.flat_map(|value| value.split(|byte| *byte == b',')) {
@@ -34,7 +34,7 @@ pub fn limit(values: &mut dyn Iterator<Item = &[u8]>, allow: Option<&[Box<str>]>
 
 /// The headers of a request in which other formats send baggage, Jaeger's and OpenTracing's, a header for each key; but
 /// for the keys that `allow` names.
-pub fn foreign<'a>(request: &Request<'a>, allow: &[Box<str>]) -> impl Iterator<Item = &'a str> {
+pub fn per_key_headers<'a>(request: &Request<'a>, allow: &[Box<str>]) -> impl Iterator<Item = &'a str> {
     request.names().filter(|name| {
         let key = name.strip_prefix("uberctx-").or_else(|| name.strip_prefix("ot-baggage-"));
         // Header names have lost their case.
@@ -48,7 +48,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn limited(value: &str, allow: Option<&[Box<str>]>) -> Option<String> {
-        limit(&mut [value.as_bytes()].into_iter(), allow).0.map(|list| String::from_utf8(list).unwrap())
+        enforce_limits(&mut [value.as_bytes()].into_iter(), allow).0.map(|list| String::from_utf8(list).unwrap())
     }
 
     #[test]
@@ -76,7 +76,7 @@ mod tests {
     proptest! {
         #[test]
         fn the_limits_hold_for_any_bytes(values in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..3000), 0..6)) {
-            let (list, cut) = limit(&mut values.iter().map(Vec::as_slice), None);
+            let (list, cut) = enforce_limits(&mut values.iter().map(Vec::as_slice), None);
             prop_assert_eq!(list.is_some(), cut);
             if let Some(list) = list {
                 prop_assert!(list.len() <= MAX_LENGTH && list.split(|byte| *byte == b',').count() <= MAX_MEMBERS);

@@ -1,7 +1,7 @@
-//! What arrived is remembered for what leaves.
+//! What arrived is stored for what leaves.
 //!
 //! An application that copies no trace headers breaks its traces, but nearly all copy one header: a request id. So
-//! what a request arrives with is remembered in shared data under that id, and given to the requests that leave with
+//! what a request arrives with is stored in shared data under that id, and given to the requests that leave with
 //! the id. Where the application copies the `traceparent` (or another format) as it got it, the parent id in it is one
 //! that was given here, to this one request: a key that cannot be mistaken, which wins over any other.
 //!
@@ -12,8 +12,8 @@
 //! One request id may arrive several times, because an id belongs to a trace and not to a hop. Where the contexts
 //! are of one trace, the trace id is given out and what differs is not; where they are of several, nothing is.
 
-use super::notes::{Note, Notes};
-use super::w3c::{Flags, TraceContext, digits};
+use super::events::{TraceEvent, TraceEvents};
+use super::w3c::{TraceContext, TraceFlags, bytes_to_hex};
 use crate::document::Value;
 use crate::host::{Change, StateStore, update};
 use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
@@ -27,11 +27,11 @@ const DEFAULT_CAPACITY: u64 = 4096;
 const DEFAULT_TTL: Duration = Duration::from_secs(60);
 const MAX_CARRIED: usize = 8;
 
-/// The longest id that is a key, and the longest word: what does not fit is not remembered.
+/// The longest id that is a key, and the longest record: what does not fit is not stored.
 const MAX_ID: usize = 256;
-const MAX_WORD: usize = 12 << 10;
+const MAX_RECORD: usize = 12 << 10;
 
-/// The first byte of every word, to be changed with the layout.
+/// The first byte of every record, to be changed with the layout.
 const SCHEMA: u8 = 1;
 
 /// The length that stands for no value.
@@ -39,7 +39,7 @@ const ABSENT: u16 = u16::MAX;
 
 /// The `bridge` block.
 #[derive(Debug)]
-pub struct Bridge {
+pub(super) struct Bridge {
     /// The header that the application copies.
     key: HeaderId,
     capacity: u64,
@@ -51,10 +51,10 @@ pub struct Bridge {
     layout: u64,
 }
 
-/// A context that was remembered.
+/// A context that was stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Remembered {
-    pub context: TraceContext,
+pub(super) struct StoredContext {
+    pub(super) context: TraceContext,
     pub(super) tracestate: Option<Vec<u8>>,
     /// In the order of the headers that the bridge carries.
     pub(super) carried: Vec<Option<Vec<u8>>>,
@@ -62,28 +62,28 @@ pub struct Remembered {
 
 /// How much of a word may be given out.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum State {
-    All = 0,
+enum Ambiguity {
+    None = 0,
     /// Requests of one trace that differed in the rest.
-    Context = 1,
+    SameTrace = 1,
     /// Requests of several traces.
-    Nothing = 2,
+    SeveralTraces = 2,
 }
 
-/// A word, taken apart.
-struct Word<'w> {
-    state: State,
+/// A record, taken apart.
+struct Record<'w> {
+    ambiguity: Ambiguity,
     context: TraceContext,
     id: &'w [u8],
     /// The values of `tracestate` and of the carried headers.
     values: &'w [u8],
 }
 
-/// Which key a context is remembered under; a part of the word's name.
+/// Which key a context is stored under; a part of the word's name.
 #[derive(Clone, Copy)]
-enum Kind {
-    Request,
-    Parent,
+enum KeyKind {
+    RequestId,
+    ParentId,
 }
 
 impl Bridge {
@@ -130,84 +130,101 @@ impl Bridge {
         })
     }
 
-    /// What is remembered for a request that leaves with `context`, or with none.
-    pub fn recall(
+    /// What is stored for a request that leaves with `context`, or with none.
+    pub(super) fn lookup(
         &self,
         request: &Request<'_>,
         context: Option<&TraceContext>,
         now: Monotonic,
-        store: &dyn StateStore,
-    ) -> Option<Remembered> {
-        let fits = |found: &Remembered| context.is_none_or(|context| is_same_trace(context, &found.context));
-        let exact = context.and_then(|context| self.look_up(Kind::Parent, &context.parent_id, now, store));
-        exact.filter(fits).or_else(|| self.look_up(Kind::Request, &self.id(request)?, now, store).filter(fits))
+        shared_data: &dyn StateStore,
+    ) -> Option<StoredContext> {
+        let fits = |found: &StoredContext| context.is_none_or(|context| is_same_trace(context, &found.context));
+        let exact =
+            context.and_then(|context| self.read_record(KeyKind::ParentId, &context.parent_id, now, shared_data));
+        exact
+            .filter(fits)
+            .or_else(|| self.read_record(KeyKind::RequestId, &self.id(request)?, now, shared_data).filter(fits))
     }
 
-    fn look_up(&self, kind: Kind, id: &[u8], now: Monotonic, store: &dyn StateStore) -> Option<Remembered> {
+    fn read_record(
+        &self,
+        kind: KeyKind,
+        id: &[u8],
+        now: Monotonic,
+        shared_data: &dyn StateStore,
+    ) -> Option<StoredContext> {
         let mut key = String::new();
-        self.place(&mut key, kind, id);
-        let (word, _) = store.get(&key)?;
-        let word = self.decode(&word, now).filter(|word| word.id == id && word.state != State::Nothing)?;
-        let mut remembered = Remembered { context: word.context, tracestate: None, carried: Vec::new() };
-        if word.state == State::All {
-            let mut rest = word.values;
+        self.write_slot_key(&mut key, kind, id);
+        let (record, _) = shared_data.get(&key)?;
+        let record = self
+            .decode(&record, now)
+            .filter(|record| record.id == id && record.ambiguity != Ambiguity::SeveralTraces)?;
+        let mut stored = StoredContext { context: record.context, tracestate: None, carried: Vec::new() };
+        if record.ambiguity == Ambiguity::None {
+            let mut rest = record.values;
             let mut values = std::iter::from_fn(|| {
                 let (value, after) = take_value(rest)?;
                 rest = after;
                 Some(value.map(<[u8]>::to_vec))
             });
-            remembered.tracestate = values.next().flatten();
-            remembered.carried = values.collect();
+            stored.tracestate = values.next().flatten();
+            stored.carried = values.collect();
         }
-        Some(remembered)
+        Some(stored)
     }
 
     /// Remembers what a request goes on to the application with, once all its `mutations` are known.
-    pub fn remember(
+    pub(super) fn store(
         &self,
         request: &Request<'_>,
         context: &TraceContext,
         mutations: &[HeaderMutation<'_>],
         now: Monotonic,
-        store: &dyn StateStore,
-    ) -> Notes {
-        let mut notes = Notes::default();
+        shared_data: &dyn StateStore,
+    ) -> TraceEvents {
+        let mut events = TraceEvents::default();
         let mut values = Vec::new();
         let tracestate = ("tracestate", HeaderNames::TRACESTATE);
         for (name, id) in [tracestate].into_iter().chain(self.carry.iter().map(|(name, id)| (&**name, *id))) {
             let value = request.value_after(name, id, mutations);
-            let fitting = value.as_deref().filter(|value| values.len() + value.len() < MAX_WORD - MAX_ID);
-            notes.add_if(fitting.is_none() && value.is_some(), Note::Truncated);
+            let fitting = value.as_deref().filter(|value| values.len() + value.len() < MAX_RECORD - MAX_ID);
+            events.add_if(fitting.is_none() && value.is_some(), TraceEvent::Truncated);
             push_value(&mut values, fitting);
         }
         // Both words are written in the same memory.
-        let (mut key, mut word) = (String::new(), Vec::new());
-        self.place(&mut key, Kind::Parent, &context.parent_id);
-        self.encode(&mut word, State::All, context, &context.parent_id, &values, now);
-        store.put(&key, &word);
-        let Some(id) = self.id(request) else { return notes };
-        self.place(&mut key, Kind::Request, &id);
-        let _ = update(store, &key, |found| {
-            let known = found.and_then(|word| self.decode(word, now));
+        let (mut key, mut record) = (String::new(), Vec::new());
+        self.write_slot_key(&mut key, KeyKind::ParentId, &context.parent_id);
+        self.encode(&mut record, Ambiguity::None, context, &context.parent_id, &values, now);
+        shared_data.put(&key, &record);
+        let Some(id) = self.id(request) else { return events };
+        self.write_slot_key(&mut key, KeyKind::RequestId, &id);
+        let _ = update(shared_data, &key, |found| {
+            let known = found.and_then(|record| self.decode(record, now));
             let displaces = known.as_ref().is_some_and(|known| known.id != &*id);
             let mut context = *context;
-            let state = match known.filter(|_| !displaces) {
-                None => State::All,
-                Some(known) if known.state == State::Nothing || known.context.trace_id != context.trace_id => {
-                    State::Nothing
+            let ambiguity = match known.filter(|_| !displaces) {
+                None => Ambiguity::None,
+                Some(known)
+                    if known.ambiguity == Ambiguity::SeveralTraces || known.context.trace_id != context.trace_id =>
+                {
+                    Ambiguity::SeveralTraces
                 }
                 Some(known) => {
                     context.flags = context.flags.with(known.context.flags);
-                    if known.state == State::All && known.values == values { State::All } else { State::Context }
+                    if known.ambiguity == Ambiguity::None && known.values == values {
+                        Ambiguity::None
+                    } else {
+                        Ambiguity::SameTrace
+                    }
                 }
             };
-            notes.add_if(displaces, Note::Displaced);
-            notes.add_if(state != State::All, Note::Ambiguous);
-            let mut word = std::mem::take(&mut word);
-            self.encode(&mut word, state, &context, &id, &values, now);
-            Change::Write(word, ())
+            events.add_if(displaces, TraceEvent::Displaced);
+            events.add_if(ambiguity != Ambiguity::None, TraceEvent::Ambiguous);
+            let mut record = std::mem::take(&mut record);
+            self.encode(&mut record, ambiguity, &context, &id, &values, now);
+            Change::Write(record, ())
         });
-        notes
+        events
     }
 
     /// The request's id, as it is compared: Envoy writes the reason why it traces a request into the fifteenth
@@ -224,43 +241,43 @@ impl Bridge {
     }
 
     /// Writes the name of the word for `id` over `key`.
-    fn place(&self, key: &mut String, kind: Kind, id: &[u8]) {
-        let place = (u128::from(xxh64(id, 0)) * u128::from(self.capacity)) >> 64;
+    fn write_slot_key(&self, key: &mut String, kind: KeyKind, id: &[u8]) {
+        let slot = (u128::from(xxh64(id, 0)) * u128::from(self.capacity)) >> 64;
         key.clear();
         key.reserve(self.prefix.len() + 22);
         key.push_str(&self.prefix);
         key.push_str(match kind {
-            Kind::Request => "bridge/id/",
-            Kind::Parent => "bridge/parent/",
+            KeyKind::RequestId => "bridge/id/",
+            KeyKind::ParentId => "bridge/parent/",
         });
-        key.push_str(str::from_utf8(&digits((place as u32).to_be_bytes())).unwrap_or_default());
+        key.push_str(str::from_utf8(&bytes_to_hex((slot as u32).to_be_bytes())).unwrap_or_default());
     }
 
     /// Writes a word over `word`.
     fn encode(
         &self,
-        word: &mut Vec<u8>,
-        state: State,
+        record: &mut Vec<u8>,
+        ambiguity: Ambiguity,
         context: &TraceContext,
         id: &[u8],
         values: &[u8],
         now: Monotonic,
     ) {
-        let values = if state == State::All { values } else { &[] };
-        word.clear();
-        word.reserve(37 + id.len() + values.len());
-        word.extend([SCHEMA, state as u8]);
-        word.extend(self.layout.to_le_bytes());
-        word.extend(now.saturating_add(self.ttl).to_le_bytes());
-        word.extend(context.trace_id);
-        word.push(context.flags.bits());
-        push_value(word, Some(id));
-        word.extend(values);
+        let values = if ambiguity == Ambiguity::None { values } else { &[] };
+        record.clear();
+        record.reserve(37 + id.len() + values.len());
+        record.extend([SCHEMA, ambiguity as u8]);
+        record.extend(self.layout.to_le_bytes());
+        record.extend(now.saturating_add(self.ttl).to_le_bytes());
+        record.extend(context.trace_id);
+        record.push(context.flags.bits());
+        push_value(record, Some(id));
+        record.extend(values);
     }
 
     /// Takes a word apart; `None` where it has lapsed or is not one of ours.
-    fn decode<'w>(&self, word: &'w [u8], now: Monotonic) -> Option<Word<'w>> {
-        let ([SCHEMA, state], rest) = word.split_first_chunk()? else { return None };
+    fn decode<'w>(&self, record: &'w [u8], now: Monotonic) -> Option<Record<'w>> {
+        let ([SCHEMA, ambiguity], rest) = record.split_first_chunk()? else { return None };
         let (layout, rest) = rest.split_first_chunk()?;
         let (until, rest) = rest.split_first_chunk()?;
         let (trace_id, rest) = rest.split_first_chunk()?;
@@ -272,27 +289,27 @@ impl Bridge {
         if !is_live || u64::from_le_bytes(*layout) != self.layout || *trace_id == [0; 16] {
             return None;
         }
-        let state = match state {
-            0 => State::All,
-            1 => State::Context,
-            _ => State::Nothing,
+        let ambiguity = match ambiguity {
+            0 => Ambiguity::None,
+            1 => Ambiguity::SameTrace,
+            _ => Ambiguity::SeveralTraces,
         };
-        let context = TraceContext { trace_id: *trace_id, parent_id: [0; 8], flags: Flags::from_bits(*flags) };
-        Some(Word { state, context, id: id?, values })
+        let context = TraceContext { trace_id: *trace_id, parent_id: [0; 8], flags: TraceFlags::from_bits(*flags) };
+        Some(Record { ambiguity, context, id: id?, values })
     }
 }
 
-impl Remembered {
+impl StoredContext {
     /// `context` with what the application left out of it.
-    pub(super) fn complete(&self, mut context: TraceContext, notes: &mut Notes) -> TraceContext {
+    pub(super) fn complete(&self, mut context: TraceContext, events: &mut TraceEvents) -> TraceContext {
         let known = &self.context;
         let mut flags = context.flags;
-        if flags.contains(Flags::UNDECIDED) {
+        if flags.contains(TraceFlags::DEFERRED) {
             flags = known.flags;
-        } else if known.flags.contains(Flags::RANDOM) {
-            flags = flags.with(Flags::RANDOM);
+        } else if known.flags.contains(TraceFlags::RANDOM) {
+            flags = flags.with(TraceFlags::RANDOM);
         }
-        notes.add_if(flags != context.flags || known.trace_id != context.trace_id, Note::Repaired);
+        events.add_if(flags != context.flags || known.trace_id != context.trace_id, TraceEvent::Repaired);
         context.trace_id = known.trace_id;
         context.flags = flags;
         context
@@ -305,14 +322,14 @@ fn is_same_trace(context: &TraceContext, known: &TraceContext) -> bool {
     low == known_low && (high == known_high || high == [0; 8])
 }
 
-fn push_value(word: &mut Vec<u8>, value: Option<&[u8]>) {
+fn push_value(record: &mut Vec<u8>, value: Option<&[u8]>) {
     let length = value.map_or(ABSENT, |value| value.len() as u16);
-    word.extend(length.to_le_bytes());
-    word.extend(value.unwrap_or_default());
+    record.extend(length.to_le_bytes());
+    record.extend(value.unwrap_or_default());
 }
 
-fn take_value(word: &[u8]) -> Option<(Option<&[u8]>, &[u8])> {
-    let (length, rest) = word.split_first_chunk()?;
+fn take_value(record: &[u8]) -> Option<(Option<&[u8]>, &[u8])> {
+    let (length, rest) = record.split_first_chunk()?;
     match u16::from_le_bytes(*length) {
         ABSENT => Some((None, rest)),
         length => rest.split_at_checked(usize::from(length)).map(|(value, rest)| (Some(value), rest)),
@@ -329,7 +346,7 @@ mod tests {
     use crate::http::encode_headers;
     use proptest::prelude::*;
 
-    struct World {
+    struct Fixture {
         bridge: Bridge,
         names: HeaderNames,
         host: Sim,
@@ -338,147 +355,151 @@ mod tests {
     const UUID: &str = "a6f8a1b2-0c1d-4234-8abc-0123456789ab";
 
     fn context(trace: u8, parent: u8) -> TraceContext {
-        TraceContext { trace_id: [trace; 16], parent_id: [parent; 8], flags: Flags::SAMPLED.with(Flags::RANDOM) }
+        TraceContext {
+            trace_id: [trace; 16],
+            parent_id: [parent; 8],
+            flags: TraceFlags::SAMPLED.with(TraceFlags::RANDOM),
+        }
     }
 
-    impl World {
-        fn new(bridge: &str) -> World {
+    impl Fixture {
+        fn new(bridge: &str) -> Fixture {
             let node = Node::from_json(bridge.as_bytes()).unwrap();
             let report = Report::default();
             let mut names = HeaderNames::default();
             let bridge = Bridge::read(&Value::root(&node, &report), "t/", &mut names).unwrap();
             assert_eq!(report.into_diagnostics(), []);
-            World { bridge, names, host: Sim::new(3) }
+            Fixture { bridge, names, host: Sim::new(3) }
         }
 
-        fn remember(&self, context: &TraceContext, headers: &[(&str, &str)]) -> Notes {
-            self.remember_at(self.host.now(), context, headers)
+        fn store(&self, context: &TraceContext, headers: &[(&str, &str)]) -> TraceEvents {
+            self.store_at(self.host.now(), context, headers)
         }
 
-        fn remember_at(&self, now: Monotonic, context: &TraceContext, headers: &[(&str, &str)]) -> Notes {
+        fn store_at(&self, now: Monotonic, context: &TraceContext, headers: &[(&str, &str)]) -> TraceEvents {
             let block = encode_headers(headers);
             let request = Request::parse(&block, &self.names);
-            self.bridge.remember(&request, context, &[], now, &self.host)
+            self.bridge.store(&request, context, &[], now, &self.host)
         }
 
-        fn recall(&self, context: Option<&TraceContext>, id: &str) -> Option<Remembered> {
+        fn lookup(&self, context: Option<&TraceContext>, id: &str) -> Option<StoredContext> {
             let block = encode_headers(&[("x-request-id", id)]);
             let request = Request::parse(&block, &self.names);
-            self.bridge.recall(&request, context, self.host.now(), &self.host)
+            self.bridge.lookup(&request, context, self.host.now(), &self.host)
         }
     }
 
     #[test]
     fn what_is_remembered_comes_back_until_it_lapses() {
-        let world = World::new(r#"{"ttl": "5s", "carry": ["baggage", "x-cohort"]}"#);
+        let fixture = Fixture::new(r#"{"ttl": "5s", "carry": ["baggage", "x-cohort"]}"#);
         let headers = [("x-request-id", UUID), ("tracestate", "a=1"), ("tracestate", "b=2"), ("x-cohort", "v2")];
-        assert_eq!(world.remember(&context(1, 2), &headers), Notes::default());
-        let found = world.recall(None, UUID).unwrap();
+        assert_eq!(fixture.store(&context(1, 2), &headers), TraceEvents::default());
+        let found = fixture.lookup(None, UUID).unwrap();
         assert_eq!((found.context.trace_id, found.context.flags), ([1; 16], context(1, 2).flags));
         assert_eq!(found.tracestate.as_deref(), Some(&b"a=1,b=2"[..]));
         assert_eq!(found.carried, [None, Some(b"v2".to_vec())]);
-        assert_eq!(world.recall(None, &UUID.replacen("-4", "-9", 1)), Some(found), "Envoy's own note in the id");
-        assert_eq!(world.recall(None, "another"), None);
-        assert_eq!(world.recall(None, ""), None);
-        world.host.advance(Duration::from_secs(5));
-        assert_eq!(world.recall(None, UUID), None);
+        assert_eq!(fixture.lookup(None, &UUID.replacen("-4", "-9", 1)), Some(found), "Envoy's own note in the id");
+        assert_eq!(fixture.lookup(None, "another"), None);
+        assert_eq!(fixture.lookup(None, ""), None);
+        fixture.host.advance(Duration::from_secs(5));
+        assert_eq!(fixture.lookup(None, UUID), None);
     }
 
     #[test]
     fn a_parent_id_of_ours_wins() {
-        let world = World::new("{}");
-        world.remember(&context(1, 2), &[("x-request-id", UUID), ("baggage", "user=ann")]);
-        world.remember(&context(1, 3), &[("x-request-id", UUID), ("baggage", "user=bob")]);
-        let baggage = |context: Option<&TraceContext>| world.recall(context, UUID).unwrap().carried;
+        let fixture = Fixture::new("{}");
+        fixture.store(&context(1, 2), &[("x-request-id", UUID), ("baggage", "user=ann")]);
+        fixture.store(&context(1, 3), &[("x-request-id", UUID), ("baggage", "user=bob")]);
+        let baggage = |context: Option<&TraceContext>| fixture.lookup(context, UUID).unwrap().carried;
         assert_eq!(baggage(Some(&context(1, 2))), [Some(b"user=ann".to_vec())]);
         assert_eq!(baggage(Some(&context(1, 3))), [Some(b"user=bob".to_vec())]);
         assert_eq!(baggage(None), [] as [Option<Vec<u8>>; 0], "one of two: neither");
-        assert_eq!(world.recall(Some(&context(9, 2)), UUID), None, "another trace gets nothing");
+        assert_eq!(fixture.lookup(Some(&context(9, 2)), UUID), None, "another trace gets nothing");
         let mut half = context(1, 2);
         half.trace_id[..8].fill(0);
-        let mut notes = Notes::default();
-        let found = world.recall(Some(&half), "").unwrap();
-        assert_eq!(found.complete(half, &mut notes).trace_id, [1; 16]);
-        assert!(notes.contains(Note::Repaired));
+        let mut events = TraceEvents::default();
+        let found = fixture.lookup(Some(&half), "").unwrap();
+        assert_eq!(found.complete(half, &mut events).trace_id, [1; 16]);
+        assert!(events.contains(TraceEvent::Repaired));
     }
 
     #[test]
     fn two_traces_under_one_id_are_not_mixed_up() {
-        let world = World::new("{}");
+        let fixture = Fixture::new("{}");
         let headers = [("x-request-id", UUID)];
-        assert_eq!(world.remember(&context(1, 2), &headers), Notes::default());
-        assert_eq!(world.remember(&context(1, 3), &headers), Notes::default(), "nothing differs but the hop");
-        assert!(world.remember(&context(2, 4), &headers).contains(Note::Ambiguous));
-        assert_eq!(world.recall(None, UUID), None);
-        assert!(world.remember(&context(2, 5), &headers).contains(Note::Ambiguous), "while either may be alive");
-        world.host.advance(Duration::from_secs(60));
-        assert_eq!(world.remember(&context(2, 6), &headers), Notes::default());
-        assert!(world.recall(None, UUID).is_some());
+        assert_eq!(fixture.store(&context(1, 2), &headers), TraceEvents::default());
+        assert_eq!(fixture.store(&context(1, 3), &headers), TraceEvents::default(), "nothing differs but the hop");
+        assert!(fixture.store(&context(2, 4), &headers).contains(TraceEvent::Ambiguous));
+        assert_eq!(fixture.lookup(None, UUID), None);
+        assert!(fixture.store(&context(2, 5), &headers).contains(TraceEvent::Ambiguous), "while either may be alive");
+        fixture.host.advance(Duration::from_secs(60));
+        assert_eq!(fixture.store(&context(2, 6), &headers), TraceEvents::default());
+        assert!(fixture.lookup(None, UUID).is_some());
     }
 
     #[test]
     fn a_worker_that_read_the_clock_earlier_knows_what_another_wrote() {
-        let world = World::new(r#"{"capacity": 1}"#);
+        let fixture = Fixture::new(r#"{"capacity": 1}"#);
         let (headers, others) = ([("x-request-id", UUID)], [("x-request-id", "another")]);
-        let later = world.host.now() + 20_000_000;
-        assert_eq!(world.remember_at(later, &context(1, 2), &headers), Notes::default());
-        assert!(world.recall(None, UUID).is_some());
-        assert!(world.remember(&context(2, 3), &headers).contains(Note::Ambiguous));
-        assert!(world.remember_at(later, &context(3, 4), &others).contains(Note::Displaced));
-        assert!(world.remember(&context(1, 2), &headers).contains(Note::Displaced));
+        let later = fixture.host.now() + 20_000_000;
+        assert_eq!(fixture.store_at(later, &context(1, 2), &headers), TraceEvents::default());
+        assert!(fixture.lookup(None, UUID).is_some());
+        assert!(fixture.store(&context(2, 3), &headers).contains(TraceEvent::Ambiguous));
+        assert!(fixture.store_at(later, &context(3, 4), &others).contains(TraceEvent::Displaced));
+        assert!(fixture.store(&context(1, 2), &headers).contains(TraceEvent::Displaced));
     }
 
     #[test]
     fn many_requests_take_a_bounded_number_of_words_and_none_is_given_anothers() {
-        let world = World::new(r#"{"capacity": 64}"#);
+        let fixture = Fixture::new(r#"{"capacity": 64}"#);
         let mut displaced = 0;
         for n in 0..10_000_u64 {
             let mut context = context(1, 1);
             context.trace_id[8..].copy_from_slice(&n.to_be_bytes());
             context.parent_id = (n + 1).to_be_bytes();
             let id = format!("request-{n}");
-            displaced += u32::from(world.remember(&context, &[("x-request-id", &id)]).contains(Note::Displaced));
+            displaced += u32::from(fixture.store(&context, &[("x-request-id", &id)]).contains(TraceEvent::Displaced));
             let earlier = format!("request-{}", n.saturating_sub(n % 97));
-            if let Some(found) = world.recall(None, &earlier) {
+            if let Some(found) = fixture.lookup(None, &earlier) {
                 assert_eq!(found.context.trace_id[8..], n.saturating_sub(n % 97).to_be_bytes());
             }
         }
-        assert_eq!(world.host.keys().len(), 2 * 64);
+        assert_eq!(fixture.host.keys().len(), 2 * 64);
         assert!(displaced > 9_000);
     }
 
     #[test]
     fn what_does_not_fit_is_left_out() {
-        let world = World::new("{}");
-        let long = "x".repeat(MAX_WORD);
-        let notes =
-            world.remember(&context(1, 2), &[("x-request-id", UUID), ("baggage", &long), ("tracestate", "a=1")]);
-        assert!(notes.contains(Note::Truncated));
-        let found = world.recall(None, UUID).unwrap();
+        let fixture = Fixture::new("{}");
+        let long = "x".repeat(MAX_RECORD);
+        let events =
+            fixture.store(&context(1, 2), &[("x-request-id", UUID), ("baggage", &long), ("tracestate", "a=1")]);
+        assert!(events.contains(TraceEvent::Truncated));
+        let found = fixture.lookup(None, UUID).unwrap();
         assert_eq!((found.tracestate.as_deref(), &found.carried[..]), (Some(&b"a=1"[..]), &[None][..]));
-        world.remember(&context(1, 2), &[("x-request-id", &long)]);
-        assert_eq!(world.recall(None, &long), None);
+        fixture.store(&context(1, 2), &[("x-request-id", &long)]);
+        assert_eq!(fixture.lookup(None, &long), None);
     }
 
     proptest! {
         #[test]
-        fn a_neighbours_bytes_are_nothing_or_something(mut word in proptest::collection::vec(any::<u8>(), 0..200), cut in 0..80_usize) {
-            let world = World::new("{}");
+        fn a_neighbours_bytes_are_nothing_or_something(mut record in proptest::collection::vec(any::<u8>(), 0..200), cut in 0..80_usize) {
+            let fixture = Fixture::new("{}");
             let mut key = String::new();
-            world.bridge.place(&mut key, Kind::Request, UUID.as_bytes());
-            world.host.put(&key, &word);
-            world.recall(None, UUID);
+            fixture.bridge.write_slot_key(&mut key, KeyKind::RequestId, UUID.as_bytes());
+            fixture.host.put(&key, &record);
+            fixture.lookup(None, UUID);
             // And what differs from a word of ours in a few bytes.
-            world.remember(&context(1, 2), &[("x-request-id", UUID), ("baggage", "a=1")]);
-            let (mut ours, _) = crate::host::StateStore::get(&world.host, &key).unwrap();
+            fixture.store(&context(1, 2), &[("x-request-id", UUID), ("baggage", "a=1")]);
+            let (mut ours, _) = crate::host::StateStore::get(&fixture.host, &key).unwrap();
             ours.truncate(ours.len() - cut.min(ours.len()));
-            word.truncate(4);
-            if let (Some(place), Some(byte)) = (word.first(), word.get(1)) {
-                let place = usize::from(*place) % ours.len().max(1);
-                ours.iter_mut().skip(place).take(1).for_each(|old| *old = *byte);
+            record.truncate(4);
+            if let (Some(offset), Some(byte)) = (record.first(), record.get(1)) {
+                let offset = usize::from(*offset) % ours.len().max(1);
+                ours.iter_mut().skip(offset).take(1).for_each(|old| *old = *byte);
             }
-            world.host.put(&key, &ours);
-            world.recall(None, UUID);
+            fixture.host.put(&key, &ours);
+            fixture.lookup(None, UUID);
         }
     }
 }

@@ -23,9 +23,11 @@
 //! ```
 
 use super::bridge::Bridge;
-use super::decision::threshold;
-use super::formats::Format;
-use super::policy::{Direction, Edge, FilterState, Force, Recognised, Response, Trace};
+use super::decision::rejection_threshold;
+use super::formats::TraceFormat;
+use super::policy::{
+    ConfiguredFormat, EdgeMode, FilterStateFields, ForcedSampling, ResponseHeader, TracePolicy, TrafficDirection,
+};
 use super::tracestate::is_key;
 use crate::document::{Fields, Value, quoted};
 use crate::http::HeaderNames;
@@ -35,29 +37,32 @@ use crate::units::Fraction;
 const DEFAULT_SAMPLING: Fraction = Fraction::from_ppm(10_000);
 
 /// Our own key in `tracestate`, where an edge needs one and the policy names none.
-const DEFAULT_MARK: &str = "trimtab";
+const DEFAULT_TRACESTATE_KEY: &str = "trimtab";
 
-static EDGES: [(&str, Edge); 5] = [
-    ("continue", Edge::Continue),
-    ("restart", Edge::Restart),
-    ("restartExternal", Edge::RestartExternal),
-    ("ignore", Edge::Ignore),
-    ("restore", Edge::Restore),
+static EDGES: [(&str, EdgeMode); 5] = [
+    ("continue", EdgeMode::Continue),
+    ("restart", EdgeMode::Restart),
+    ("restartExternal", EdgeMode::RestartExternal),
+    ("ignore", EdgeMode::Ignore),
+    ("restore", EdgeMode::Restore),
 ];
-static DIRECTIONS: [(&str, Option<Direction>); 3] =
-    [("auto", None), ("inbound", Some(Direction::Inbound)), ("outbound", Some(Direction::Outbound))];
-static RESPONSES: [(&str, Response); 3] =
-    [("none", Response::None), ("serverTiming", Response::ServerTiming), ("traceresponse", Response::Traceresponse)];
+static DIRECTIONS: [(&str, Option<TrafficDirection>); 3] =
+    [("auto", None), ("inbound", Some(TrafficDirection::Inbound)), ("outbound", Some(TrafficDirection::Outbound))];
+static RESPONSES: [(&str, ResponseHeader); 3] = [
+    ("none", ResponseHeader::None),
+    ("serverTiming", ResponseHeader::ServerTiming),
+    ("traceresponse", ResponseHeader::Traceresponse),
+];
 
 /// The most entries of an allow-list.
 const MAX_ALLOWED: usize = 64;
 
-impl Trace {
+impl TracePolicy {
     /// Reads the block. `prefix` is what the policy's shared words start with.
-    pub fn read(value: &Value<'_>, prefix: &str, names: &mut HeaderNames) -> Option<Trace> {
+    pub fn read(value: &Value<'_>, prefix: &str, names: &mut HeaderNames) -> Option<TracePolicy> {
         let mut fields = value.object()?;
-        let edge = fields.optional("edge").and_then(|value| value.one_of(&EDGES)).unwrap_or(Edge::Continue);
-        if edge == Edge::Restore {
+        let edge = fields.optional("edge").and_then(|value| value.one_of(&EDGES)).unwrap_or(EdgeMode::Continue);
+        if edge == EdgeMode::Restore {
             for field in
                 ["extract", "sampling", "tracestate", "baggage", "direction", "response", "bridge", "filterState"]
             {
@@ -68,13 +73,14 @@ impl Trace {
         let inject = read_formats(&mut fields, "inject");
         let (sampling, force) = match fields.optional("sampling") {
             Some(value) => read_sampling(&value)?,
-            None => (DEFAULT_SAMPLING, Force::default()),
+            None => (DEFAULT_SAMPLING, ForcedSampling::default()),
         };
-        let (mark, tracestate_allow) = match fields.optional("tracestate") {
+        let (tracestate_key, tracestate_allow) = match fields.optional("tracestate") {
             Some(value) => read_tracestate(&value)?,
             None => (None, None),
         };
-        let mark = mark.or_else(|| (edge == Edge::RestartExternal).then(|| DEFAULT_MARK.into()));
+        let tracestate_key =
+            tracestate_key.or_else(|| (edge == EdgeMode::RestartExternal).then(|| DEFAULT_TRACESTATE_KEY.into()));
         let baggage_allow = fields.optional("baggage").and_then(|value| {
             let mut fields = value.object()?;
             let allow = read_allow(&mut fields);
@@ -83,39 +89,42 @@ impl Trace {
         });
         let direction = fields.optional("direction").and_then(|value| value.one_of(&DIRECTIONS)).flatten();
         let response = fields.optional("response").and_then(|value| value.one_of(&RESPONSES));
-        let left = fields.optional("filterState").map(|value| read_words(&value, &[("traceId", 1), ("context", 2)]));
-        let left = left.unwrap_or_default();
-        let filter_state = FilterState { trace_id: left & 1 != 0, context: left & 2 != 0 };
+        let fields_set =
+            fields.optional("filterState").map(|value| read_words(&value, &[("traceId", 1), ("context", 2)]));
+        let fields_set = fields_set.unwrap_or_default();
+        let filter_state = FilterStateFields { trace_id: fields_set & 1 != 0, context: fields_set & 2 != 0 };
         let bridge = fields.optional("bridge").and_then(|value| Bridge::read(&value, prefix, names));
         fields.end();
 
         // An edge that starts traces anew lets no header of any format through, nor does one that overrules a tracer.
-        let restarts = matches!(edge, Edge::Restart | Edge::RestartExternal);
-        let mut formats: Vec<Recognised> = Vec::new();
-        let others = Format::ALL.iter().filter(|_| restarts || edge == Edge::Restore).map(|(_, format)| format);
+        let restarts = matches!(edge, EdgeMode::Restart | EdgeMode::RestartExternal);
+        let mut formats: Vec<ConfiguredFormat> = Vec::new();
+        let others =
+            TraceFormat::ALL.iter().filter(|_| restarts || edge == EdgeMode::Restore).map(|(_, format)| format);
         for format in extract.iter().chain(&inject).chain(others) {
-            if !formats.iter().any(|known| known.format == *format) {
+            if !formats.iter().any(|configured| configured.format == *format) {
                 let (extracted, injected) = (extract.contains(format), inject.contains(format));
-                formats.push(Recognised { extracted, injected, ..Recognised::intern(*format, names)? });
+                formats.push(ConfiguredFormat { extracted, injected, ..ConfiguredFormat::intern(*format, names)? });
             }
         }
-        const UNTRUSTED: [&str; 5] =
+        const UNTRUSTED_HEADERS: [&str; 5] =
             ["baggage", "x-client-trace-id", "x-envoy-force-trace", "jaeger-debug-id", "jaeger-baggage"];
-        let untrusted = UNTRUSTED.into_iter().filter(|_| restarts).filter_map(|name| Some((name, names.intern(name)?)));
-        Some(Trace {
+        let untrusted_headers =
+            UNTRUSTED_HEADERS.into_iter().filter(|_| restarts).filter_map(|name| Some((name, names.intern(name)?)));
+        Some(TracePolicy {
             edge,
             formats,
-            threshold: threshold(sampling),
+            threshold: rejection_threshold(sampling),
             sampling,
             force,
-            mark,
+            tracestate_key,
             tracestate_allow,
             baggage_allow,
-            untrusted: untrusted.collect(),
+            untrusted_headers: untrusted_headers.collect(),
             baggage: names.intern("baggage")?,
             request_id: names.intern("x-request-id")?,
             direction,
-            response: response.unwrap_or(Response::None),
+            response: response.unwrap_or(ResponseHeader::None),
             filter_state,
             bridge,
         })
@@ -123,12 +132,12 @@ impl Trace {
 }
 
 /// A list of formats, each once; W3C's where none is written.
-fn read_formats(fields: &mut Fields<'_>, field: &'static str) -> Vec<Format> {
-    let Some(value) = fields.optional(field) else { return vec![Format::TraceContext] };
+fn read_formats(fields: &mut Fields<'_>, field: &'static str) -> Vec<TraceFormat> {
+    let Some(value) = fields.optional(field) else { return vec![TraceFormat::TraceContext] };
     let mut formats = Vec::new();
     let items = value.array().unwrap_or_default();
     for item in &items {
-        match item.one_of(&Format::ALL) {
+        match item.one_of(&TraceFormat::ALL) {
             Some(format) if formats.contains(&format) => item.unfit("write each format once"),
             Some(format) => formats.push(format),
             None => {}
@@ -152,13 +161,13 @@ fn read_words(value: &Value<'_>, words: &[(&str, u8)]) -> u8 {
     found
 }
 
-fn read_sampling(value: &Value<'_>) -> Option<(Fraction, Force)> {
+fn read_sampling(value: &Value<'_>) -> Option<(Fraction, ForcedSampling)> {
     let mut fields = value.object()?;
     let percentage = fields.optional("percentage").map(|value| Fraction::read(&value));
     let words = [("fault", 1), ("rateLimit", 2), ("rollback", 4)];
     let forced = fields.optional("force").map_or(0, |value| read_words(&value, &words));
     fields.end();
-    let force = Force { fault: forced & 1 != 0, rate_limit: forced & 2 != 0, rollback: forced & 4 != 0 };
+    let force = ForcedSampling { fault: forced & 1 != 0, rate_limit: forced & 2 != 0, rollback: forced & 4 != 0 };
     Some((percentage.unwrap_or(Some(DEFAULT_SAMPLING))?, force))
 }
 
@@ -206,10 +215,10 @@ mod tests {
     use crate::diagnostic::Report;
     use crate::document::Node;
 
-    fn told(text: &str) -> Vec<String> {
+    fn diagnostics(text: &str) -> Vec<String> {
         let node = Node::from_json(text.as_bytes()).unwrap();
         let report = Report::default();
-        Trace::read(&Value::root(&node, &report), "t/", &mut HeaderNames::default());
+        TracePolicy::read(&Value::root(&node, &report), "t/", &mut HeaderNames::default());
         report.into_diagnostics().iter().map(ToString::to_string).collect()
     }
 
@@ -221,14 +230,14 @@ mod tests {
             "tracestate": {"key": "acme@mesh", "allow": ["acme@mesh", "ot"]}, "baggage": {"allow": []},
             "direction": "inbound", "response": "serverTiming",
             "bridge": {"key": {"header": "x-correlation-id"}, "capacity": 16, "ttl": "5s", "carry": ["baggage", "x-cohort"]}}"#;
-        assert_eq!(told(full), [] as [&str; 0]);
-        assert_eq!(told("{}"), [] as [&str; 0]);
-        assert_eq!(told(r#"{"bridge": {}}"#), [] as [&str; 0]);
+        assert_eq!(diagnostics(full), [] as [&str; 0]);
+        assert_eq!(diagnostics("{}"), [] as [&str; 0]);
+        assert_eq!(diagnostics(r#"{"bridge": {}}"#), [] as [&str; 0]);
     }
 
     #[test]
     fn mistakes_are_told_where_they_are() {
-        let bad = told(
+        let bad = diagnostics(
             r#"{"extract": ["b3", "b3", "sw8"], "inject": [], "edge": "drop", "sampling": {"force": ["fault", "fault", "all"]},
                 "filterState": ["spanId"],
                 "tracestate": {"key": "ot", "allow": ["a=b"]}, "baggage": {"deny": []}, "direction": "both",
@@ -256,8 +265,8 @@ mod tests {
             "error: /bridge/carry/0: \"a b\" is not a header name; expected letters, digits and -",
         ];
         assert_eq!(bad, expected);
-        let told = told(r#"{"edge": "restore", "inject": ["b3"], "bridge": {}}"#);
+        let diagnostics = diagnostics(r#"{"edge": "restore", "inject": ["b3"], "bridge": {}}"#);
         let expected = "error: /bridge: bridge cannot be honoured here; with edge: restore an earlier filter decides; write it there";
-        assert_eq!(told, [expected]);
+        assert_eq!(diagnostics, [expected]);
     }
 }

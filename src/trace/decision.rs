@@ -1,12 +1,13 @@
 //! Where one request stands in its trace, and what the next hop is told.
 
 use super::baggage;
-use super::bridge::Remembered;
-use super::formats::Format;
-use super::notes::{Note, Notes};
-use super::policy::{Direction, Edge, Recognised, Response, Trace};
-use super::tracestate::{Edit, has_member, is_tracestate, rewrite};
-use super::w3c::{Flags, Invalid, TraceContext, format_traceparent, parse_traceparent};
+use super::bridge::StoredContext;
+use super::events::{TraceEvent, TraceEvents};
+use super::filter_state::RetainedHeaders;
+use super::formats::TraceFormat;
+use super::policy::{ConfiguredFormat, EdgeMode, ResponseHeader, TracePolicy, TrafficDirection};
+use super::tracestate::{TracestateEdit, has_member, is_tracestate, rewrite};
+use super::w3c::{InvalidContext, TraceContext, TraceFlags, format_traceparent, parse_traceparent};
 use crate::bytes::is_same;
 use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
 use crate::units::Fraction;
@@ -14,94 +15,98 @@ use std::borrow::Cow;
 
 /// What a request arrived with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Arrived {
+pub enum Extraction {
     Valid,
     Missing,
-    Invalid(Invalid),
+    Invalid(InvalidContext),
     /// In filter state: an earlier filter has decided.
-    Decided,
+    Restored,
 }
 
 /// What a request goes on with.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Continuation {
-    pub arrived: Arrived,
+pub struct PropagatedContext {
+    pub extraction: Extraction,
     /// The format of the context that arrived.
-    pub from: Option<Format>,
+    pub format: Option<TraceFormat>,
     /// Whether the trace began here.
-    pub root: bool,
+    pub is_root: bool,
+    /// Whether the sampling decision was made here, because no earlier hop has made one.
+    pub is_sampled_here: bool,
     pub context: TraceContext,
-    pub direction: Direction,
-    pub notes: Notes,
-    tracestate: Tracestate,
+    pub(super) direction: TrafficDirection,
+    pub(super) events: TraceEvents,
+    tracestate: TracestateSource,
     /// The threshold by which the trace was sampled here.
     threshold: Option<u64>,
     is_forced: bool,
-    remembered: Option<Remembered>,
+    stored: Option<StoredContext>,
+    /// Where an earlier filter has decided: the headers that it wrote with more in them than the context.
+    retained: RetainedHeaders,
 }
 
 /// Where the request's `tracestate` comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Tracestate {
+enum TracestateSource {
     /// As it arrived.
-    Kept,
+    Request,
     /// From nowhere: there is none.
-    Dropped,
-    /// From what was remembered.
-    Restored(Vec<u8>),
+    Absent,
+    /// From what was stored.
+    Stored(Vec<u8>),
 }
 
 /// What the headers of all formats together say.
-struct Found {
-    arrived: Arrived,
-    from: Option<Format>,
+struct ExtractedContext {
+    extraction: Extraction,
+    format: Option<TraceFormat>,
     context: Option<TraceContext>,
     /// A decision that came without ids.
-    decision: Option<Flags>,
+    decision: Option<TraceFlags>,
 }
 
 /// The 56 bits of a trace id that are random and that samplers go by.
 const RANDOM_BITS: u64 = (1 << 56) - 1;
 
 /// The least value of the random bits with which `share` of all traces are sampled, exact to 2^-50.
-pub(super) fn threshold(share: Fraction) -> u64 {
+pub(super) fn rejection_threshold(share: Fraction) -> u64 {
     // A millionth of 2^56 is 2^50 / 15625. Taken in two steps, because the product does not fit.
     let ppm = u64::from(share.ppm());
     (1 << 56) - (((ppm / 15_625) << 50) + ((ppm % 15_625) << 50) / 15_625)
 }
 
-impl Trace {
-    /// Reads the request's context, and continues it or begins a new trace; `random` draws the new ids. `recall` is
-    /// asked what is remembered for a request that leaves with this context, or with none. `None` where the policy
+impl TracePolicy {
+    /// Reads the request's context, and continues it or begins a new trace; `random` draws the new ids. `lookup` is
+    /// asked what is stored for a request that leaves with this context, or with none. `None` where the policy
     /// leaves trace headers alone.
-    pub fn carry_on(
+    pub(super) fn propagate(
         &self,
         request: &Request<'_>,
-        direction: Direction,
+        direction: TrafficDirection,
         random: &mut dyn FnMut() -> u64,
-        recall: &mut dyn FnMut(Option<&TraceContext>) -> Option<Remembered>,
-    ) -> Option<Continuation> {
-        if matches!(self.edge, Edge::Ignore | Edge::Restore) {
+        lookup: &mut dyn FnMut(Option<&TraceContext>) -> Option<StoredContext>,
+    ) -> Option<PropagatedContext> {
+        if matches!(self.edge, EdgeMode::Ignore | EdgeMode::Restore) {
             return None;
         }
-        let found = self.read_headers(request);
-        let mut notes = Notes::default();
+        let extracted = self.extract(request);
+        let mut events = TraceEvents::default();
         let restarts = match self.edge {
-            _ if direction == Direction::Outbound => false,
-            Edge::Restart => true,
-            Edge::RestartExternal => !self.is_marked(request),
-            Edge::Continue | Edge::Ignore | Edge::Restore => false,
+            _ if direction == TrafficDirection::Outbound => false,
+            EdgeMode::Restart => true,
+            EdgeMode::RestartExternal => !self.has_tracestate_key(request),
+            EdgeMode::Continue | EdgeMode::Ignore | EdgeMode::Restore => false,
         };
-        notes.add_if(restarts, Note::Restarted);
-        let inbound = found.context.filter(|_| !restarts);
-        let mut remembered = if direction == Direction::Outbound { recall(inbound.as_ref()) } else { None };
+        events.add_if(restarts, TraceEvent::Restarted);
+        let inbound = extracted.context.filter(|_| !restarts);
+        let mut stored = if direction == TrafficDirection::Outbound { lookup(inbound.as_ref()) } else { None };
 
         // What arrived valid is never overruled, only completed.
-        let known = match (inbound, &remembered) {
-            (Some(context), Some(remembered)) => Some(remembered.complete(context, &mut notes)),
-            (None, Some(remembered)) => {
-                notes.add(Note::Bridged);
-                Some(remembered.context)
+        let known = match (inbound, &stored) {
+            (Some(context), Some(stored)) => Some(stored.complete(context, &mut events)),
+            (None, Some(stored)) => {
+                events.add(TraceEvent::Bridged);
+                Some(stored.context)
             }
             (inbound, None) => inbound,
         };
@@ -111,80 +116,92 @@ impl Trace {
             None => {
                 let low = random().max(1);
                 let trace_id = ((u128::from(random()) << 64) | u128::from(low)).to_be_bytes();
-                let decision = found.decision.filter(|_| !restarts).unwrap_or(Flags::UNDECIDED);
-                TraceContext { trace_id, parent_id, flags: decision.with(Flags::RANDOM) }
+                let decision = extracted.decision.filter(|_| !restarts).unwrap_or(TraceFlags::DEFERRED);
+                TraceContext { trace_id, parent_id, flags: decision.with(TraceFlags::RANDOM) }
             }
         };
         let mut threshold = None;
-        if context.flags.contains(Flags::UNDECIDED) {
-            let (sampled, by) = self.sample(request, &context, restarts);
-            context.flags = context.flags.without(Flags::UNDECIDED).with(Flags::decided(Some(sampled)));
+        let is_sampled_here = context.flags.contains(TraceFlags::DEFERRED);
+        if is_sampled_here {
+            let (sampled, by) = self.decide_sampling(request, &context, restarts);
+            context.flags = context.flags.without(TraceFlags::DEFERRED).with(TraceFlags::decided(Some(sampled)));
             threshold = by.filter(|_| sampled);
         }
 
-        let mut tracestate = Tracestate::Dropped;
+        let mut tracestate = TracestateSource::Absent;
         if let Some(inbound) = inbound
             && request.has(HeaderNames::TRACESTATE)
         {
             // A list belongs to the traceparent beside it, and only by it to a context in another format.
-            let is_its = found.from == Some(Format::TraceContext)
-                || extract(request).ok().flatten().is_some_and(|beside| beside.trace_id == inbound.trace_id);
-            let is_valid = is_its && is_tracestate(request.values(HeaderNames::TRACESTATE));
-            notes.add_if(is_its && !is_valid, Note::BadTracestate);
+            let belongs = extracted.format == Some(TraceFormat::TraceContext)
+                || extract_traceparent(request)
+                    .ok()
+                    .flatten()
+                    .is_some_and(|beside| beside.trace_id == inbound.trace_id);
+            let is_valid = belongs && is_tracestate(request.values(HeaderNames::TRACESTATE));
+            events.add_if(belongs && !is_valid, TraceEvent::InvalidTracestate);
             if is_valid {
-                tracestate = Tracestate::Kept;
+                tracestate = TracestateSource::Request;
             }
         }
-        if tracestate == Tracestate::Dropped
-            && let Some(list) = remembered.as_mut().and_then(|remembered| remembered.tracestate.take())
+        if tracestate == TracestateSource::Absent
+            && let Some(list) = stored.as_mut().and_then(|stored| stored.tracestate.take())
         {
-            notes.add_if(inbound.is_some(), Note::Repaired);
-            tracestate = Tracestate::Restored(list);
+            events.add_if(inbound.is_some(), TraceEvent::Repaired);
+            tracestate = TracestateSource::Stored(list);
         }
-        let is_converted =
-            inbound.is_some() && self.formats.iter().any(|known| Some(known.format) == found.from && !known.injected);
-        notes.add_if(is_converted, Note::Converted);
-        Some(Continuation {
-            arrived: found.arrived,
-            from: found.from,
-            root: known.is_none(),
+        let is_converted = inbound.is_some()
+            && self
+                .formats
+                .iter()
+                .any(|configured| Some(configured.format) == extracted.format && !configured.injected);
+        events.add_if(is_converted, TraceEvent::Converted);
+        Some(PropagatedContext {
+            extraction: extracted.extraction,
+            format: extracted.format,
+            is_root: known.is_none(),
+            is_sampled_here,
             context,
             direction,
-            notes,
+            events,
             tracestate,
             threshold,
             is_forced: false,
-            remembered,
+            stored,
+            retained: RetainedHeaders::default(),
         })
     }
 
     /// The first valid context in the configured order. One that is invalid takes nothing from a later one.
-    fn read_headers(&self, request: &Request<'_>) -> Found {
-        let mut found = Found { arrived: Arrived::Missing, from: None, context: None, decision: None };
-        for known in self.formats.iter().filter(|known| known.extracted) {
-            match known.format.parse(&|place| known.read(request, place)) {
+    fn extract(&self, request: &Request<'_>) -> ExtractedContext {
+        let mut extracted =
+            ExtractedContext { extraction: Extraction::Missing, format: None, context: None, decision: None };
+        for configured in self.formats.iter().filter(|configured| configured.extracted) {
+            match configured.format.parse(&|index| configured.read(request, index)) {
                 Ok(Some(context)) if context.trace_id == [0; 16] => {
-                    found.decision = found.decision.or(Some(context.flags));
+                    extracted.decision = extracted.decision.or(Some(context.flags));
                 }
                 Ok(Some(context)) => {
-                    let (arrived, from) = (Arrived::Valid, Some(known.format));
-                    return Found { arrived, from, context: Some(context), decision: None };
+                    let (extraction, format) = (Extraction::Valid, Some(configured.format));
+                    return ExtractedContext { extraction, format, context: Some(context), decision: None };
                 }
-                Err(invalid) if found.arrived == Arrived::Missing => found.arrived = Arrived::Invalid(invalid),
+                Err(invalid) if extracted.extraction == Extraction::Missing => {
+                    extracted.extraction = Extraction::Invalid(invalid)
+                }
                 _ => {}
             }
         }
-        found
+        extracted
     }
 
     /// Whether the caller is one of ours.
-    fn is_marked(&self, request: &Request<'_>) -> bool {
+    fn has_tracestate_key(&self, request: &Request<'_>) -> bool {
         let values = || request.values(HeaderNames::TRACESTATE);
-        self.mark.as_ref().is_some_and(|mark| is_tracestate(values()) && has_member(values(), mark))
+        self.tracestate_key.as_ref().is_some_and(|own| is_tracestate(values()) && has_member(values(), own))
     }
 
     /// Decides for a trace that nobody decided for, and by which threshold.
-    fn sample(&self, request: &Request<'_>, context: &TraceContext, restarts: bool) -> (bool, Option<u64>) {
+    fn decide_sampling(&self, request: &Request<'_>, context: &TraceContext, restarts: bool) -> (bool, Option<u64>) {
         // Envoy writes into its request id why it traces a request: sampled, forced here, forced by the client. Such
         // a trace has no known probability.
         const REASON: usize = 14;
@@ -193,83 +210,98 @@ impl Trace {
             return (true, None);
         }
         // Consistent probability sampling (OpenTelemetry, "TraceState: Probability Sampling"): the random bits decide,
-        // the highest values are kept, so that samplers further on agree.
+        // the highest values are retained, so that samplers further on agree.
         let (_, low) = context.trace_id.split_at(8);
         let randomness = low.iter().fold(0, |bits, byte| bits << 8 | u64::from(*byte)) & RANDOM_BITS;
         (randomness >= self.threshold, Some(self.threshold))
     }
 }
 
-impl Continuation {
+impl PropagatedContext {
     /// What goes on as it was decided before.
-    pub(super) fn restored(context: TraceContext, tracestate: Option<&[u8]>) -> Continuation {
-        Continuation {
-            arrived: Arrived::Decided,
-            from: None,
-            root: false,
+    pub(super) fn from_filter_state(
+        context: TraceContext,
+        tracestate: Option<&[u8]>,
+        retained: RetainedHeaders,
+    ) -> PropagatedContext {
+        PropagatedContext {
+            extraction: Extraction::Restored,
+            format: None,
+            is_root: false,
+            is_sampled_here: false,
             context,
-            direction: Direction::Neither,
-            notes: Notes::default(),
-            tracestate: tracestate.map_or(Tracestate::Dropped, |list| Tracestate::Restored(list.to_vec())),
+            direction: TrafficDirection::Unspecified,
+            events: TraceEvents::default(),
+            tracestate: tracestate.map_or(TracestateSource::Absent, |list| TracestateSource::Stored(list.to_vec())),
             threshold: None,
             is_forced: false,
-            remembered: None,
+            stored: None,
+            retained,
         }
     }
 
-    /// Whether [`Continuation::force_sampling`] has decided.
+    /// Whether the policy forced the sampling decision (`sampling.force`).
     pub fn is_forced(&self) -> bool {
         self.is_forced
     }
 
     /// Samples the trace whatever was decided. With what probability that happens nobody knows, so no threshold stays.
-    pub fn force_sampling(&mut self) {
-        self.context.flags = self.context.flags.with(Flags::SAMPLED);
+    pub(crate) fn force_sampling(&mut self) {
+        self.context.flags = self.context.flags.with(TraceFlags::SAMPLED);
         self.threshold = None;
         self.is_forced = true;
     }
 
-    /// The header `id` as it was remembered for a request that leaves, if the bridge of `trace` carries it.
-    pub fn recalled(&self, trace: &Trace, id: HeaderId) -> Option<&[u8]> {
-        let place = trace.bridge.as_ref()?.carry.iter().position(|(_, carried)| *carried == id)?;
-        self.remembered.as_ref()?.carried.get(place)?.as_deref()
+    /// The header `id` as it was stored for a request that leaves, if the bridge of `trace` carries it.
+    pub(super) fn stored_header(&self, trace: &TracePolicy, id: HeaderId) -> Option<&[u8]> {
+        let index = trace.bridge.as_ref()?.carry.iter().position(|(_, carried)| *carried == id)?;
+        self.stored.as_ref()?.carried.get(index)?.as_deref()
     }
 
     /// The header changes that tell the next hop.
-    pub fn inject<'p>(&mut self, trace: &'p Trace, request: &Request<'p>, mutations: &mut Vec<HeaderMutation<'p>>) {
-        let restarted = self.notes.contains(Note::Restarted);
-        for known in &trace.formats {
-            self.inject_format(known, request, restarted, mutations);
+    pub(super) fn inject<'p>(
+        &mut self,
+        trace: &'p TracePolicy,
+        request: &Request<'p>,
+        mutations: &mut Vec<HeaderMutation<'p>>,
+    ) {
+        let restarted = self.events.contains(TraceEvent::Restarted);
+        for configured in &trace.formats {
+            self.inject_format(configured, request, restarted, mutations);
         }
         self.inject_tracestate(trace, request, mutations);
 
-        let allow = trace.baggage_allow.as_deref().filter(|_| self.direction != Direction::Inbound);
+        let allow = trace.baggage_allow.as_deref().filter(|_| self.direction != TrafficDirection::Inbound);
         if let Some(allow) = if restarted { Some(&[][..]) } else { allow } {
-            mutations.extend(baggage::foreign(request, allow).map(HeaderMutation::Remove));
+            mutations.extend(baggage::per_key_headers(request, allow).map(HeaderMutation::Remove));
         }
         if restarted {
-            let sent = trace.untrusted.iter().filter(|(_, id)| request.has(*id));
+            let sent = trace.untrusted_headers.iter().filter(|(_, id)| request.has(*id));
             mutations.extend(sent.map(|(name, _)| HeaderMutation::Remove(name)));
             return;
         }
         if request.has(trace.baggage) {
-            let (list, cut) = baggage::limit(&mut request.values(trace.baggage), allow);
-            self.notes.add_if(cut, Note::Truncated);
+            let (list, cut) = baggage::enforce_limits(&mut request.values(trace.baggage), allow);
+            self.events.add_if(cut, TraceEvent::Truncated);
             if let Some(list) = list {
                 mutations.push(set_or_remove("baggage", list));
             }
         }
-        let (Some(bridge), Some(remembered)) = (&trace.bridge, &mut self.remembered) else { return };
-        for ((name, id), value) in bridge.carry.iter().zip(&mut remembered.carried) {
+        let (Some(bridge), Some(stored)) = (&trace.bridge, &mut self.stored) else { return };
+        for ((name, id), value) in bridge.carry.iter().zip(&mut stored.carried) {
             let Some(mut value) = value.take().filter(|_| !request.has(*id)) else { continue };
             if *id == trace.baggage
-                && let (Some(list), _) = baggage::limit(&mut std::iter::once(value.as_slice()), allow)
+                && let (Some(list), _) = baggage::enforce_limits(&mut std::iter::once(value.as_slice()), allow)
             {
                 value = list;
             }
             // A header that this request was given meanwhile is newer.
             if !value.is_empty() && !mutations.iter().any(|mutation| mutation.name() == &**name) {
-                self.notes.add(if self.notes.contains(Note::Bridged) { Note::Bridged } else { Note::Repaired });
+                self.events.add(if self.events.contains(TraceEvent::Bridged) {
+                    TraceEvent::Bridged
+                } else {
+                    TraceEvent::Repaired
+                });
                 mutations.push(HeaderMutation::Set(name, Cow::Owned(value)));
             }
         }
@@ -278,26 +310,29 @@ impl Continuation {
     /// Writes a format, or removes it: a header that says something else must not stay.
     fn inject_format<'p>(
         &self,
-        known: &'p Recognised,
+        configured: &'p ConfiguredFormat,
         request: &Request<'_>,
         restarted: bool,
         mutations: &mut Vec<HeaderMutation<'p>>,
     ) {
-        let headers = known.format.headers();
+        let headers = configured.format.headers();
         let mut written = 0_u8;
-        if known.injected {
-            let read = |place| if restarted { Ok(None) } else { known.read(request, place) };
-            known.format.write(&self.context, &read, &mut |place, value| {
-                written |= 1 << place;
-                if let Some(name) = headers.get(place)
-                    && !read(place).is_ok_and(|read| read.is_some_and(|read| is_same(read, &value)))
+        if configured.injected {
+            let sent = |index| if restarted { Ok(None) } else { configured.read(request, index) };
+            let kept = |index| {
+                if self.retained.has(configured.format) { Ok(self.retained.get(headers, index)) } else { sent(index) }
+            };
+            configured.format.write(&self.context, &kept, &mut |index, value| {
+                written |= 1 << index;
+                if let Some(name) = headers.get(index)
+                    && !sent(index).is_ok_and(|sent| sent.is_some_and(|sent| is_same(sent, &value)))
                 {
                     mutations.push(HeaderMutation::Set(name, Cow::Owned(value)));
                 }
             });
         }
-        for (place, (name, id)) in headers.iter().zip(&known.ids).enumerate() {
-            if written & 1 << place == 0 && request.has(*id) {
+        for (index, (name, id)) in headers.iter().zip(&configured.header_ids).enumerate() {
+            if written & 1 << index == 0 && request.has(*id) {
                 mutations.push(HeaderMutation::Remove(name));
             }
         }
@@ -305,35 +340,39 @@ impl Continuation {
 
     fn inject_tracestate<'p>(
         &mut self,
-        trace: &'p Trace,
+        trace: &'p TracePolicy,
         request: &Request<'_>,
         mutations: &mut Vec<HeaderMutation<'p>>,
     ) {
         const NAME: &str = "tracestate";
-        let Some(known) = trace.formats.iter().find(|known| known.format == Format::TraceContext) else { return };
+        let Some(configured) = trace.formats.iter().find(|configured| configured.format == TraceFormat::TraceContext)
+        else {
+            return;
+        };
         let has = request.has(HeaderNames::TRACESTATE);
-        let edit = Edit {
-            allow: trace.tracestate_allow.as_deref().filter(|_| self.direction != Direction::Inbound),
-            mark: trace.mark.as_deref(),
+        let edit = TracestateEdit {
+            allow: trace.tracestate_allow.as_deref().filter(|_| self.direction != TrafficDirection::Inbound),
+            tracestate_key: trace.tracestate_key.as_deref(),
             threshold: self.threshold,
             erase_threshold: self.is_forced,
         };
-        let is_edited = edit.allow.is_some() || edit.mark.is_some() || edit.threshold.is_some() || edit.erase_threshold;
-        if !known.injected || (self.tracestate == Tracestate::Dropped && !is_edited) {
+        let is_edited =
+            edit.allow.is_some() || edit.tracestate_key.is_some() || edit.threshold.is_some() || edit.erase_threshold;
+        if !configured.injected || (self.tracestate == TracestateSource::Absent && !is_edited) {
             if has {
                 mutations.push(HeaderMutation::Remove(NAME));
             }
             return;
         }
-        if self.tracestate == Tracestate::Kept && !is_edited {
+        if self.tracestate == TracestateSource::Request && !is_edited {
             return;
         }
         let (list, cut) = match &self.tracestate {
-            Tracestate::Kept => rewrite(&mut request.values(HeaderNames::TRACESTATE), &edit),
-            Tracestate::Restored(list) => rewrite(&mut std::iter::once(list.as_slice()), &edit),
-            Tracestate::Dropped => rewrite(&mut std::iter::empty(), &edit),
+            TracestateSource::Request => rewrite(&mut request.values(HeaderNames::TRACESTATE), &edit),
+            TracestateSource::Stored(list) => rewrite(&mut std::iter::once(list.as_slice()), &edit),
+            TracestateSource::Absent => rewrite(&mut std::iter::empty(), &edit),
         };
-        self.notes.add_if(cut, Note::Truncated);
+        self.events.add_if(cut, TraceEvent::Truncated);
         let unchanged = request.count(HeaderNames::TRACESTATE) == 1
             && request.first(HeaderNames::TRACESTATE) == Some(list.as_slice());
         if !unchanged && (has || !list.is_empty()) {
@@ -342,13 +381,13 @@ impl Continuation {
     }
 
     /// The response header that tells the client its trace.
-    pub fn response(context: &TraceContext, response: Response) -> Option<HeaderMutation<'static>> {
+    pub(super) fn response_header(context: &TraceContext, response: ResponseHeader) -> Option<HeaderMutation<'static>> {
         let traceparent = format_traceparent(context);
         match response {
-            Response::None => None,
-            Response::Traceresponse => Some(HeaderMutation::Set("traceresponse", Cow::Owned(traceparent))),
+            ResponseHeader::None => None,
+            ResponseHeader::Traceresponse => Some(HeaderMutation::Set("traceresponse", Cow::Owned(traceparent))),
             // A list, in which the upstream may have its own metrics.
-            Response::ServerTiming => {
+            ResponseHeader::ServerTiming => {
                 let value = [b"trace;desc=", traceparent.as_slice()].concat();
                 Some(HeaderMutation::Add("server-timing", Cow::Owned(value)))
             }
@@ -364,9 +403,9 @@ fn set_or_remove(name: &'static str, value: Vec<u8>) -> HeaderMutation<'static> 
 ///
 /// # Errors
 /// Why its `traceparent` cannot be used.
-pub fn extract(request: &Request<'_>) -> Result<Option<TraceContext>, Invalid> {
+pub fn extract_traceparent(request: &Request<'_>) -> Result<Option<TraceContext>, InvalidContext> {
     if request.count(HeaderNames::TRACEPARENT) > 1 {
-        return Err(Invalid::Duplicate);
+        return Err(InvalidContext::Duplicate);
     }
     request.first(HeaderNames::TRACEPARENT).map(parse_traceparent).transpose()
 }
@@ -385,31 +424,36 @@ mod tests {
 
     type Headers = Vec<(String, String)>;
 
-    fn go(trace: &str, direction: Direction, forced: bool, headers: &[(&str, &str)]) -> (Headers, Continuation) {
+    fn propagate_with(
+        trace: &str,
+        direction: TrafficDirection,
+        forced: bool,
+        headers: &[(&str, &str)],
+    ) -> (Headers, PropagatedContext) {
         let mut names = HeaderNames::default();
         let node = Node::from_json(trace.as_bytes()).unwrap();
         let report = Report::default();
-        let trace = Trace::read(&Value::root(&node, &report), "t/", &mut names).unwrap();
+        let trace = TracePolicy::read(&Value::root(&node, &report), "t/", &mut names).unwrap();
         assert_eq!(report.into_diagnostics(), []);
         let block = encode_headers(headers);
         let request = Request::parse(&block, &names);
         let mut state = 42;
         let mut random = || crate::random::split_mix(&mut state);
-        let mut continuation = trace.carry_on(&request, direction, &mut random, &mut |_| None).unwrap();
+        let mut propagated = trace.propagate(&request, direction, &mut random, &mut |_| None).unwrap();
         if forced {
-            continuation.force_sampling();
+            propagated.force_sampling();
         }
         let mut mutations = Vec::new();
-        continuation.inject(&trace, &request, &mut mutations);
+        propagated.inject(&trace, &request, &mut mutations);
         let mut after: Vec<_> =
             headers.iter().map(|(name, value)| (name.as_bytes().to_vec(), value.as_bytes().to_vec())).collect();
         mutations.iter().for_each(|mutation| mutation.apply(&mut after));
         let text = |bytes| String::from_utf8(bytes).unwrap();
-        (after.into_iter().map(|(name, value)| (text(name), text(value))).collect(), continuation)
+        (after.into_iter().map(|(name, value)| (text(name), text(value))).collect(), propagated)
     }
 
-    fn passed_on(trace: &str, headers: &[(&str, &str)]) -> Headers {
-        go(trace, Direction::Neither, false, headers).0
+    fn headers_after(trace: &str, headers: &[(&str, &str)]) -> Headers {
+        propagate_with(trace, TrafficDirection::Unspecified, false, headers).0
     }
 
     fn value<'h>(headers: &'h Headers, name: &str) -> Option<&'h str> {
@@ -423,32 +467,41 @@ mod tests {
     fn formats_are_tried_in_order_and_the_first_valid_one_wins() {
         let policy = r#"{"extract": ["tracecontext", "b3", "b3multi"]}"#;
         let multi = [("x-b3-traceid", "1111111111111111"), ("x-b3-spanid", "2222222222222222")];
-        let after = passed_on(policy, &[("traceparent", "00-bad"), ("b3", "nonsense"), multi[0], multi[1]]);
+        let after = headers_after(policy, &[("traceparent", "00-bad"), ("b3", "nonsense"), multi[0], multi[1]]);
         assert_eq!(value(&after, "traceparent").unwrap()[..36], *"00-00000000000000001111111111111111-");
         for removed in ["b3", "x-b3-traceid", "x-b3-spanid"] {
             assert_eq!(value(&after, removed), None, "{removed} would disagree");
         }
-        let (_, continuation) = go(policy, Direction::Neither, false, &[("traceparent", INBOUND), multi[0], multi[1]]);
-        assert_eq!((continuation.arrived, continuation.from), (Arrived::Valid, Some(Format::TraceContext)));
-        let (_, continuation) = go(policy, Direction::Neither, false, &[("b3", "nonsense")]);
-        assert_eq!(continuation.arrived, Arrived::Invalid(Invalid::Shape));
+        let (_, propagated) = propagate_with(
+            policy,
+            TrafficDirection::Unspecified,
+            false,
+            &[("traceparent", INBOUND), multi[0], multi[1]],
+        );
+        assert_eq!((propagated.extraction, propagated.format), (Extraction::Valid, Some(TraceFormat::TraceContext)));
+        let (_, propagated) = propagate_with(policy, TrafficDirection::Unspecified, false, &[("b3", "nonsense")]);
+        assert_eq!(propagated.extraction, Extraction::Invalid(InvalidContext::Shape));
     }
 
     #[test]
     fn all_injected_formats_say_the_same() {
         let policy = r#"{"extract": ["b3"], "inject": ["tracecontext", "b3", "b3multi", "jaeger", "xray", "gcp", "datadog",
             "ottrace", "grpc"]}"#;
-        let (after, continuation) =
-            go(policy, Direction::Neither, false, &[B3, ("x-b3-parentspanid", "1"), ("x-b3-flags", "1")]);
-        assert!(!continuation.notes.contains(Note::Converted));
+        let (after, propagated) = propagate_with(
+            policy,
+            TrafficDirection::Unspecified,
+            false,
+            &[B3, ("x-b3-parentspanid", "1"), ("x-b3-flags", "1")],
+        );
+        assert!(!propagated.events.contains(TraceEvent::Converted));
         let mut names = HeaderNames::default();
-        for (name, format) in Format::ALL {
-            let known = Recognised::intern(format, &mut names).unwrap();
+        for (name, format) in TraceFormat::ALL {
+            let configured = ConfiguredFormat::intern(format, &mut names).unwrap();
             let block = encode_headers(&after);
             let request = Request::parse(&block, &names);
-            let parsed = format.parse(&|place| known.read(&request, place)).unwrap().unwrap();
-            assert_eq!(parsed.parent_id, continuation.context.parent_id, "{name}");
-            assert_eq!(parsed.trace_id[8..], continuation.context.trace_id[8..], "{name}");
+            let parsed = format.parse(&|index| configured.read(&request, index)).unwrap().unwrap();
+            assert_eq!(parsed.parent_id, propagated.context.parent_id, "{name}");
+            assert_eq!(parsed.trace_id[8..], propagated.context.trace_id[8..], "{name}");
             assert!(parsed.flags.sampled(), "{name}");
         }
         assert_eq!(value(&after, "x-b3-parentspanid"), None);
@@ -458,12 +511,12 @@ mod tests {
     #[test]
     fn a_tracestate_stays_with_its_traceparent() {
         let policy = r#"{"extract": ["b3", "tracecontext"]}"#;
-        let after = passed_on(policy, &[B3, ("traceparent", INBOUND), ("tracestate", "a=1")]);
+        let after = headers_after(policy, &[B3, ("traceparent", INBOUND), ("tracestate", "a=1")]);
         assert_eq!(value(&after, "tracestate"), Some("a=1"), "the same trace in both formats");
         let other = INBOUND.replace("4bf", "5bf");
-        let after = passed_on(policy, &[B3, ("traceparent", &other), ("tracestate", "a=1")]);
+        let after = headers_after(policy, &[B3, ("traceparent", &other), ("tracestate", "a=1")]);
         assert_eq!(value(&after, "tracestate"), None);
-        let after = passed_on(r#"{"inject": ["b3"]}"#, &[("traceparent", INBOUND), ("tracestate", "a=1")]);
+        let after = headers_after(r#"{"inject": ["b3"]}"#, &[("traceparent", INBOUND), ("tracestate", "a=1")]);
         assert_eq!((value(&after, "tracestate"), value(&after, "traceparent")), (None, None));
         assert_eq!(value(&after, "b3").unwrap()[..33], *format!("{TRACE}-"));
     }
@@ -473,33 +526,34 @@ mod tests {
         let undecided = ("b3", "4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7");
         for (percentage, flags) in [("0%", "00"), ("100%", "01")] {
             let policy = format!(r#"{{"extract": ["b3"], "sampling": {{"percentage": "{percentage}"}}}}"#);
-            assert_eq!(value(&passed_on(&policy, &[undecided]), "traceparent").unwrap()[53..], *flags);
+            assert_eq!(value(&headers_after(&policy, &[undecided]), "traceparent").unwrap()[53..], *flags);
         }
-        let denied = passed_on(r#"{"extract": ["b3"], "sampling": {"percentage": "100%"}}"#, &[("b3", "0")]);
+        let denied = headers_after(r#"{"extract": ["b3"], "sampling": {"percentage": "100%"}}"#, &[("b3", "0")]);
         assert_eq!(value(&denied, "traceparent").unwrap()[53..], *"02", "a decision without ids begins a trace");
     }
 
     #[test]
     fn a_new_trace_says_how_it_was_sampled() {
-        let after = passed_on(r#"{"sampling": {"percentage": "100%"}}"#, &[("tracestate", "a=1")]);
+        let after = headers_after(r#"{"sampling": {"percentage": "100%"}}"#, &[("tracestate", "a=1")]);
         assert_eq!(value(&after, "tracestate"), Some("ot=th:0"));
         assert_eq!(value(&after, "traceparent").unwrap()[53..], *"03");
-        let after = passed_on(r#"{"sampling": {"percentage": "0%"}}"#, &[("tracestate", "a=1")]);
+        let after = headers_after(r#"{"sampling": {"percentage": "0%"}}"#, &[("tracestate", "a=1")]);
         assert_eq!(value(&after, "tracestate"), None);
-        assert_eq!(threshold(Fraction::from_ppm(500_000)), 0x80_0000_0000_0000);
-        assert_eq!(threshold(Fraction::from_ppm(250_000)), 0xc0_0000_0000_0000);
-        assert_eq!(threshold(Fraction::NONE), 1 << 56);
-        assert_eq!(threshold(Fraction::WHOLE), 0);
+        assert_eq!(rejection_threshold(Fraction::from_ppm(500_000)), 0x80_0000_0000_0000);
+        assert_eq!(rejection_threshold(Fraction::from_ppm(250_000)), 0xc0_0000_0000_0000);
+        assert_eq!(rejection_threshold(Fraction::NONE), 1 << 56);
+        assert_eq!(rejection_threshold(Fraction::WHOLE), 0);
     }
 
     #[test]
     fn a_forced_decision_has_no_threshold() {
         let headers =
             [("traceparent", &*INBOUND.replace("-01", "-00")), ("tracestate", "a=1,ot=th:c;rv:0123456789abcd")];
-        let (after, _) = go("{}", Direction::Neither, true, &headers);
+        let (after, _) = propagate_with("{}", TrafficDirection::Unspecified, true, &headers);
         assert_eq!(value(&after, "tracestate"), Some("ot=rv:0123456789abcd,a=1"));
         assert_eq!(value(&after, "traceparent").unwrap()[53..], *"01");
-        let (after, _) = go(r#"{"sampling": {"percentage": "100%"}}"#, Direction::Neither, true, &[]);
+        let (after, _) =
+            propagate_with(r#"{"sampling": {"percentage": "100%"}}"#, TrafficDirection::Unspecified, true, &[]);
         assert_eq!(value(&after, "tracestate"), None);
     }
 
@@ -509,10 +563,10 @@ mod tests {
         for (reason, flags) in [("4", "02"), ("9", "03"), ("a", "03"), ("b", "03")] {
             let id = id(reason);
             let headers = [("x-request-id", id.as_str())];
-            let after = passed_on(r#"{"sampling": {"percentage": "0%"}}"#, &headers);
+            let after = headers_after(r#"{"sampling": {"percentage": "0%"}}"#, &headers);
             assert_eq!(value(&after, "traceparent").unwrap()[53..], *flags, "{reason}");
             assert_eq!(value(&after, "tracestate"), None, "no threshold is known");
-            let after = passed_on(r#"{"edge": "restart", "sampling": {"percentage": "0%"}}"#, &headers);
+            let after = headers_after(r#"{"edge": "restart", "sampling": {"percentage": "0%"}}"#, &headers);
             assert_eq!(value(&after, "traceparent").unwrap()[53..], *"02", "a stranger forces nothing");
         }
     }
@@ -536,12 +590,12 @@ mod tests {
             ("x-user", "ann"),
         ];
         let policy = r#"{"edge": "restart", "sampling": {"percentage": "0%"}}"#;
-        let (after, continuation) = go(policy, Direction::Inbound, false, &headers);
+        let (after, propagated) = propagate_with(policy, TrafficDirection::Inbound, false, &headers);
         let names: Vec<_> = after.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["x-user", "traceparent"]);
         assert_ne!(value(&after, "traceparent").unwrap()[3..35], *TRACE);
-        assert!(continuation.notes.contains(Note::Restarted));
-        let (after, _) = go(policy, Direction::Outbound, false, &headers);
+        assert!(propagated.events.contains(TraceEvent::Restarted));
+        let (after, _) = propagate_with(policy, TrafficDirection::Outbound, false, &headers);
         assert_eq!(value(&after, "traceparent").unwrap()[3..35], *TRACE, "what our own application sends goes on");
     }
 
@@ -549,10 +603,14 @@ mod tests {
     fn callers_of_ours_are_told_by_our_key() {
         let policy = r#"{"edge": "restartExternal", "tracestate": {"key": "acme"}}"#;
         for (tracestate, is_ours) in [("b=2,acme=1", true), ("b=2", false), ("acme2=1", false), ("acme=1,!", false)] {
-            let (after, continuation) =
-                go(policy, Direction::Inbound, false, &[("traceparent", INBOUND), ("tracestate", tracestate)]);
+            let (after, propagated) = propagate_with(
+                policy,
+                TrafficDirection::Inbound,
+                false,
+                &[("traceparent", INBOUND), ("tracestate", tracestate)],
+            );
             assert_eq!(value(&after, "traceparent").unwrap()[3..35] == *TRACE, is_ours, "{tracestate}");
-            assert_eq!(continuation.notes.contains(Note::Restarted), !is_ours);
+            assert_eq!(propagated.events.contains(TraceEvent::Restarted), !is_ours);
             let ours = value(&after, "tracestate").unwrap();
             assert_eq!(ours, if is_ours { "acme=1,b=2" } else { "acme=1" });
         }
@@ -563,9 +621,9 @@ mod tests {
         let policy = r#"{"tracestate": {"allow": ["a"]}, "baggage": {"allow": ["tenant"]}}"#;
         let headers =
             [("traceparent", INBOUND), ("tracestate", "a=1,b=2"), ("baggage", "tenant=x,user=ann"), ("baggage", "c=1")];
-        let (after, _) = go(policy, Direction::Outbound, false, &headers);
+        let (after, _) = propagate_with(policy, TrafficDirection::Outbound, false, &headers);
         assert_eq!((value(&after, "tracestate"), value(&after, "baggage")), (Some("a=1"), Some("tenant=x")));
-        let (after, _) = go(policy, Direction::Inbound, false, &headers[..3]);
+        let (after, _) = propagate_with(policy, TrafficDirection::Inbound, false, &headers[..3]);
         assert_eq!(
             (value(&after, "tracestate"), value(&after, "baggage")),
             (Some("a=1,b=2"), Some("tenant=x,user=ann"))
@@ -577,17 +635,17 @@ mod tests {
         let headers =
             [("traceparent", INBOUND), ("uberctx-tenantid", "x"), ("uberctx-user", "ann"), ("ot-baggage-a", "1")];
         let sent = |policy: &str, direction| {
-            let (after, _) = go(policy, direction, false, &headers);
+            let (after, _) = propagate_with(policy, direction, false, &headers);
             after.into_iter().map(|(name, _)| name).filter(|name| name != "traceparent").collect::<Vec<_>>()
         };
         let all = ["uberctx-tenantid", "uberctx-user", "ot-baggage-a"];
-        assert_eq!(sent("{}", Direction::Outbound), all);
+        assert_eq!(sent("{}", TrafficDirection::Outbound), all);
         let policy = r#"{"baggage": {"allow": ["tenantId"]}}"#;
-        assert_eq!(sent(policy, Direction::Inbound), all);
-        assert_eq!(sent(policy, Direction::Outbound), all[..1]);
-        assert_eq!(sent(policy, Direction::Neither), all[..1]);
-        assert_eq!(sent(r#"{"edge": "restart"}"#, Direction::Inbound), [""; 0]);
-        assert_eq!(sent(r#"{"edge": "restart"}"#, Direction::Outbound), all);
+        assert_eq!(sent(policy, TrafficDirection::Inbound), all);
+        assert_eq!(sent(policy, TrafficDirection::Outbound), all[..1]);
+        assert_eq!(sent(policy, TrafficDirection::Unspecified), all[..1]);
+        assert_eq!(sent(r#"{"edge": "restart"}"#, TrafficDirection::Inbound), [""; 0]);
+        assert_eq!(sent(r#"{"edge": "restart"}"#, TrafficDirection::Outbound), all);
     }
 
     #[test]
@@ -595,10 +653,10 @@ mod tests {
         let mut names = HeaderNames::default();
         let node = Node::from_json(br#"{"edge": "ignore"}"#).unwrap();
         let report = Report::default();
-        let trace = Trace::read(&Value::root(&node, &report), "t/", &mut names).unwrap();
+        let trace = TracePolicy::read(&Value::root(&node, &report), "t/", &mut names).unwrap();
         let block = encode_headers(&[("traceparent", "bad")]);
         let request = Request::parse(&block, &names);
-        assert_eq!(trace.carry_on(&request, Direction::Inbound, &mut || 1, &mut |_| None), None);
+        assert_eq!(trace.propagate(&request, TrafficDirection::Inbound, &mut || 1, &mut |_| None), None);
     }
 
     proptest! {
@@ -606,7 +664,7 @@ mod tests {
         #[test]
         fn a_threshold_is_exact(ppm in 0_u32..=1_000_000) {
             let exact = (1_u128 << 56) * u128::from(1_000_000 - ppm) / 1_000_000;
-            prop_assert!(u128::from(threshold(Fraction::from_ppm(ppm))).abs_diff(exact) <= 1);
+            prop_assert!(u128::from(rejection_threshold(Fraction::from_ppm(ppm))).abs_diff(exact) <= 1);
         }
 
         /// Whatever arrives, what leaves in W3C's format is valid.
@@ -618,11 +676,11 @@ mod tests {
             let edge = ["continue", "restart", "restartExternal"][edge];
             let policy = format!(r#"{{"edge": "{edge}", "extract": ["b3", "tracecontext", "b3multi", "jaeger", "xray", "datadog", "grpc"],
                 "inject": ["tracecontext", "datadog"]}}"#);
-            for direction in [Direction::Inbound, Direction::Outbound, Direction::Neither] {
-                let (after, continuation) = go(&policy, direction, false, &headers);
+            for direction in [TrafficDirection::Inbound, TrafficDirection::Outbound, TrafficDirection::Unspecified] {
+                let (after, propagated) = propagate_with(&policy, direction, false, &headers);
                 let traceparent = value(&after, "traceparent").unwrap();
                 let context = parse_traceparent(traceparent.as_bytes()).unwrap();
-                prop_assert_eq!(context.trace_id, continuation.context.trace_id);
+                prop_assert_eq!(context.trace_id, propagated.context.trace_id);
                 let lists = after.iter().filter(|(name, _)| name == "tracestate").map(|(_, list)| list.as_bytes());
                 prop_assert!(is_tracestate(lists));
             }

@@ -126,8 +126,8 @@ fn whatever_arrives_what_leaves_is_valid_and_no_larger() {
             let traceparents: Vec<_> = values("traceparent").map(parse_traceparent).collect();
             assert!(matches!(traceparents[..], [Ok(_)]), "round {round}: {traceparents:?} for {headers:?}");
             assert!(is_tracestate(values("tracestate")), "round {round}: {headers:?}");
-            let arrived = decision.reasons.trace.map(|trace| trace.arrived);
-            valid += usize::from(arrived == Some(super::Arrived::Valid));
+            let extraction = decision.reasons.trace.map(|trace| trace.extraction);
+            valid += usize::from(extraction == Some(super::Extraction::Valid));
         }
         largest = host.keys().iter().filter_map(|key| host.get(key)).map(|(word, _)| word.len()).max().unwrap_or(0);
         assert!(largest <= 13 << 10, "a word of {largest} bytes");

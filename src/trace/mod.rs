@@ -11,18 +11,18 @@ mod config;
 #[cfg(test)]
 mod conformance;
 mod decision;
+mod events;
 mod filter_state;
 mod formats;
 #[cfg(test)]
 mod fuzz;
-mod notes;
+mod metrics;
 mod policy;
+mod propagator;
 mod tracestate;
 pub mod w3c;
 
-pub use bridge::{Bridge, Remembered};
-pub use decision::{Arrived, Continuation, extract};
-pub use filter_state::restore;
-pub use formats::Format;
-pub use notes::{Note, Notes};
-pub use policy::{Direction, Edge, FilterState, Force, Response, Trace};
+pub use decision::{Extraction, PropagatedContext, extract_traceparent};
+pub use formats::TraceFormat;
+pub use policy::{EdgeMode, FilterStateFields, ForcedSampling, TracePolicy};
+pub use propagator::TracePropagator;

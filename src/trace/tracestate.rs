@@ -78,16 +78,16 @@ fn is_list(value: &[u8], count: &mut usize) -> bool {
 
 /// Whether the list has a member called `key`.
 pub fn has_member<'v>(values: impl Iterator<Item = &'v [u8]>, key: &str) -> bool {
-    members(values).any(|member| halves(member).0 == key.as_bytes())
+    members(values).any(|member| split_member(member).0 == key.as_bytes())
 }
 
 /// What is changed in a list.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Edit<'e> {
+pub struct TracestateEdit<'e> {
     /// Only members of these keys go on.
     pub allow: Option<&'e [Box<str>]>,
     /// A member of this key stands first.
-    pub mark: Option<&'e str>,
+    pub tracestate_key: Option<&'e str>,
     /// The sampling threshold becomes this one.
     pub threshold: Option<u64>,
     /// The sampling threshold goes.
@@ -95,13 +95,13 @@ pub struct Edit<'e> {
 }
 
 /// The list after `edit`, and whether it had to be cut. An empty list has no members.
-pub fn rewrite<'v>(values: &mut dyn Iterator<Item = &'v [u8]>, edit: &Edit<'_>) -> (Vec<u8>, bool) {
+pub fn rewrite<'v>(values: &mut dyn Iterator<Item = &'v [u8]>, edit: &TracestateEdit<'_>) -> (Vec<u8>, bool) {
     let mut list: Vec<Cow<'v, [u8]>> = Vec::new();
     let mut ours = Vec::new();
     for member in members(values) {
-        let (key, value) = halves(member);
+        let (key, value) = split_member(member);
         let is_allowed = edit.allow.is_none_or(|allow| allow.iter().any(|known| known.as_bytes() == key));
-        if !is_allowed || edit.mark.is_some_and(|mark| mark.as_bytes() == key) {
+        if !is_allowed || edit.tracestate_key.is_some_and(|own| own.as_bytes() == key) {
             continue;
         }
         if key == OPEN_TELEMETRY && (edit.erase_threshold || edit.threshold.is_some()) {
@@ -123,8 +123,8 @@ pub fn rewrite<'v>(values: &mut dyn Iterator<Item = &'v [u8]>, edit: &Edit<'_>) 
     if !ours.is_empty() {
         list.insert(0, Cow::Owned([b"ot=", ours.as_slice()].concat()));
     }
-    if let Some(mark) = edit.mark {
-        list.insert(0, Cow::Owned([mark.as_bytes(), b"=1"].concat()));
+    if let Some(tracestate_key) = edit.tracestate_key {
+        list.insert(0, Cow::Owned([tracestate_key.as_bytes(), b"=1"].concat()));
     }
     let cut = list.len() > MAX_MEMBERS;
     list.truncate(MAX_MEMBERS);
@@ -154,9 +154,9 @@ fn push_threshold(text: &mut Vec<u8>, threshold: u64) {
     }
 }
 
-fn halves(member: &[u8]) -> (&[u8], Option<&[u8]>) {
-    let mut halves = member.splitn(2, |byte| *byte == b'=');
-    (halves.next().unwrap_or_default(), halves.next())
+fn split_member(member: &[u8]) -> (&[u8], Option<&[u8]>) {
+    let mut parts = member.splitn(2, |byte| *byte == b'=');
+    (parts.next().unwrap_or_default(), parts.next())
 }
 
 /// `text` without the spaces and tabs around it (RFC 9110, section 5.6.3).
@@ -186,7 +186,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn rewritten(values: &[&str], edit: &Edit<'_>) -> (String, bool) {
+    fn rewritten(values: &[&str], edit: &TracestateEdit<'_>) -> (String, bool) {
         let (list, cut) = rewrite(&mut values.iter().map(|value| value.as_bytes()), edit);
         (String::from_utf8(list).unwrap(), cut)
     }
@@ -211,16 +211,23 @@ mod tests {
 
     #[test]
     fn our_members_stand_first_and_once() {
-        let mark = Edit { mark: Some("acme"), threshold: Some(0xc0_0000_0000_0000), ..Edit::default() };
-        assert_eq!(rewritten(&["a=1, acme=0", "b=2"], &mark), ("acme=1,ot=th:c,a=1,b=2".into(), false));
-        assert_eq!(rewritten(&[], &mark).0, "acme=1,ot=th:c");
+        let edit = TracestateEdit {
+            tracestate_key: Some("acme"),
+            threshold: Some(0xc0_0000_0000_0000),
+            ..TracestateEdit::default()
+        };
+        assert_eq!(rewritten(&["a=1, acme=0", "b=2"], &edit), ("acme=1,ot=th:c,a=1,b=2".into(), false));
+        assert_eq!(rewritten(&[], &edit).0, "acme=1,ot=th:c");
         let allow = ["b".into(), "c".into()];
-        assert_eq!(rewritten(&["a=1,b=2,c=3"], &Edit { allow: Some(&allow), ..Edit::default() }).0, "b=2,c=3");
+        assert_eq!(
+            rewritten(&["a=1,b=2,c=3"], &TracestateEdit { allow: Some(&allow), ..TracestateEdit::default() }).0,
+            "b=2,c=3"
+        );
     }
 
     #[test]
     fn a_threshold_is_erased_and_the_rest_of_its_member_stays() {
-        let erase = Edit { erase_threshold: true, ..Edit::default() };
+        let erase = TracestateEdit { erase_threshold: true, ..TracestateEdit::default() };
         assert_eq!(rewritten(&["a=1,ot=th:c;rv:01234567890abc"], &erase).0, "ot=rv:01234567890abc,a=1");
         assert_eq!(rewritten(&["a=1,ot=th:c"], &erase).0, "a=1");
         assert_eq!(rewritten(&["ot=rv:01234567890abc;th:c"], &erase).0, "ot=rv:01234567890abc");
@@ -242,12 +249,12 @@ mod tests {
     #[test]
     fn long_members_go_first_then_the_last() {
         let (long, short) = (format!("l={}", "x".repeat(200)), format!("s={}", "x".repeat(98)));
-        let mark = Edit { mark: Some("k"), ..Edit::default() };
+        let edit = TracestateEdit { tracestate_key: Some("k"), ..TracestateEdit::default() };
         let value = format!("{long},{short},{short},{long},{short},{short}");
         let expected = [short.as_str(); 4].join(",");
-        assert_eq!(rewritten(&[&value], &mark), (format!("k=1,{expected}"), true));
+        assert_eq!(rewritten(&[&value], &edit), (format!("k=1,{expected}"), true));
         let value = [short.as_str(); 6].join(",");
-        assert_eq!(rewritten(&[&value], &mark).0, format!("k=1,{}", [short.as_str(); 5].join(",")));
+        assert_eq!(rewritten(&[&value], &edit).0, format!("k=1,{}", [short.as_str(); 5].join(",")));
     }
 
     /// The grammar, member by member: what a list is split into, and what each part may be.
@@ -258,7 +265,7 @@ mod tests {
         };
         let members = members([value].into_iter());
         let valid = members.map(|member| {
-            let (key, value) = halves(member);
+            let (key, value) = split_member(member);
             is_key(key) && value.is_some_and(is_value)
         });
         let valid: Vec<bool> = valid.collect();
@@ -285,24 +292,24 @@ mod tests {
         #[test]
         fn a_valid_list_stays_valid_and_within_its_limits(
             members in proptest::collection::vec("[a-z][a-z0-9@_*/-]{0,140}=[!-+.-<>-~]{1,140}", 0..33),
-            mark: bool,
+            has_key: bool,
             threshold in proptest::option::of(0_u64..1 << 56),
         ) {
             let value = members.join(",");
             prop_assume!(is_tracestate([value.as_bytes()].into_iter()));
-            let edit = Edit { mark: mark.then_some("acme"), threshold, ..Edit::default() };
+            let edit = TracestateEdit { tracestate_key: has_key.then_some("acme"), threshold, ..TracestateEdit::default() };
             let (list, cut) = rewrite(&mut [value.as_bytes()].into_iter(), &edit);
             prop_assert!(is_tracestate([list.as_slice()].into_iter()));
             prop_assert!(list.len() <= MAX_LENGTH);
             prop_assert!(cut || super::members([list.as_slice()].into_iter()).count() >= members.len());
-            prop_assert_eq!(has_member([list.as_slice()].into_iter(), "acme"), mark);
+            prop_assert_eq!(has_member([list.as_slice()].into_iter(), "acme"), has_key);
         }
 
         #[test]
         fn no_bytes_panic(value in proptest::collection::vec(any::<u8>(), 0..1000), erase_threshold: bool) {
             let values = || [value.as_slice()].into_iter();
             let _ = (is_tracestate(values()), has_member(values(), "a"));
-            rewrite(&mut values(), &Edit { erase_threshold, mark: Some("a"), ..Edit::default() });
+            rewrite(&mut values(), &TracestateEdit { erase_threshold, tracestate_key: Some("a"), ..TracestateEdit::default() });
         }
     }
 }

@@ -63,8 +63,9 @@ use limits::{
 use proxy::{Headers, Outcome, Proxy, exchange, get, value};
 use std::time::Duration;
 use trace::{
-    a_context_is_left_and_restored, a_limit_may_force_sampling, a_rollback_may_force_sampling,
-    an_injected_fault_may_force_sampling, the_conformance_cases_pass,
+    a_context_is_left_and_restored, a_limit_may_force_sampling, a_restored_context_keeps_debug_and_foreign_fields,
+    a_rollback_may_force_sampling, an_injected_fault_may_force_sampling, an_unusual_sampling_field_keeps_the_trace,
+    the_conformance_cases_pass, unknown_x_ray_fields_are_kept,
 };
 
 /// Declares each case as a native test and as a test of the module.
@@ -91,7 +92,10 @@ cases![
     a_stranger_brings_no_trace_in,
     b3_is_translated,
     the_conformance_cases_pass,
+    an_unusual_sampling_field_keeps_the_trace,
+    unknown_x_ray_fields_are_kept,
     a_context_is_left_and_restored,
+    a_restored_context_keeps_debug_and_foreign_fields,
     a_limit_may_force_sampling,
     an_injected_fault_may_force_sampling,
     a_rollback_may_force_sampling,

@@ -45,6 +45,129 @@ pub fn the_conformance_cases_pass(start: Start) {
     }
 }
 
+const ALL_FORMATS: &str = r#"["tracecontext", "b3", "b3multi", "jaeger", "xray", "gcp", "datadog", "ottrace", "grpc"]"#;
+
+/// A sampling field that its format does not define leaves the trace id alone. Here new decisions are "not sampled".
+pub fn an_unusual_sampling_field_keeps_the_trace(start: Start) {
+    const HIGH: &str = "4bf92f3577b34da6";
+    const NONE: &str = "0000000000000000";
+    let trace = format!(r#", "trace": {{"extract": {ALL_FORMATS}, "sampling": {{"percentage": "0%"}}}}"#);
+    let mut proxy = start(&policy("", &trace));
+    // The headers that are sent; then the high half of the trace id and the flags that are expected.
+    let ids = |name: &str, state: &str| (name.to_owned(), format!("4bf92f3577b34da6a3ce929d0e0e4736{state}"));
+    let b3multi = |state: &str| {
+        let parent_id = ("x-b3-spanid".to_owned(), "00f067aa0ba902b7".to_owned());
+        vec![ids("x-b3-traceid", ""), parent_id, ("x-b3-sampled".to_owned(), state.to_owned())]
+    };
+    let datadog = |priority: &str| {
+        [("trace-id", "11803532876627986230"), ("parent-id", "67667974448284343"), ("sampling-priority", priority)]
+            .map(|(name, value)| (format!("x-datadog-{name}"), value.to_owned()))
+            .to_vec()
+    };
+    let ottrace = |sampled: &str| {
+        [("traceid", "a3ce929d0e0e4736"), ("spanid", "00f067aa0ba902b7"), ("sampled", sampled)]
+            .map(|(name, value)| (format!("ot-tracer-{name}"), value.to_owned()))
+            .to_vec()
+    };
+    let xray = |sampled: &str| {
+        let value = format!("Root=1-4bf92f35-77b34da6a3ce929d0e0e4736;Parent=00f067aa0ba902b7;Sampled={sampled}");
+        vec![("x-amzn-trace-id".to_owned(), value)]
+    };
+    let grpc = |value: &str| vec![("grpc-trace-bin".to_owned(), value.to_owned())];
+    let cases = [
+        (vec![ids("b3", "-00f067aa0ba902b7-True")], HIGH, "01"),
+        (vec![ids("b3", "-00f067aa0ba902b7-x")], HIGH, "00"),
+        (vec![ids("b3", "-00f067aa0ba902b7-")], HIGH, "00"),
+        (b3multi("True"), HIGH, "01"),
+        (b3multi("d"), HIGH, "01"),
+        (b3multi("x"), HIGH, "00"),
+        (vec![ids("uber-trace-id", ":00f067aa0ba902b7:0:x")], HIGH, "00"),
+        (vec![ids("uber-trace-id", ":00f067aa0ba902b7:0:")], HIGH, "00"),
+        (xray("2"), HIGH, "00"),
+        (xray(""), HIGH, "00"),
+        (vec![ids("x-cloud-trace-context", "/67667974448284343;o=2")], HIGH, "00"),
+        (vec![ids("x-cloud-trace-context", "/67667974448284343;o=")], HIGH, "00"),
+        (datadog("3"), NONE, "01"),
+        (datadog("-2"), NONE, "00"),
+        (datadog(""), NONE, "00"),
+        (ottrace("True"), NONE, "01"),
+        (ottrace("x"), NONE, "00"),
+        (grpc("AABL+S81d7NNpqPOkp0ODkc2AQDwZ6oLqQK3"), HIGH, "00"),
+        (grpc("AABL+S81d7NNpqPOkp0ODkc2AQDwZ6oLqQK3Ag"), HIGH, "00"),
+        (grpc("AABL+S81d7NNpqPOkp0ODkc2AQDwZ6oLqQK3Av8"), HIGH, "01"),
+    ];
+    for (headers, high, flags) in &cases {
+        let sent: Vec<(&str, &str)> = headers.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        let after = exchange(&mut *proxy, 0, &sent, "200").continued();
+        let traceparent = value(&after, "traceparent").unwrap();
+        assert_eq!(traceparent[3..35], format!("{high}a3ce929d0e0e4736"), "{sent:?}");
+        assert_ne!(traceparent[36..52], *"00f067aa0ba902b7", "{sent:?}");
+        assert_eq!(traceparent[53..], **flags, "{sent:?}");
+    }
+    assert_eq!(proxy.metric("trimtab.policy.p.trace.valid"), cases.len() as u64);
+    assert_eq!(proxy.metric("trimtab.policy.p.trace.invalid"), 0);
+
+    // Only W3C Trace Context requires a new trace for unreadable flags.
+    let sent = [("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-0x")];
+    let after = exchange(&mut *proxy, 0, &sent, "200").continued();
+    assert_ne!(value(&after, "traceparent").unwrap()[3..35], TRACEPARENT[3..35]);
+}
+
+pub fn unknown_x_ray_fields_are_kept(start: Start) {
+    let mut proxy = start(&policy("", r#", "trace": {"extract": ["xray"], "inject": ["xray", "tracecontext"]}"#));
+    let sent = "Self=1-67891234-12456789abcdef012345678;Root=1-4bf92f35-77b34da6a3ce929d0e0e4736;\
+                Parent=00f067aa0ba902b7;Sampled=1;Lineage=a87bd80c:1|68fd508a:5;CalledFrom=app";
+    let after = exchange(&mut *proxy, 0, &[("x-amzn-trace-id", sent)], "200").continued();
+    let parent_id = &value(&after, "traceparent").unwrap()[36..52];
+    let expected = format!(
+        "Root=1-4bf92f35-77b34da6a3ce929d0e0e4736;Parent={parent_id};Sampled=1;\
+         Self=1-67891234-12456789abcdef012345678;Lineage=a87bd80c:1|68fd508a:5;CalledFrom=app"
+    );
+    assert_eq!(value(&after, "x-amzn-trace-id"), Some(expected.as_str()));
+
+    let mut proxy = start(&policy("", r#", "trace": {"edge": "restart", "extract": ["xray"], "inject": ["xray"]}"#));
+    let after = exchange(&mut *proxy, 0, &[("x-amzn-trace-id", sent)], "200").continued();
+    let restarted = value(&after, "x-amzn-trace-id").unwrap();
+    assert_eq!(restarted.split(';').count(), 3, "a restarting edge keeps no field of the caller: {restarted}");
+}
+
+/// Envoy's own tracer writes the headers that it knows, without the fields of others. `edge: restore` writes them as the
+/// earlier filter did.
+pub fn a_restored_context_keeps_debug_and_foreign_fields(start: Start) {
+    const FORMATS: &str = r#"["b3", "xray", "datadog"]"#;
+    let block = format!(r#", "trace": {{"extract": {FORMATS}, "inject": {FORMATS}, "filterState": ["context"]}}"#);
+    let mut proxy = start(&policy("", &block));
+    let sent = [
+        ("b3", "4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-d"),
+        ("x-amzn-trace-id", "Root=1-4bf92f35-77b34da6a3ce929d0e0e4736;Lineage=a87bd80c:1"),
+        ("x-datadog-trace-id", "1"),
+        ("x-datadog-sampling-priority", "2"),
+        ("x-datadog-tags", "_dd.p.dm=-4"),
+    ];
+    let (stream, outcome) = get(&mut *proxy, 0, "/", &sent);
+    let decided = outcome.continued();
+    let left = proxy.left(stream, "trimtab.context").unwrap();
+    proxy.end(stream);
+    assert!(value(&decided, "b3").unwrap().ends_with("-d"));
+    assert!(value(&decided, "x-amzn-trace-id").unwrap().ends_with(";Lineage=a87bd80c:1"));
+
+    let mut proxy = start(&policy("", &format!(r#", "trace": {{"edge": "restore", "inject": {FORMATS}}}"#)));
+    proxy.set_property("trimtab.context", &left);
+    let overwritten = [
+        ("b3", "11111111111111111111111111111111-2222222222222222-0"),
+        ("x-amzn-trace-id", "Root=1-11111111-111111111111111111111111;Parent=2222222222222222;Sampled=0"),
+        ("x-datadog-trace-id", "1"),
+        ("x-datadog-sampling-priority", "0"),
+        ("x-datadog-tags", "_dd.p.dm=-1"),
+        ("x-datadog-origin", "rum"),
+    ];
+    let mut restored = exchange(&mut *proxy, 0, &overwritten, "200").continued();
+    let mut expected = decided;
+    restored.sort();
+    expected.sort();
+    assert_eq!(restored, expected);
+}
+
 pub fn a_context_is_left_and_restored(start: Start) {
     let mut proxy = start(&policy("", r#", "trace": {"filterState": ["traceId", "context"]}"#));
     let sent = [("traceparent", TRACEPARENT), ("tracestate", "a=1"), ("tracestate", "b=2")];

@@ -26,8 +26,8 @@ use trimtab::matcher::Condition;
 use trimtab::policy::{Policy, Route};
 use trimtab::ratelimit::service::Outcome::Admitted;
 use trimtab::ratelimit::{Admission, Limit, OnMissing, Reason, Remark};
-use trimtab::trace::w3c::{Flags, Invalid, format_traceparent};
-use trimtab::trace::{self, Arrived, Continuation, Edge};
+use trimtab::trace::w3c::{InvalidContext, TraceFlags, format_traceparent};
+use trimtab::trace::{self, EdgeMode, Extraction, PropagatedContext};
 use trimtab::units::{Fraction, Wall, point};
 
 #[derive(Args)]
@@ -188,8 +188,8 @@ impl Story<'_> {
     }
 
     fn dice(&self, fault: &Fault) -> Vec<Dice> {
-        let context = self.reasons.trace.as_ref().map(|continuation| continuation.context);
-        let context = context.or_else(|| trace::extract(&self.request).ok().flatten());
+        let context = self.reasons.trace.as_ref().map(|propagated| propagated.context);
+        let context = context.or_else(|| trace::extract_traceparent(&self.request).ok().flatten());
         let trace_id = context.map(|context| context.trace_id).filter(|_| fault.drawn_from == DrawnFrom::TraceId);
         let place = |what| fault.number(what, trace_id).map(|draw| Fraction::from_ppm(point(draw)));
         let asked = fault.asked(&self.request);
@@ -278,33 +278,38 @@ impl Story<'_> {
 
     fn tell_trace(&self, table: &mut Table) {
         table.section("trace");
-        let Some(continuation @ Continuation { arrived, from, root, context, .. }) = &self.reasons.trace else {
+        let Some(propagated @ PropagatedContext { extraction, format, is_root, is_sampled_here, context, .. }) =
+            &self.reasons.trace
+        else {
             let why = match self.policy.trace.as_ref().map(|trace| trace.edge) {
                 None => "the policy has no trace block",
-                Some(Edge::Restore) => "edge: restore, and no earlier filter has left a context",
+                Some(EdgeMode::Restore) => "edge: restore, and no earlier filter has left a context",
                 Some(_) => "edge: ignore",
             };
             table.row("left alone", why);
             return;
         };
-        let arrival = match arrived {
-            Arrived::Valid => format!("a valid {} arrived", from.map_or("context", |from| from.describe())),
-            Arrived::Missing => "no traceparent arrived".to_owned(),
-            Arrived::Decided => "an earlier filter has decided".to_owned(),
-            Arrived::Invalid(invalid) => format!("the traceparent is invalid: {}", describe_invalid(*invalid)),
+        let arrival = match extraction {
+            Extraction::Valid => format!("a valid {} arrived", format.map_or("context", |format| format.describe())),
+            Extraction::Missing => "no traceparent arrived".to_owned(),
+            Extraction::Restored => "an earlier filter has decided".to_owned(),
+            Extraction::Invalid(invalid) => format!("the traceparent is invalid: {}", describe_invalid(*invalid)),
         };
-        let sampled = if context.flags.contains(Flags::SAMPLED) { "sampled" } else { "not sampled" };
-        let decided = |by: String| match continuation.is_forced() {
+        let sampled = if context.flags.contains(TraceFlags::SAMPLED) { "sampled" } else { "not sampled" };
+        let decided = |by: String| match propagated.is_forced() {
             true => "sampled, for what was done to the request (force)".to_owned(),
             false => format!("{sampled}{by}"),
         };
-        if *arrived == Arrived::Decided {
+        let share = self.policy.trace.as_ref().map_or(Fraction::NONE, |trace| trace.sampling);
+        if *extraction == Extraction::Restored {
             table.row("goes on", format!("{arrival}; {sampled}"));
-        } else if *root {
-            let restarted = if *arrived == Arrived::Valid { ", but edge is restart" } else { "" };
-            let share = self.policy.trace.as_ref().map_or(Fraction::NONE, |trace| trace.sampling);
+        } else if *is_root {
+            let restarted = if *extraction == Extraction::Valid { ", but edge is restart" } else { "" };
             let decided = decided(format!(" ({share} are)"));
             table.row("begins here", format!("{arrival}{restarted}; its id is drawn; {decided}"));
+        } else if *is_sampled_here {
+            let decided = decided(format!(" ({share} are): the caller left the decision open"));
+            table.row("goes on", format!("{arrival}; its new parent id is drawn; {decided}"));
         } else {
             let decided = decided(", as the caller decided".to_owned());
             table.row("goes on", format!("{arrival}; its new parent id is drawn; {decided}"));
@@ -721,30 +726,30 @@ fn status_in_words(status: Status) -> String {
     }
 }
 
-fn json_trace(continuation: &Continuation) -> Value {
-    let (arrived, reason) = match continuation.arrived {
-        Arrived::Valid => ("valid", None),
-        Arrived::Missing => ("missing", None),
-        Arrived::Decided => ("decided", None),
-        Arrived::Invalid(invalid) => ("invalid", Some(describe_invalid(invalid))),
+fn json_trace(propagated: &PropagatedContext) -> Value {
+    let (arrived, reason) = match propagated.extraction {
+        Extraction::Valid => ("valid", None),
+        Extraction::Missing => ("missing", None),
+        Extraction::Restored => ("decided", None),
+        Extraction::Invalid(invalid) => ("invalid", Some(describe_invalid(invalid))),
     };
     json!({
         "arrived": arrived,
         "reason": reason,
-        "root": continuation.root,
-        "sampled": continuation.context.flags.contains(Flags::SAMPLED),
-        "traceparent": String::from_utf8_lossy(&format_traceparent(&continuation.context)),
+        "root": propagated.is_root,
+        "sampled": propagated.context.flags.contains(TraceFlags::SAMPLED),
+        "traceparent": String::from_utf8_lossy(&format_traceparent(&propagated.context)),
     })
 }
 
-fn describe_invalid(invalid: Invalid) -> &'static str {
+fn describe_invalid(invalid: InvalidContext) -> &'static str {
     match invalid {
-        Invalid::Duplicate => "it was sent more than once",
-        Invalid::Shape => "it is too short, too long, or lacks a dash",
-        Invalid::Version => "its version is ff",
-        Invalid::Character => "it has a character that is no lower-case hexadecimal digit",
-        Invalid::ZeroTraceId => "its trace id is zero",
-        Invalid::ZeroParentId => "its parent id is zero",
+        InvalidContext::Duplicate => "it was sent more than once",
+        InvalidContext::Shape => "it is too short, too long, or lacks a dash",
+        InvalidContext::Version => "its version is ff",
+        InvalidContext::Character => "it has a character that is no lower-case hexadecimal digit",
+        InvalidContext::ZeroTraceId => "its trace id is zero",
+        InvalidContext::ZeroParentId => "its parent id is zero",
     }
 }
 

@@ -1,16 +1,16 @@
 //! Ids as decimal numbers of 64 bits.
 
-use crate::trace::w3c::Invalid;
+use crate::trace::w3c::InvalidContext;
 
 /// Reads a number; zero is one.
 #[inline(never)]
-pub(super) fn parse(digits: &[u8]) -> Result<u64, Invalid> {
+pub(super) fn parse(digits: &[u8]) -> Result<u64, InvalidContext> {
     if digits.is_empty() {
-        return Err(Invalid::Shape);
+        return Err(InvalidContext::Shape);
     }
     digits.iter().try_fold(0_u64, |number, digit| {
-        let digit = digit.checked_sub(b'0').filter(|digit| *digit < 10).ok_or(Invalid::Shape)?;
-        number.checked_mul(10).and_then(|number| number.checked_add(u64::from(digit))).ok_or(Invalid::Shape)
+        let digit = digit.checked_sub(b'0').filter(|digit| *digit < 10).ok_or(InvalidContext::Shape)?;
+        number.checked_mul(10).and_then(|number| number.checked_add(u64::from(digit))).ok_or(InvalidContext::Shape)
     })
 }
 

@@ -1,47 +1,53 @@
-//! OpenCensus' binary format: `grpc-trace-bin`, in base64 the bytes 00, 00 and the trace id, 01 and the span id, 02 and
-//! the flags. A decision is always there.
+//! OpenCensus' binary format: `grpc-trace-bin`, in base64 the version 00 and then fields, each with its number: 00 and
+//! the trace id, 01 and the span id, 02 and the options (OpenCensus specifications, encodings/BinaryEncoding.md). As in
+//! the reference implementations, options that are missing leave the decision open, and what follows is not read.
 
-use super::{Parsed, Read, Write};
-use crate::trace::w3c::{Flags, Invalid, TraceContext, push};
+use super::{HeaderReader, HeaderWriter, ParseResult};
+use crate::trace::w3c::{InvalidContext, TraceContext, TraceFlags, push};
 
 pub(super) const HEADERS: [&str; 1] = ["grpc-trace-bin"];
 
-/// The bytes of a context.
+/// The bytes of a context that is written.
 const LENGTH: usize = 29;
 
-pub(super) fn parse(read: Read<'_, '_>) -> Parsed {
+/// The most characters of a context that is read.
+const MAX_DIGITS: usize = 128;
+
+pub(super) fn parse(read: HeaderReader<'_, '_>) -> ParseResult {
     let Some(value) = read(0)? else { return Ok(None) };
     // Padding is accepted and never sent.
-    let digits = value.strip_suffix(b"=").unwrap_or(value);
-    let mut bytes = [0; LENGTH];
-    if digits.len() != (LENGTH * 4).div_ceil(3) {
-        return Err(Invalid::Shape);
+    let end = value.iter().rposition(|byte| *byte != b'=').map_or(0, |last| last + 1);
+    let (digits, padding) = value.split_at_checked(end).ok_or(InvalidContext::Shape)?;
+    if digits.len() > MAX_DIGITS || digits.len() % 4 == 1 || padding.len() > 2 {
+        return Err(InvalidContext::Shape);
     }
-    for (chunk, bytes) in digits.chunks(4).zip(bytes.chunks_mut(3)) {
+    let mut bytes = Vec::with_capacity(MAX_DIGITS);
+    for chunk in digits.chunks(4) {
         let mut word = 0_u32;
         for (digit, shift) in chunk.iter().zip([18, 12, 6, 0]) {
             word |= sextet(*digit)? << shift;
         }
-        for (byte, part) in bytes.iter_mut().zip(word.to_be_bytes().into_iter().skip(1)) {
-            *byte = part;
-        }
+        bytes.extend(word.to_be_bytes().into_iter().skip(1).take(chunk.len() - 1));
     }
-    let [0, 0, rest @ ..] = &bytes else { return Err(Invalid::Version) };
-    let (trace_id, rest) = rest.split_first_chunk::<16>().ok_or(Invalid::Shape)?;
-    let [1, rest @ ..] = rest else { return Err(Invalid::Shape) };
-    let (parent_id, rest) = rest.split_first_chunk::<8>().ok_or(Invalid::Shape)?;
-    let [2, flags] = rest else { return Err(Invalid::Shape) };
+    let [0, fields @ ..] = bytes.as_slice() else { return Err(InvalidContext::Version) };
+    let [0, rest @ ..] = fields else { return Err(InvalidContext::Shape) };
+    let (trace_id, rest) = rest.split_first_chunk::<16>().ok_or(InvalidContext::Shape)?;
+    let [1, rest @ ..] = rest else { return Err(InvalidContext::Shape) };
+    let (parent_id, rest) = rest.split_first_chunk::<8>().ok_or(InvalidContext::Shape)?;
     if *trace_id == [0; 16] {
-        return Err(Invalid::ZeroTraceId);
+        return Err(InvalidContext::ZeroTraceId);
     }
     if *parent_id == [0; 8] {
-        return Err(Invalid::ZeroParentId);
+        return Err(InvalidContext::ZeroParentId);
     }
-    let flags = Flags::decided(Some(flags & 1 != 0));
+    let flags = match rest {
+        [2, options, ..] => TraceFlags::decided(Some(options & 1 != 0)),
+        _ => TraceFlags::DEFERRED,
+    };
     Ok(Some(TraceContext { trace_id: *trace_id, parent_id: *parent_id, flags }))
 }
 
-pub(super) fn write(context: &TraceContext, write: Write<'_>) {
+pub(super) fn write(context: &TraceContext, write: HeaderWriter<'_>) {
     let mut bytes = Vec::with_capacity(LENGTH);
     for part in [&[0, 0], &context.trace_id[..], &[1], &context.parent_id, &[2, u8::from(context.flags.sampled())]] {
         push(&mut bytes, part);
@@ -54,14 +60,14 @@ pub(super) fn write(context: &TraceContext, write: Write<'_>) {
     write(0, text);
 }
 
-fn sextet(digit: u8) -> Result<u32, Invalid> {
+fn sextet(digit: u8) -> Result<u32, InvalidContext> {
     let value = match digit {
         b'A'..=b'Z' => digit - b'A',
         b'a'..=b'z' => digit - b'a' + 26,
         b'0'..=b'9' => digit - b'0' + 52,
         b'+' => 62,
         b'/' => 63,
-        _ => return Err(Invalid::Character),
+        _ => return Err(InvalidContext::Character),
     };
     Ok(u32::from(value))
 }

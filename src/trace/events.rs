@@ -2,7 +2,7 @@
 
 /// Something that was done, and that an operator wants to count.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Note {
+pub enum TraceEvent {
     /// A context was set aside and a new trace begun, because the edge says so.
     Restarted,
     /// The context came from what was remembered, because the application had copied none.
@@ -16,34 +16,29 @@ pub enum Note {
     /// The context came in a format that is not injected.
     Converted,
     /// A `tracestate` was invalid and dropped.
-    BadTracestate,
+    InvalidTracestate,
     /// Another request's context, still alive, lost its place to this one's.
     Displaced,
 }
 
-/// A set of notes.
+/// A set of events.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Notes(u16);
+pub struct TraceEvents(u16);
 
-impl Notes {
-    pub fn add(&mut self, note: Note) {
-        self.0 |= 1 << note as u16;
+impl TraceEvents {
+    pub fn add(&mut self, event: TraceEvent) {
+        self.0 |= 1 << event as u16;
     }
 
-    pub fn add_if(&mut self, condition: bool, note: Note) {
-        self.0 |= u16::from(condition) << note as u16;
+    pub fn add_if(&mut self, condition: bool, event: TraceEvent) {
+        self.0 |= u16::from(condition) << event as u16;
     }
 
-    pub fn add_all(&mut self, notes: Notes) {
-        self.0 |= notes.0;
+    pub fn extend(&mut self, events: TraceEvents) {
+        self.0 |= events.0;
     }
 
-    pub fn contains(self, note: Note) -> bool {
-        self.0 & 1 << note as u16 != 0
-    }
-
-    /// As a number: the bit of each note stands at its own place.
-    pub fn bits(self) -> u16 {
-        self.0
+    pub fn contains(self, event: TraceEvent) -> bool {
+        self.0 & 1 << event as u16 != 0
     }
 }
