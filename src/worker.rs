@@ -22,13 +22,16 @@ use crate::host::{GrpcAnswer, Host};
 use crate::http::{HeaderMutation, LocalReply};
 use crate::policy::Policy;
 use crate::ratelimit::service::{Outcome, PendingStreams};
-use crate::units::Monotonic;
+use crate::units::MonotonicInstant;
 use hashbrown::HashMap;
 use std::collections::VecDeque;
 
 /// The most streams that are released in one call. In Envoy 1.40 the virtual machine traps at 272 streams that are
 /// answered at once, with no other filter in the chain; the distance leaves room for other filters.
 pub const MAX_RELEASES: usize = 32;
+
+/// The longest time, in nanoseconds, that what a worker adds to metrics stays unpublished.
+pub const PUBLICATION_PERIOD: u64 = 100_000_000;
 
 /// A filter and the streams that it holds.
 #[derive(Debug)]
@@ -41,7 +44,7 @@ pub struct Worker {
     answered: VecDeque<Answered>,
     /// The exchanges of streams that waited for a call, until their response or their end.
     resumed: HashMap<u32, Exchange>,
-    ticked: Monotonic,
+    ticked: MonotonicInstant,
 }
 
 /// A request that waits for a call.
@@ -57,7 +60,7 @@ struct Answered {
     stream: u32,
     pending: Pending,
     outcome: Outcome,
-    at: Monotonic,
+    at: MonotonicInstant,
 }
 
 /// What a host keeps of a stream from its beginning to its end, when it is handed to [`Worker::on_end`].
@@ -251,16 +254,32 @@ impl Worker {
         self.ticked = host.now();
         self.filter.on_tick(host);
         self.release(host, streams);
+        self.publish(host);
+    }
+
+    /// Merges and publishes what this worker has counted. To be called when its configuration goes away, after the last
+    /// stream has ended.
+    pub fn on_shutdown(&mut self, host: &impl Host) {
+        self.filter.on_shutdown(host);
+        self.publish(host);
+    }
+
+    fn publish(&self, host: &impl Host) {
+        for (problem, count) in host.take_problems() {
+            self.filter.count_problem(problem, count, host);
+        }
+        host.publish();
     }
 
     /// When [`Worker::on_tick`] is to be called next, by the host's monotonic clock; a time that has passed means as soon
     /// as possible. It changes with every other call.
-    pub fn next_tick(&mut self) -> Option<Monotonic> {
+    pub fn next_tick(&mut self, host: &impl Host) -> Option<MonotonicInstant> {
         let due =
             if self.answered.is_empty() { self.delayed.next_due().map(|(due, _)| due) } else { Some(self.ticked) };
         let period = self.filter.tick_period(due.is_some());
         let periodic = period.map(|period| self.ticked.saturating_add(period));
-        [due, periodic].into_iter().flatten().min()
+        let unpublished = host.has_unpublished().then(|| self.ticked.saturating_add(PUBLICATION_PERIOD));
+        [due, periodic, unpublished].into_iter().flatten().min()
     }
 
     /// Releases streams that are due, up to [`MAX_RELEASES`].
@@ -288,7 +307,7 @@ impl Worker {
     }
 
     /// Releases the next delayed stream, unfaulted where its experiment may inject nothing any more. Whether it was reset.
-    fn release_delayed(&mut self, host: &impl Host, now: Monotonic, streams: &mut impl Streams) -> bool {
+    fn release_delayed(&mut self, host: &impl Host, now: MonotonicInstant, streams: &mut impl Streams) -> bool {
         let Some(Due { stream, then: hold, is_expedited }) = self.delayed.take_due(now) else { return false };
         // It may have been suspended since the last tick.
         let is_faulted =

@@ -3,7 +3,7 @@
 use super::policy::Breaker;
 use crate::http::LocalReply;
 use crate::outlier::Totals;
-use crate::units::{Monotonic, seconds_rounded_up};
+use crate::units::{MonotonicInstant, seconds_rounded_up};
 
 /// Whether requests pass. The instants are of the clock that all workers share.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -11,9 +11,9 @@ pub enum Phase {
     #[default]
     Closed,
     /// None passes until this instant.
-    Open(Monotonic),
+    Open(MonotonicInstant),
     /// Probes pass: so many have begun since this instant, so many of them have succeeded.
-    HalfOpen { since: Monotonic, begun: u32, passed: u32 },
+    HalfOpen { since: MonotonicInstant, begun: u32, passed: u32 },
 }
 
 /// The state of a breaker. All workers share it.
@@ -29,29 +29,29 @@ pub struct Condition {
 pub enum Pass {
     Through,
     /// It is let through to show how the target is; the probes of one half-open phase share this instant.
-    Probe(Monotonic),
+    Probe(MonotonicInstant),
     /// It is refused; so many nanoseconds are left until it is worth another try.
     Refused(u64),
 }
 
 impl Breaker {
     /// What is done with a request, and the new condition where that changes it.
-    pub fn admit(&self, condition: Condition, now: Monotonic) -> (Pass, Option<Condition>) {
+    pub fn admit(&self, condition: Condition, now: MonotonicInstant) -> (Pass, Option<Condition>) {
         let probe = |since, begun, passed| {
             let phase = Phase::HalfOpen { since, begun, passed };
             (Pass::Probe(since), Some(Condition { phase, ..condition }))
         };
         match condition.phase {
             Phase::Closed => (Pass::Through, None),
-            Phase::Open(until) if now < until => (Pass::Refused(until - now), None),
+            Phase::Open(until) if now < until => (Pass::Refused(until.saturating_since(now)), None),
             Phase::Open(_) => probe(now, 1, 0),
             Phase::HalfOpen { since, begun, passed } if begun < self.probes => {
                 probe(since, begun.saturating_add(1), passed)
             }
             // A probe whose client has gone is never answered: the next ones begin when it could have been.
-            Phase::HalfOpen { since, .. } => match since.saturating_add(self.reset).checked_sub(now) {
-                None | Some(0) => probe(now, 1, 0),
-                Some(left) => (Pass::Refused(left), None),
+            Phase::HalfOpen { since, .. } => match since.saturating_add(self.reset).saturating_since(now) {
+                0 => probe(now, 1, 0),
+                left => (Pass::Refused(left), None),
             },
         }
     }
@@ -61,10 +61,10 @@ impl Breaker {
     pub fn learn(
         &self,
         condition: Condition,
-        probe: Option<Monotonic>,
+        probe: Option<MonotonicInstant>,
         failed: bool,
         (recent, totals): (Totals, Totals),
-        now: Monotonic,
+        now: MonotonicInstant,
     ) -> Option<Condition> {
         let open = Phase::Open(now.saturating_add(self.reset));
         let phase = match (condition.phase, probe) {
@@ -130,8 +130,8 @@ impl Condition {
     pub fn encode(self) -> Vec<u8> {
         let (instant, begun, passed) = match self.phase {
             Phase::Closed => (0, 0, 0),
-            Phase::Open(until) => (until, 0, 0),
-            Phase::HalfOpen { since, begun, passed } => (since, begun, passed),
+            Phase::Open(until) => (until.as_nanos(), 0, 0),
+            Phase::HalfOpen { since, begun, passed } => (since.as_nanos(), begun, passed),
         };
         let mut word = vec![Self::SCHEMA, self.phase.number()];
         for value in
@@ -150,8 +150,12 @@ impl Condition {
             [instant, requests, failures, probes].map(|bytes| u64::from_le_bytes(*bytes));
         let phase = match (phase, instant, probes) {
             (0, 0, 0) => Phase::Closed,
-            (1, until, 0) => Phase::Open(until),
-            (2, since, probes) => Phase::HalfOpen { since, begun: (probes >> 32) as u32, passed: probes as u32 },
+            (1, until, 0) => Phase::Open(MonotonicInstant::from_nanos(until)),
+            (2, since, probes) => Phase::HalfOpen {
+                since: MonotonicInstant::from_nanos(since),
+                begun: (probes >> 32) as u32,
+                passed: probes as u32,
+            },
             _ => return None,
         };
         Some(Condition { phase, closed_at: Totals { requests, failures, ..Totals::default() } })
@@ -161,6 +165,7 @@ impl Condition {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::at;
     use proptest::prelude::*;
 
     const SECOND: u64 = 1_000_000_000;
@@ -174,7 +179,7 @@ mod tests {
         Totals { requests, failures, ..Totals::default() }
     }
 
-    fn open(until: Monotonic) -> Condition {
+    fn open(until: MonotonicInstant) -> Condition {
         Condition { phase: Phase::Open(until), ..Condition::default() }
     }
 
@@ -182,10 +187,10 @@ mod tests {
     fn it_opens_at_the_threshold_and_not_before() {
         let learn = |requests, failures, failed| {
             let seen = (totals(requests, failures), totals(requests, failures));
-            breaker(1).learn(Condition::default(), None, failed, seen, 5).map(|condition| condition.phase)
+            breaker(1).learn(Condition::default(), None, failed, seen, at(5)).map(|condition| condition.phase)
         };
         assert_eq!(learn(19, 19, true), None, "too few to tell");
-        assert_eq!(learn(20, 10, true), Some(Phase::Open(5 + 30 * SECOND)));
+        assert_eq!(learn(20, 10, true), Some(Phase::Open(at(5 + 30 * SECOND))));
         assert_eq!(learn(21, 10, true), None);
         assert_eq!(learn(20, 20, false), None, "a success opens nothing");
     }
@@ -193,12 +198,13 @@ mod tests {
     #[test]
     fn what_was_counted_before_it_closed_is_forgotten() {
         let breaker = breaker(1);
-        let half_open = Condition { phase: Phase::HalfOpen { since: 7, begun: 1, passed: 0 }, ..Condition::default() };
-        let closed = breaker.learn(half_open, Some(7), false, (totals(30, 29), totals(30, 29)), 8).unwrap();
+        let half_open =
+            Condition { phase: Phase::HalfOpen { since: at(7), begun: 1, passed: 0 }, ..Condition::default() };
+        let closed = breaker.learn(half_open, Some(at(7)), false, (totals(30, 29), totals(30, 29)), at(8)).unwrap();
         assert_eq!(closed.phase, Phase::Closed);
         let learn = |requests, failures| {
             let seen = (totals(requests, failures), totals(requests, failures));
-            breaker.learn(closed, None, true, seen, 9).is_some()
+            breaker.learn(closed, None, true, seen, at(9)).is_some()
         };
         assert!(!learn(31, 30) && !learn(49, 48));
         assert!(learn(50, 49));
@@ -207,34 +213,38 @@ mod tests {
     #[test]
     fn half_open_lets_the_stated_number_through() {
         let breaker = breaker(3);
-        let mut condition = open(100);
+        let mut condition = open(at(100));
         let (mut probes, mut refused) = (0, 0);
         for now in 90..120 {
-            let (pass, changed) = breaker.admit(condition, now);
+            let (pass, changed) = breaker.admit(condition, at(now));
             condition = changed.unwrap_or(condition);
             match pass {
                 Pass::Through => panic!("let through at {now}"),
                 Pass::Probe(since) => {
-                    assert_eq!(since, 100);
+                    assert_eq!(since, at(100));
                     probes += 1;
                 }
                 Pass::Refused(_) => refused += 1,
             }
         }
         assert_eq!((probes, refused), (3, 27));
-        assert_eq!(breaker.admit(condition, 110).0, Pass::Refused(30 * SECOND - 10));
-        assert_eq!(breaker.admit(condition, 100 + 30 * SECOND).0, Pass::Probe(100 + 30 * SECOND), "none was answered");
+        assert_eq!(breaker.admit(condition, at(110)).0, Pass::Refused(30 * SECOND - 10));
+        assert_eq!(
+            breaker.admit(condition, at(100 + 30 * SECOND)).0,
+            Pass::Probe(at(100 + 30 * SECOND)),
+            "none was answered"
+        );
 
         let learn =
-            |condition, probe, failed| breaker.learn(condition, probe, failed, (totals(0, 0), totals(0, 0)), 200);
-        assert_eq!(learn(condition, Some(99), true), None, "a probe of an earlier time");
+            |condition, probe, failed| breaker.learn(condition, probe, failed, (totals(0, 0), totals(0, 0)), at(200));
+        assert_eq!(learn(condition, Some(at(99)), true), None, "a probe of an earlier time");
         assert_eq!(learn(condition, None, true), None, "a request from before it opened");
-        assert_eq!(learn(condition, Some(100), true).unwrap().phase, Phase::Open(200 + 30 * SECOND));
+        assert_eq!(learn(condition, Some(at(100)), true).unwrap().phase, Phase::Open(at(200 + 30 * SECOND)));
         for _ in 0..2 {
-            condition = learn(condition, Some(100), false).unwrap();
+            condition = learn(condition, Some(at(100)), false).unwrap();
             assert_ne!(condition.phase, Phase::Closed);
         }
-        assert_eq!(learn(condition, Some(100), false).unwrap().phase, Phase::Closed);
+        assert_eq!(learn(condition, Some(at(100)), false).unwrap().phase, Phase::Closed);
     }
 
     #[test]
@@ -250,9 +260,9 @@ mod tests {
         fn a_condition_is_read_as_it_was_written(
             phase in prop_oneof![
                 Just(Phase::Closed),
-                any::<u64>().prop_map(Phase::Open),
+                any::<u64>().prop_map(|until| Phase::Open(at(until))),
                 (any::<u64>(), any::<u32>(), any::<u32>())
-                    .prop_map(|(since, begun, passed)| Phase::HalfOpen { since, begun, passed }),
+                    .prop_map(|(since, begun, passed)| Phase::HalfOpen { since: at(since), begun, passed }),
             ],
             requests: u64,
             failures: u64,
@@ -264,6 +274,7 @@ mod tests {
         #[test]
         fn no_word_is_too_odd(word in proptest::collection::vec(any::<u8>(), 0..40), now: u64) {
             if let Some(condition) = Condition::decode(&word) {
+                let now = at(now);
                 breaker(1).admit(condition, now);
                 breaker(1).learn(condition, Some(now), false, (totals(1, 1), totals(0, 0)), now);
             }

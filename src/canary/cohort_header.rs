@@ -17,7 +17,7 @@
 //! it may be a replay. Members of other rollouts are passed on, because a service further on may know them.
 
 use crate::http::{HeaderId, HeaderMutation};
-use crate::units::{Fraction, Wall};
+use crate::units::{Fraction, UnixNanos};
 use hmac_sha256::HMAC;
 use std::borrow::Cow;
 use std::fmt::{self, Write};
@@ -125,14 +125,14 @@ impl Carried {
 impl CohortHeader {
     /// Reads what a request carries: `sent` is the header's value, `recalled` the one that an application has lost.
     /// Both are bytes of anybody's making, the second of a neighbour's at best.
-    pub fn carried(&self, sent: Option<&[u8]>, recalled: Option<&[u8]>, now: impl FnOnce() -> Wall) -> Carried {
+    pub fn carried(&self, sent: Option<&[u8]>, recalled: Option<&[u8]>, now: impl FnOnce() -> UnixNanos) -> Carried {
         let mut carried = Carried { is_sent: sent.is_some(), ..Carried::default() };
         let Some(value) = sent.or(recalled).filter(|value| !value.is_empty()) else { return carried };
         let Some(text) = std::str::from_utf8(value).ok().filter(|text| text.len() <= MOST_BYTES) else {
             carried.refused.malformed = 1;
             return carried;
         };
-        let now = now() / NANOSECONDS;
+        let now = now().as_nanos() / NANOSECONDS;
         for (index, text) in text.split(',').enumerate() {
             let text = text.trim_matches([' ', '\t']);
             let refused = &mut carried.refused;
@@ -182,7 +182,7 @@ impl CohortHeader {
         &self,
         carried: &Carried,
         decided: Option<(&str, Decided)>,
-        now: impl FnOnce() -> Wall,
+        now: impl FnOnce() -> UnixNanos,
     ) -> Option<HeaderMutation<'_>> {
         if decided.is_none() && carried.refused.is_none() && (carried.is_sent || carried.members.is_empty()) {
             return None;
@@ -193,7 +193,7 @@ impl CohortHeader {
             push_member(&mut value, &member.text);
         }
         if let Some((rollout, decided)) = decided {
-            push_member(&mut value, &self.member(rollout, decided, now() / NANOSECONDS));
+            push_member(&mut value, &self.member(rollout, decided, now().as_nanos() / NANOSECONDS));
         }
         if value.is_empty() {
             return carried.is_sent.then_some(HeaderMutation::Remove(&self.name));
@@ -278,7 +278,7 @@ mod tests {
     use crate::http::HeaderNames;
     use proptest::prelude::*;
 
-    const NOW: Wall = 1_795_251_600 * NANOSECONDS;
+    const NOW: UnixNanos = UnixNanos::from_nanos(1_795_251_600 * NANOSECONDS);
     const OLD: &[u8] = b"an old key of thirty-two bytes..";
     const NEW: &[u8] = b"a new key of thirty-two bytes...";
     const DECIDED: Decided = Decided { place: 114_621, weight: Fraction::from_ppm(150_000) };

@@ -415,7 +415,7 @@ mod tests {
         );
         assert_eq!(told, [] as [&str; 0]);
         let schedule = split.unwrap().canary.unwrap().schedule.unwrap();
-        assert_eq!(schedule.start, 1_795_251_600_000_000_000);
+        assert_eq!(schedule.start.as_nanos(), 1_795_251_600_000_000_000);
         let first = Stage { weight: Fraction::from_ppm(50_000), duration: 300_000_000_000 };
         assert_eq!(schedule.stages, [first, Stage { weight: Fraction::WHOLE, duration: 0 }]);
     }

@@ -6,7 +6,7 @@ use super::policy::{Canary, Split};
 use crate::host::Properties;
 use crate::http::Request;
 use crate::key::Scene;
-use crate::units::{Fraction, Wall, point};
+use crate::units::{Fraction, UnixNanos, point};
 use std::borrow::Cow;
 
 /// The destination chosen, and why.
@@ -58,7 +58,7 @@ pub enum Term {
 
 impl Canary {
     /// The share by the clock; `now` is asked only where there are stages. `route` is the weight of the route.
-    pub fn share(&self, route: Fraction, now: impl FnOnce() -> Wall) -> Share {
+    pub fn share(&self, route: Fraction, now: impl FnOnce() -> UnixNanos) -> Share {
         let Some(schedule) = &self.schedule else { return Share { weight: route, term: Term::Route } };
         let stage = schedule.stage(now());
         Share { weight: schedule.weight(stage), term: stage.map_or(Term::NotStarted, Term::Stage) }
@@ -213,14 +213,14 @@ mod tests {
         let mut split = split(&[60, 30, 10], Some(2));
         let stage = |percent: u32| Stage { weight: Fraction::from_ppm(percent * 10_000), duration: 10 };
         let stages = vec![stage(0), stage(40), stage(100)];
-        split.canary.as_mut().unwrap().schedule = Some(Schedule { start: 100, stages });
+        split.canary.as_mut().unwrap().schedule = Some(Schedule { start: UnixNanos::from_nanos(100), stages });
         for (now, term, canary) in [
             (99, Term::NotStarted, 0.0),
             (100, Term::Stage(0), 0.0),
             (110, Term::Stage(1), 0.4),
             (120, Term::Stage(2), 1.0),
         ] {
-            let share = split.canary.as_ref().unwrap().share(Fraction::NONE, || now);
+            let share = split.canary.as_ref().unwrap().share(Fraction::NONE, || UnixNanos::from_nanos(now));
             assert_eq!(share.term, term);
             let mut counts = [0_u32; 3];
             for n in 0..30_000 {

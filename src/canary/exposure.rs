@@ -3,7 +3,7 @@
 //! The count is one shared word that only compare-and-swap moves on, so no interleaving of workers lets one request
 //! too many through. A word that cannot be read admits nobody, nor does one that cannot be written: the others serve then.
 
-use crate::host::{Change, Conflict, StateStore, update};
+use crate::host::{Change, Conflict, SharedData, update};
 
 /// The first byte of the word, to be changed with the layout.
 const SCHEMA: u8 = 1;
@@ -12,7 +12,7 @@ const SCHEMA: u8 = 1;
 ///
 /// # Errors
 /// [`Conflict`] if the word could not be written; nothing was counted.
-pub fn expose(store: &impl StateStore, word: &str, most: u64) -> Result<bool, Conflict> {
+pub fn expose(store: &impl SharedData, word: &str, most: u64) -> Result<bool, Conflict> {
     update(store, word, |found| match found.map_or(Some(0), decode) {
         Some(count) if count < most => Change::Write(encode(count + 1), true),
         _ => Change::Keep(false),
@@ -33,6 +33,7 @@ mod tests {
     use super::*;
     use crate::host::Version;
     use crate::host::sim::Sim;
+    use crate::shared_data::SharedDataProblem;
     use proptest::prelude::*;
     use std::cell::{Cell, RefCell};
     use std::sync::Mutex;
@@ -62,7 +63,7 @@ mod tests {
         admitted: Cell<u64>,
     }
 
-    impl StateStore for Interleaved<'_> {
+    impl SharedData for Interleaved<'_> {
         fn get(&self, key: &str) -> Option<(Vec<u8>, Version)> {
             let read = self.store.get(key);
             let others = if self.depth.get() < 4 { self.others.borrow_mut().next().copied() } else { None };
@@ -79,9 +80,11 @@ mod tests {
             self.store.set(key, value, expected)
         }
 
-        fn put(&self, key: &str, value: &[u8]) {
-            self.store.put(key, value);
+        fn overwrite(&self, key: &str, value: &[u8]) {
+            self.store.overwrite(key, value);
         }
+
+        fn report(&self, _: SharedDataProblem) {}
     }
 
     const MOST: u64 = 10;
@@ -103,7 +106,7 @@ mod tests {
     #[derive(Default)]
     struct Locked(Mutex<Option<(Vec<u8>, u32)>>);
 
-    impl StateStore for Locked {
+    impl SharedData for Locked {
         fn get(&self, _: &str) -> Option<(Vec<u8>, Version)> {
             self.0.lock().unwrap().clone().map(|(value, version)| (value, Version(version)))
         }
@@ -118,7 +121,9 @@ mod tests {
             Ok(())
         }
 
-        fn put(&self, _: &str, value: &[u8]) {
+        fn report(&self, _: SharedDataProblem) {}
+
+        fn overwrite(&self, _: &str, value: &[u8]) {
             let mut word = self.0.lock().unwrap();
             let version = word.as_ref().map_or(1, |(_, version)| version + 1);
             *word = Some((value.to_vec(), version));

@@ -4,13 +4,13 @@
 //! the same one, without a push, a restart or a word between them. Only where a stage is to wait for evidence, each
 //! proxy keeps its own [`Progress`], because each has its own evidence.
 
-use crate::host::{Change, Conflict, StateStore, update};
-use crate::units::{Fraction, Wall};
+use crate::host::{Change, Conflict, SharedData, update};
+use crate::units::{Fraction, UnixNanos};
 
 /// The `stages` of a rollout, from its `startTime` on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Schedule {
-    pub start: Wall,
+    pub start: UnixNanos,
     /// Never empty. The weights never go down, so that a cohort only grows.
     pub stages: Vec<Stage>,
 }
@@ -25,8 +25,8 @@ pub struct Stage {
 
 impl Schedule {
     /// The stage at `now`, an index; `None` before the start.
-    pub fn stage(&self, now: Wall) -> Option<usize> {
-        let mut left = now.checked_sub(self.start)?;
+    pub fn stage(&self, now: UnixNanos) -> Option<usize> {
+        let mut left = now.checked_since(self.start)?;
         let last = self.stages.len().saturating_sub(1);
         for (index, stage) in self.stages.iter().enumerate().take(last) {
             match left.checked_sub(stage.duration) {
@@ -47,7 +47,7 @@ impl Schedule {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
     pub stage: usize,
-    pub entered: Wall,
+    pub entered: UnixNanos,
 }
 
 /// The first byte of the word that keeps the progress, to be changed with its layout.
@@ -55,7 +55,7 @@ const SCHEMA: u8 = 1;
 
 impl Schedule {
     /// When the stage after `progress` is due, at the earliest. `None` in the last.
-    pub fn due(&self, progress: Progress) -> Option<Wall> {
+    pub fn due(&self, progress: Progress) -> Option<UnixNanos> {
         let stage = self.stages.get(progress.stage).filter(|_| progress.stage + 1 < self.stages.len())?;
         Some(progress.entered.saturating_add(stage.duration))
     }
@@ -67,9 +67,9 @@ impl Schedule {
     /// [`Conflict`] if the word could not be written.
     pub fn advance(
         &self,
-        store: &impl StateStore,
+        store: &impl SharedData,
         word: &str,
-        now: Wall,
+        now: UnixNanos,
         mut may_enter: impl FnMut() -> bool,
     ) -> Result<Progress, Conflict> {
         update(store, word, |found| {
@@ -92,7 +92,7 @@ impl Progress {
 
     fn decode(word: &[u8]) -> Option<Progress> {
         let ([SCHEMA, stage], entered) = word.split_first_chunk::<2>()? else { return None };
-        let entered = <[u8; 8]>::try_from(entered).ok().map(u64::from_le_bytes)?;
+        let entered = <[u8; 8]>::try_from(entered).ok().map(UnixNanos::from_le_bytes)?;
         Some(Progress { stage: usize::from(*stage), entered })
     }
 }
@@ -102,12 +102,16 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn at(nanoseconds: u64) -> UnixNanos {
+        UnixNanos::from_nanos(nanoseconds)
+    }
+
     fn schedule(durations: &[u64]) -> Schedule {
         let stage = |(index, duration): (usize, &u64)| Stage {
             weight: Fraction::from_ppm((index as u32 + 1) * 10_000),
             duration: *duration,
         };
-        Schedule { start: 1_000, stages: durations.iter().enumerate().map(stage).collect() }
+        Schedule { start: at(1_000), stages: durations.iter().enumerate().map(stage).collect() }
     }
 
     #[test]
@@ -123,7 +127,7 @@ mod tests {
             (1_300, Some(2)),
             (u64::MAX, Some(2)),
         ] {
-            assert_eq!(schedule.stage(now), stage, "at {now}");
+            assert_eq!(schedule.stage(at(now)), stage, "at {now}");
         }
         assert_eq!(schedule.weight(None), Fraction::NONE);
         assert_eq!(schedule.weight(Some(1)), Fraction::from_ppm(20_000));
@@ -133,7 +137,7 @@ mod tests {
     fn where_stages_wait_each_takes_its_time_and_none_is_skipped() {
         use crate::host::sim::Sim;
         let (host, schedule) = (Sim::new(1), schedule(&[100, 200, 0]));
-        let stage = |now: u64, may: bool| schedule.advance(&host, "w", now, || may).unwrap().stage;
+        let stage = |now: u64, may: bool| schedule.advance(&host, "w", at(now), || may).unwrap().stage;
         assert_eq!(stage(1_000, true), 0);
         assert_eq!(stage(1_099, true), 0);
         assert_eq!(stage(5_000, false), 0, "held");
@@ -141,9 +145,9 @@ mod tests {
         assert_eq!(stage(5_199, true), 1);
         assert_eq!(stage(5_200, true), 2);
         assert_eq!(stage(9_000, true), 2, "the last one stays");
-        assert_eq!(schedule.advance(&host, "w", 1_000, || false).unwrap().stage, 2, "nothing goes back");
+        assert_eq!(schedule.advance(&host, "w", at(1_000), || false).unwrap().stage, 2, "nothing goes back");
         let shorter = Schedule { stages: schedule.stages[..2].to_vec(), ..schedule.clone() };
-        assert_eq!(shorter.advance(&host, "w", 9_000, || true).unwrap().stage, 1);
+        assert_eq!(shorter.advance(&host, "w", at(9_000), || true).unwrap().stage, 1);
     }
 
     #[test]
@@ -153,8 +157,8 @@ mod tests {
         for garbage in [&b""[..], b"\x01", b"\x02\x01\0\0\0\0\0\0\0\0", b"\x01\x01\0"] {
             let host = Sim::new(1);
             host.set("w", garbage, Version::ABSENT).unwrap();
-            let progress = schedule(&[100, 0]).advance(&host, "w", 1_050, || true).unwrap();
-            assert_eq!(progress, Progress { stage: 0, entered: 1_000 });
+            let progress = schedule(&[100, 0]).advance(&host, "w", at(1_050), || true).unwrap();
+            assert_eq!(progress, Progress { stage: 0, entered: at(1_000) });
         }
     }
 
@@ -166,7 +170,7 @@ mod tests {
             later in 0..20_000_u64,
         ) {
             let schedule = schedule(&durations);
-            prop_assert!(schedule.stage(now) <= schedule.stage(now + later));
+            prop_assert!(schedule.stage(at(now)) <= schedule.stage(at(now + later)));
         }
     }
 }

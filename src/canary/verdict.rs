@@ -2,7 +2,7 @@
 //! words outlast the policy, so a configuration push changes nothing; a new rollout has new words.
 
 use super::judge::Verdict;
-use crate::host::{Change, Conflict, StateStore, update};
+use crate::host::{Change, Conflict, SharedData, update};
 use crate::units::Fraction;
 
 /// The first byte of the words, to be changed with their layout.
@@ -22,7 +22,7 @@ pub struct Settled {
 ///
 /// # Errors
 /// [`Conflict`] if the word could not be written.
-pub fn settle(store: &impl StateStore, word: &str, verdict: Verdict, weight: Fraction) -> Result<Settled, Conflict> {
+pub fn settle(store: &impl SharedData, word: &str, verdict: Verdict, weight: Fraction) -> Result<Settled, Conflict> {
     update(store, word, |found| match found.and_then(decode) {
         Some(known) if known.verdict == Verdict::Fail || known.verdict == verdict => Change::Keep(known),
         // One who has only begun does not take a verdict back.
@@ -56,7 +56,7 @@ fn decode(word: &[u8]) -> Option<Settled> {
 ///
 /// # Errors
 /// [`Conflict`] if the word could not be written.
-pub fn agree_on_edge(store: &impl StateStore, word: &str, edge: u64) -> Result<u64, Conflict> {
+pub fn agree_on_edge(store: &impl SharedData, word: &str, edge: u64) -> Result<u64, Conflict> {
     let known = |word: &[u8]| match word.split_first() {
         Some((&SCHEMA, edge)) => <[u8; 8]>::try_from(edge).ok().map(u64::from_le_bytes).filter(|edge| *edge > 0),
         _ => None,

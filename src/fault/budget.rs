@@ -6,7 +6,7 @@
 //! From the experiment's beginning up to any moment at most `requests / spacing` failures were injected, all workers
 //! together; and at most one more than that between any two moments.
 
-use crate::host::{Change, Conflict, StateStore, update};
+use crate::host::{Change, Conflict, SharedData, update};
 use crate::units::Fraction;
 
 /// The first byte of the word, to be changed with its layout.
@@ -25,7 +25,7 @@ pub fn spacing(availability: Fraction, share: Fraction) -> Option<u64> {
 ///
 /// # Errors
 /// [`Conflict`] if the word could not be written; nothing was spent.
-pub fn spend(store: &impl StateStore, word: &str, spacing: u64, requests: u64) -> Result<bool, Conflict> {
+pub fn spend(store: &impl SharedData, word: &str, spacing: u64, requests: u64) -> Result<bool, Conflict> {
     update(store, word, |found| {
         let last = match found.map(decode) {
             Some(Some(last)) => last,

@@ -4,7 +4,7 @@
 //! before their time, because the experiment was suspended. Work per stream is logarithmic, and a stream whose client
 //! has left takes no place.
 
-use crate::units::Monotonic;
+use crate::units::MonotonicInstant;
 use hashbrown::HashMap;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -32,10 +32,10 @@ struct Queue<K> {
     key: K,
     /// The streams by their due times. Those that were cancelled stay until they are the first, or until they are more
     /// than half.
-    by_due: BinaryHeap<Reverse<(Monotonic, u32)>>,
+    by_due: BinaryHeap<Reverse<(MonotonicInstant, u32)>>,
     cancelled: usize,
     /// Since when all of them are due, where they are.
-    expedited: Option<Monotonic>,
+    expedited: Option<MonotonicInstant>,
 }
 
 /// A stream whose delay is over.
@@ -60,7 +60,7 @@ impl<K: Copy + PartialEq, T> DelayedStreams<K, T> {
     }
 
     /// Holds `stream` until `due`.
-    pub fn hold(&mut self, stream: u32, key: K, due: Monotonic, then: T) {
+    pub fn hold(&mut self, stream: u32, key: K, due: MonotonicInstant, then: T) {
         self.streams.insert(stream, Delayed { key, then });
         let entry = Reverse((due, stream));
         match self.queues.iter_mut().find(|queue| queue.key == key) {
@@ -86,14 +86,14 @@ impl<K: Copy + PartialEq, T> DelayedStreams<K, T> {
     }
 
     /// Makes all streams of the groups due for which `is_over` is true, and no other group.
-    pub fn expedite(&mut self, now: Monotonic, is_over: impl Fn(K) -> bool) {
+    pub fn expedite(&mut self, now: MonotonicInstant, is_over: impl Fn(K) -> bool) {
         for queue in &mut self.queues {
             queue.expedited = if is_over(queue.key) { queue.expedited.or(Some(now)) } else { None };
         }
     }
 
     /// When the next stream is due, and which one that is.
-    pub fn next_due(&mut self) -> Option<(Monotonic, u32)> {
+    pub fn next_due(&mut self) -> Option<(MonotonicInstant, u32)> {
         loop {
             let queue = self.next_queue()?;
             let (due, Reverse((_, stream))) = (queue.next_due()?, *queue.by_due.peek()?);
@@ -105,7 +105,7 @@ impl<K: Copy + PartialEq, T> DelayedStreams<K, T> {
     }
 
     /// Takes the stream that is due first, if that is at `now` or before.
-    pub fn take_due(&mut self, now: Monotonic) -> Option<Due<T>> {
+    pub fn take_due(&mut self, now: MonotonicInstant) -> Option<Due<T>> {
         self.next_due().filter(|(due, _)| *due <= now)?;
         let queue = self.next_queue()?;
         let is_expedited = queue.expedited.is_some();
@@ -117,7 +117,7 @@ impl<K: Copy + PartialEq, T> DelayedStreams<K, T> {
 
     /// The queue whose first stream is due first.
     fn next_queue(&mut self) -> Option<&mut Queue<K>> {
-        self.queues.iter_mut().min_by_key(|queue| queue.next_due().unwrap_or(Monotonic::MAX))
+        self.queues.iter_mut().min_by_key(|queue| queue.next_due().unwrap_or(MonotonicInstant::MAX))
     }
 
     /// Removes the first entry of the first queue, which is a cancelled one.
@@ -131,7 +131,7 @@ impl<K: Copy + PartialEq, T> DelayedStreams<K, T> {
 }
 
 impl<K> Queue<K> {
-    fn next_due(&self) -> Option<Monotonic> {
+    fn next_due(&self) -> Option<MonotonicInstant> {
         let Reverse((due, _)) = *self.by_due.peek()?;
         Some(self.expedited.map_or(due, |expedited| expedited.min(due)))
     }
@@ -140,33 +140,34 @@ impl<K> Queue<K> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::at;
 
     /// Takes everything that is due.
-    fn all<K: Copy + PartialEq>(delayed: &mut DelayedStreams<K, ()>, now: Monotonic) -> Vec<u32> {
+    fn all<K: Copy + PartialEq>(delayed: &mut DelayedStreams<K, ()>, now: MonotonicInstant) -> Vec<u32> {
         std::iter::from_fn(|| delayed.take_due(now)).map(|due| due.stream).collect()
     }
 
     #[test]
     fn streams_are_released_in_the_order_of_their_due_times_and_never_early() {
         let mut delayed = DelayedStreams::default();
-        delayed.hold(1, 'a', 300, 'x');
-        delayed.hold(2, 'b', 100, 'y');
-        delayed.hold(3, 'a', 200, 'z');
-        assert_eq!(delayed.next_due(), Some((100, 2)));
-        assert_eq!(delayed.take_due(99), None);
-        assert_eq!(delayed.take_due(250), Some(Due { stream: 2, then: 'y', is_expedited: false }));
-        assert_eq!(delayed.take_due(250), Some(Due { stream: 3, then: 'z', is_expedited: false }));
-        assert_eq!(delayed.take_due(250), None);
-        assert_eq!(delayed.next_due(), Some((300, 1)));
+        delayed.hold(1, 'a', at(300), 'x');
+        delayed.hold(2, 'b', at(100), 'y');
+        delayed.hold(3, 'a', at(200), 'z');
+        assert_eq!(delayed.next_due(), Some((at(100), 2)));
+        assert_eq!(delayed.take_due(at(99)), None);
+        assert_eq!(delayed.take_due(at(250)), Some(Due { stream: 2, then: 'y', is_expedited: false }));
+        assert_eq!(delayed.take_due(at(250)), Some(Due { stream: 3, then: 'z', is_expedited: false }));
+        assert_eq!(delayed.take_due(at(250)), None);
+        assert_eq!(delayed.next_due(), Some((at(300), 1)));
     }
 
     #[test]
     fn a_cancelled_stream_is_not_released() {
         let mut delayed = DelayedStreams::default();
-        delayed.hold(1, 'a', 100, ());
-        delayed.hold(2, 'a', 100, ());
+        delayed.hold(1, 'a', at(100), ());
+        delayed.hold(2, 'a', at(100), ());
         assert_eq!((delayed.cancel(1), delayed.cancel(1)), (Some(()), None));
-        assert_eq!(all(&mut delayed, 100), [2]);
+        assert_eq!(all(&mut delayed, at(100)), [2]);
         assert_eq!(delayed.next_due(), None);
     }
 
@@ -175,45 +176,45 @@ mod tests {
         let mut delayed = DelayedStreams::default();
         for stream in 0..10 * MAX_DELAYED as u32 {
             assert!(delayed.has_room(), "stream {stream} finds no room although all before it have left");
-            delayed.hold(stream, (), 1_000, ());
+            delayed.hold(stream, (), at(1_000), ());
             delayed.cancel(stream);
         }
         assert!(delayed.queues.is_empty());
         for stream in 0..MAX_DELAYED as u32 {
-            delayed.hold(stream, (), 1_000, ());
+            delayed.hold(stream, (), at(1_000), ());
         }
         assert!(!delayed.has_room());
         for stream in 1..MAX_DELAYED as u32 {
             delayed.cancel(stream);
         }
         assert!(delayed.queues[0].by_due.len() <= 2, "{} entries for one stream", delayed.queues[0].by_due.len());
-        assert_eq!(all(&mut delayed, 1_000), [0]);
+        assert_eq!(all(&mut delayed, at(1_000)), [0]);
     }
 
     #[test]
     fn a_group_that_is_over_is_due_at_once_and_starves_no_other() {
         let mut delayed = DelayedStreams::default();
         for stream in 0..6 {
-            delayed.hold(stream, stream % 2, 100 + u64::from(stream), ());
+            delayed.hold(stream, stream % 2, at(100 + u64::from(stream)), ());
         }
-        delayed.expedite(50, |key| key == 1);
-        assert_eq!(delayed.next_due(), Some((50, 1)));
-        assert_eq!(delayed.take_due(50), Some(Due { stream: 1, then: (), is_expedited: true }));
+        delayed.expedite(at(50), |key| key == 1);
+        assert_eq!(delayed.next_due(), Some((at(50), 1)));
+        assert_eq!(delayed.take_due(at(50)), Some(Due { stream: 1, then: (), is_expedited: true }));
         // A stream of the other group that was due earlier than the expedition comes first.
-        delayed.hold(9, 0, 40, ());
-        assert_eq!(all(&mut delayed, 60), [9, 3, 5]);
-        assert_eq!(all(&mut delayed, 200), [0, 2, 4]);
+        delayed.hold(9, 0, at(40), ());
+        assert_eq!(all(&mut delayed, at(60)), [9, 3, 5]);
+        assert_eq!(all(&mut delayed, at(200)), [0, 2, 4]);
     }
 
     #[test]
     fn a_group_that_begins_again_before_all_were_released_keeps_the_rest() {
         let mut delayed = DelayedStreams::default();
-        delayed.hold(1, (), 100, ());
-        delayed.hold(2, (), 100, ());
-        delayed.expedite(50, |()| true);
-        assert_eq!(delayed.take_due(50).map(|due| due.stream), Some(1));
-        delayed.expedite(60, |()| false);
-        assert_eq!(delayed.take_due(60), None);
-        assert_eq!(all(&mut delayed, 100), [2]);
+        delayed.hold(1, (), at(100), ());
+        delayed.hold(2, (), at(100), ());
+        delayed.expedite(at(50), |()| true);
+        assert_eq!(delayed.take_due(at(50)).map(|due| due.stream), Some(1));
+        delayed.expedite(at(60), |()| false);
+        assert_eq!(delayed.take_due(at(60)), None);
+        assert_eq!(all(&mut delayed, at(100)), [2]);
     }
 }

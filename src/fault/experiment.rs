@@ -4,7 +4,7 @@ use super::budget::spacing;
 use super::guard::{Admin, Guard};
 use crate::document::{Fields, Value};
 use crate::slo::Slo;
-use crate::units::{Fraction, Wall, duration_or, nanoseconds, read_duration, read_instant};
+use crate::units::{Fraction, UnixNanos, duration_or, nanoseconds, read_duration, read_instant};
 use std::time::Duration;
 
 const LEAST: Duration = Duration::from_secs(1);
@@ -20,8 +20,8 @@ impl Guard {
         let until = fault.optional("until").and_then(|value| read_instant(&value));
         let lease = fault.optional("lease").and_then(|value| read_lease(&value));
         if until.is_some() || lease.is_some() {
-            let (begin, end) = lease.unwrap_or((0, Wall::MAX));
-            guard.term = Some((begin, end.min(until.unwrap_or(Wall::MAX))));
+            let (begin, end) = lease.unwrap_or((UnixNanos::ZERO, UnixNanos::MAX));
+            guard.term = Some((begin, end.min(until.unwrap_or(UnixNanos::MAX))));
         }
         guard
     }
@@ -68,7 +68,7 @@ fn read_admin(value: &Value<'_>) -> Option<Admin> {
 
 /// `{renewed, duration}`: from when until when the lease runs. It is counted from an instant that is written, not from
 /// when a proxy saw it first, so that a proxy that starts again prolongs nothing.
-fn read_lease(value: &Value<'_>) -> Option<(Wall, Wall)> {
+fn read_lease(value: &Value<'_>) -> Option<(UnixNanos, UnixNanos)> {
     let mut fields = value.object()?;
     let renewed = fields.required("renewed").and_then(|value| read_instant(&value));
     let duration = fields.required("duration").and_then(|value| read_duration(&value, LEAST));

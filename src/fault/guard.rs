@@ -13,7 +13,7 @@
 //! resumed.
 
 use crate::outlier::Totals;
-use crate::units::{Fraction, Monotonic, Wall};
+use crate::units::{Fraction, MonotonicInstant, UnixNanos};
 
 /// The `guard` block, and what ends the experiment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,7 +34,7 @@ pub struct Guard {
     /// The experiment's own name, where it has one: its state is kept under it.
     pub experiment: Option<Box<str>>,
     /// The experiment lasts from the first of these instants to the second.
-    pub term: Option<(Wall, Wall)>,
+    pub term: Option<(UnixNanos, UnixNanos)>,
     /// How many requests have to come for each failure that is injected.
     pub spacing: Option<u64>,
     /// Where to ask Envoy itself which hosts are ejected.
@@ -90,9 +90,9 @@ pub enum Phase {
     #[default]
     Armed,
     /// Nothing is injected until this instant at least.
-    Suspended(Monotonic),
+    Suspended(MonotonicInstant),
     /// A tenth is injected, since this instant.
-    Probing(Monotonic),
+    Probing(MonotonicInstant),
     /// Nothing is injected any more.
     Latched,
 }
@@ -157,11 +157,11 @@ impl Phase {
         }
     }
 
-    /// The instant that belongs to it; 0 where there is none.
-    pub fn instant(self) -> Monotonic {
+    /// The instant that belongs to it, where there is one.
+    pub fn instant(self) -> Option<MonotonicInstant> {
         match self {
-            Phase::Suspended(at) | Phase::Probing(at) => at,
-            Phase::Armed | Phase::Latched => 0,
+            Phase::Suspended(at) | Phase::Probing(at) => Some(at),
+            Phase::Armed | Phase::Latched => None,
         }
     }
 }
@@ -207,13 +207,13 @@ impl Guard {
     }
 
     /// The state after `state`, where the evidence changes it.
-    pub fn next(&self, state: State, evidence: &Evidence, now: Monotonic) -> Option<(State, Cause)> {
+    pub fn next(&self, state: State, evidence: &Evidence, now: MonotonicInstant) -> Option<(State, Cause)> {
         let alarm = self.alarm(evidence, 1);
         let calm = |phase| self.is_calm(evidence).then_some((State { phase, ..state }, Cause::Calm));
         match (state.phase, alarm) {
             (Phase::Armed | Phase::Probing(_), Some(cause)) => Some((self.suspend(state, now), cause)),
             (Phase::Suspended(until), None) if now >= until => calm(Phase::Probing(now)),
-            (Phase::Probing(since), None) if now.saturating_sub(since) >= self.window => {
+            (Phase::Probing(since), None) if now.saturating_since(since) >= self.window => {
                 calm(Phase::Armed).map(|(state, cause)| (State { consecutive: 0, ..state }, cause))
             }
             _ => None,
@@ -221,7 +221,7 @@ impl Guard {
     }
 
     /// `state`, suspended once more.
-    pub fn suspend(&self, state: State, now: Monotonic) -> State {
+    pub fn suspend(&self, state: State, now: MonotonicInstant) -> State {
         let suspensions = state.suspensions.saturating_add(1);
         let consecutive = state.consecutive.saturating_add(1);
         let longest = self.hold_down.max(Self::LONGEST);
@@ -241,7 +241,7 @@ impl State {
     /// As a shared word.
     pub fn encode(self) -> Vec<u8> {
         let head = [Self::SCHEMA, self.phase.number(), self.suspensions, self.consecutive];
-        [&head[..], &self.phase.instant().to_le_bytes()].concat()
+        [&head[..], &self.phase.instant().unwrap_or_default().to_le_bytes()].concat()
     }
 
     /// From a shared word; `None` where it is not one of these.
@@ -252,8 +252,8 @@ impl State {
         let instant = u64::from_le_bytes(instant.try_into().ok()?);
         let phase = match (phase, instant) {
             (0, 0) => Phase::Armed,
-            (1, until) => Phase::Suspended(until),
-            (2, since) => Phase::Probing(since),
+            (1, until) => Phase::Suspended(MonotonicInstant::from_nanos(until)),
+            (2, since) => Phase::Probing(MonotonicInstant::from_nanos(since)),
             (3, 0) => Phase::Latched,
             _ => return None,
         };
@@ -264,6 +264,7 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::at;
     use proptest::prelude::*;
 
     const SECOND: u64 = 1_000_000_000;
@@ -276,14 +277,14 @@ mod tests {
         State::default()
     }
 
-    fn ends(guard: &Guard, state: State, evidence: &Evidence, now: Monotonic) -> Phase {
+    fn ends(guard: &Guard, state: State, evidence: &Evidence, now: MonotonicInstant) -> Phase {
         guard.next(state, evidence, now).map_or(state.phase, |(state, _)| state.phase)
     }
 
     #[test]
     fn each_threshold_is_met_exactly() {
         let guard = Guard { latency_p95: Some(1), ..Guard::default() };
-        let cause = |evidence: Evidence| guard.next(armed(), &evidence, 0).map(|(_, cause)| cause);
+        let cause = |evidence: Evidence| guard.next(armed(), &evidence, at(0)).map(|(_, cause)| cause);
         assert_eq!(cause(recent(100, 5)), Some(Cause::Errors));
         assert_eq!(cause(recent(101, 5)), None);
         assert_eq!(cause(recent(19, 19)), None, "too few to tell");
@@ -297,17 +298,17 @@ mod tests {
         let outage = Evidence { recent: Totals { outages: 1, ..Totals::default() }, ..recent(0, 0) };
         assert_eq!(cause(outage), Some(Cause::Outage));
         let zero = Guard { error_rate: Fraction::NONE, ..Guard::default() };
-        assert_eq!(zero.next(armed(), &recent(100, 0), 0), None, "no failure, no alarm");
-        assert!(zero.next(armed(), &recent(100, 1), 0).is_some());
+        assert_eq!(zero.next(armed(), &recent(100, 0), at(0)), None, "no failure, no alarm");
+        assert!(zero.next(armed(), &recent(100, 1), at(0)).is_some());
     }
 
     #[test]
     fn it_comes_back_by_way_of_probing() {
         let guard = Guard::default();
-        let (state, cause) = guard.next(armed(), &recent(20, 4), SECOND).unwrap();
-        assert_eq!((state.phase, cause), (Phase::Suspended(31 * SECOND), Cause::Errors));
-        assert_eq!(guard.next(state, &recent(100, 100), 30 * SECOND), None, "no second suspension");
-        assert_eq!(guard.next(state, &recent(1000, 0), 30 * SECOND), None, "held down");
+        let (state, cause) = guard.next(armed(), &recent(20, 4), at(SECOND)).unwrap();
+        assert_eq!((state.phase, cause), (Phase::Suspended(at(31 * SECOND)), Cause::Errors));
+        assert_eq!(guard.next(state, &recent(100, 100), at(30 * SECOND)), None, "no second suspension");
+        assert_eq!(guard.next(state, &recent(1000, 0), at(30 * SECOND)), None, "held down");
         for (evidence, why) in [
             (recent(19, 0), "too few answers to tell"),
             (recent(1000, 25), "not below half of the threshold"),
@@ -315,12 +316,12 @@ mod tests {
             (Evidence { is_unknown: true, ..recent(1000, 0) }, "hosts unknown"),
             (Evidence { ejected: Fraction::from_ppm(50_000), ..recent(1000, 0) }, "a host in twenty is ejected"),
         ] {
-            assert_eq!(guard.next(state, &evidence, 31 * SECOND), None, "{why}");
+            assert_eq!(guard.next(state, &evidence, at(31 * SECOND)), None, "{why}");
         }
-        let (probing, cause) = guard.next(state, &recent(1000, 24), 31 * SECOND).unwrap();
-        assert_eq!((probing.phase, cause), (Phase::Probing(31 * SECOND), Cause::Calm));
-        assert_eq!(ends(&guard, probing, &recent(1000, 0), 40 * SECOND), probing.phase, "not a whole window yet");
-        let (armed, _) = guard.next(probing, &recent(1000, 0), 41 * SECOND).unwrap();
+        let (probing, cause) = guard.next(state, &recent(1000, 24), at(31 * SECOND)).unwrap();
+        assert_eq!((probing.phase, cause), (Phase::Probing(at(31 * SECOND)), Cause::Calm));
+        assert_eq!(ends(&guard, probing, &recent(1000, 0), at(40 * SECOND)), probing.phase, "not a whole window yet");
+        let (armed, _) = guard.next(probing, &recent(1000, 0), at(41 * SECOND)).unwrap();
         assert_eq!(armed, State { phase: Phase::Armed, suspensions: 1, consecutive: 0 });
     }
 
@@ -330,26 +331,26 @@ mod tests {
         let bad = recent(20, 20);
         let mut state = armed();
         for (phase, why) in [
-            (Phase::Suspended(30 * SECOND), "once"),
-            (Phase::Suspended(60 * SECOND), "twice as long"),
+            (Phase::Suspended(at(30 * SECOND)), "once"),
+            (Phase::Suspended(at(60 * SECOND)), "twice as long"),
             (Phase::Latched, "for good"),
         ] {
-            state = guard.next(State { phase: Phase::Probing(0), ..state }, &bad, 0).unwrap().0;
+            state = guard.next(State { phase: Phase::Probing(at(0)), ..state }, &bad, at(0)).unwrap().0;
             assert_eq!(state.phase, phase, "{why}");
         }
-        assert_eq!(guard.next(state, &recent(1000, 0), u64::MAX), None);
+        assert_eq!(guard.next(state, &recent(1000, 0), MonotonicInstant::MAX), None);
         let patient = Guard { latch_after: 100, ..Guard::default() };
         let twentieth = State { phase: Phase::Armed, suspensions: 19, consecutive: 19 };
-        assert_eq!(patient.suspend(twentieth, 0).phase, Phase::Suspended(300 * SECOND));
+        assert_eq!(patient.suspend(twentieth, at(0)).phase, Phase::Suspended(at(300 * SECOND)));
         let long = Guard { hold_down: 3600 * SECOND, ..Guard::default() };
-        assert_eq!(long.suspend(armed(), 0).phase, Phase::Suspended(3600 * SECOND));
+        assert_eq!(long.suspend(armed(), at(0)).phase, Phase::Suspended(at(3600 * SECOND)));
     }
 
     fn phases() -> impl Strategy<Value = Phase> {
         prop_oneof![
             Just(Phase::Armed),
-            any::<u64>().prop_map(Phase::Suspended),
-            any::<u64>().prop_map(Phase::Probing),
+            any::<u64>().prop_map(|until| Phase::Suspended(at(until))),
+            any::<u64>().prop_map(|since| Phase::Probing(at(since))),
             Just(Phase::Latched),
         ]
     }
@@ -375,9 +376,9 @@ mod tests {
             seen in proptest::collection::vec((0..200_u64, 0..40_u64, 0..4_000_u64, any::<bool>()), 1..200),
         ) {
             let guard = Guard { latch_after: 4, ..Guard::default() };
-            let (mut state, mut now, mut suspensions) = (armed(), 0, 0);
+            let (mut state, mut now, mut suspensions) = (armed(), at(0), 0);
             for (requests, failures, milliseconds, is_full) in seen {
-                now += milliseconds * 1_000_000;
+                now = now.saturating_add(milliseconds * 1_000_000);
                 let evidence = Evidence { is_full, ..recent(requests, failures.min(requests)) };
                 let before = state;
                 if let Some((next, _)) = guard.next(state, &evidence, now) {
@@ -391,13 +392,13 @@ mod tests {
                         prop_assert!(now >= until && since == now && guard.is_calm(&evidence));
                     }
                     (Phase::Probing(since), Phase::Armed) => {
-                        prop_assert!(now - since >= guard.window && guard.is_calm(&evidence));
+                        prop_assert!(now.saturating_since(since) >= guard.window && guard.is_calm(&evidence));
                     }
                     (Phase::Suspended(_), Phase::Armed) => prop_assert!(false, "armed without probing"),
                     (Phase::Latched, phase) => prop_assert_eq!(phase, Phase::Latched),
                     (Phase::Armed | Phase::Probing(_), Phase::Suspended(until)) => {
                         suspensions += 1;
-                        prop_assert!(until - now == guard.hold_down * u64::from(state.consecutive));
+                        prop_assert!(until.saturating_since(now) == guard.hold_down * u64::from(state.consecutive));
                     }
                     (Phase::Armed | Phase::Probing(_), Phase::Latched) => {
                         suspensions += 1;

@@ -5,7 +5,7 @@
 //! faulted until nothing more of the fault is to come: its delay is over and what follows is done, or its stream has
 //! ended because the client left.
 
-use crate::host::{Change, Conflict, StateStore, update};
+use crate::host::{Change, Conflict, SharedData, update};
 
 /// The slots of one route.
 #[derive(Debug)]
@@ -21,12 +21,12 @@ pub struct Slot(pub usize);
 
 impl Slots {
     /// Takes a slot, if one is free. A compare-and-swap that is given up takes none.
-    pub fn take(&self, store: &impl StateStore) -> bool {
+    pub fn take(&self, store: &impl SharedData) -> bool {
         change(store, &self.word, &|taken| (taken < self.most).then_some(taken + 1)) == Ok(true)
     }
 
     /// Gives a slot back.
-    pub fn give_back(&self, store: &impl StateStore) {
+    pub fn give_back(&self, store: &impl SharedData) {
         if change(store, &self.word, &|taken| taken.checked_sub(1)).is_err() {
             log::warn!("{}: a slot is lost, shared data was too contended", self.word);
         }
@@ -38,7 +38,7 @@ impl Slots {
 /// # Errors
 /// [`Conflict`] if others were faster a thousand times in a row.
 #[inline(never)]
-pub fn change(store: &impl StateStore, word: &str, next: &dyn Fn(u64) -> Option<u64>) -> Result<bool, Conflict> {
+pub fn change(store: &impl SharedData, word: &str, next: &dyn Fn(u64) -> Option<u64>) -> Result<bool, Conflict> {
     update(store, word, |found| match next(count(found)) {
         Some(number) => Change::Write(number.to_le_bytes().to_vec(), true),
         None => Change::Keep(false),
@@ -77,7 +77,7 @@ mod tests {
         let slots = Slots { most: 1, word: "w".into() };
         store.set("w", b"not ours", Version::ABSENT).unwrap();
         assert!(!slots.take(&store), "eight bytes are a count");
-        store.put("w", b"nine bytes");
+        store.overwrite("w", b"nine bytes");
         assert!(slots.take(&store) && !slots.take(&store));
     }
 }

@@ -8,21 +8,21 @@ use crate::host::{Change, Host, update};
 use crate::outlier::Window;
 use crate::policy::Route;
 use crate::telemetry::{BreakerMeters, RouteMeters};
-use crate::units::Monotonic;
+use crate::units::MonotonicInstant;
 
 /// What one worker remembers of one route's breaker.
 #[derive(Debug)]
 pub(super) struct Circuit {
     window: Window,
-    look_again: Monotonic,
+    look_again: MonotonicInstant,
 }
 
 /// What is remembered of a request until its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Passage {
     route: u32,
-    /// The half-open phase that it probes for; 0 where it does not.
-    probe: Monotonic,
+    /// The half-open phase that it probes for, where it does.
+    probe: Option<MonotonicInstant>,
 }
 
 impl Passage {
@@ -31,7 +31,7 @@ impl Passage {
     }
 
     pub(super) fn is_probe(self) -> bool {
-        self.probe > 0
+        self.probe.is_some()
     }
 }
 
@@ -65,8 +65,8 @@ impl<'p> Fuse<'p> {
         }
         let route = route as u32;
         match pass {
-            Pass::Through => Ok(Passage { route, probe: 0 }),
-            Pass::Probe(since) => Ok(Passage { route, probe: since }),
+            Pass::Through => Ok(Passage { route, probe: None }),
+            Pass::Probe(since) => Ok(Passage { route, probe: Some(since) }),
             Pass::Refused(wait) => {
                 host.add(self.meters.refused, 1);
                 Err(wait)
@@ -95,7 +95,7 @@ impl<'p> Fuse<'p> {
 impl Circuit {
     pub fn new(fuse: &Fuse<'_>, host: &impl Host) -> Circuit {
         let window = Window::new(fuse.breaker.window, host.now(), fuse.meters.totals(host));
-        Circuit { window, look_again: 0 }
+        Circuit { window, look_again: MonotonicInstant::ZERO }
     }
 
     pub fn period(&self) -> u64 {
@@ -111,10 +111,9 @@ impl Circuit {
         let (now, totals) = (host.now(), fuse.meters.totals(host));
         self.window.mark(now, || totals);
         let seen = (self.window.recent(now, totals), totals);
-        let probe = Some(passage.probe).filter(|_| passage.is_probe());
         let learned = update(host, &fuse.breaker.word, |found| {
             let condition = found.and_then(Condition::decode).unwrap_or_default();
-            match fuse.breaker.learn(condition, probe, failed, seen, now) {
+            match fuse.breaker.learn(condition, passage.probe, failed, seen, now) {
                 Some(changed) => Change::Write(changed.encode(), Some((condition, changed))),
                 None => Change::Keep(None),
             }

@@ -6,7 +6,7 @@ use super::watch::outliers_word;
 use crate::host::Host;
 use crate::outlier::{Answer, Detection, Health, Noted, note};
 use crate::policy::{Policy, Target};
-use crate::units::Monotonic;
+use crate::units::MonotonicInstant;
 use xxhash_rust::xxh64::xxh64;
 
 #[derive(Debug)]
@@ -17,7 +17,7 @@ pub(super) struct Hosts {
     observed: Option<(Detection, String)>,
     /// The key of the shared word with Envoy's name for the cluster, and how often it is to be looked up.
     cluster: Option<(String, u64)>,
-    look_up: Monotonic,
+    look_up: MonotonicInstant,
 }
 
 impl Hosts {
@@ -26,7 +26,7 @@ impl Hosts {
             name: target.name.clone(),
             observed: target.detection.map(|detection| (detection, outliers_word(policy, target))),
             cluster: target.admin.as_ref().map(|admin| (cluster_word(policy, target), admin.interval)),
-            look_up: 0,
+            look_up: MonotonicInstant::ZERO,
         })
     }
 
@@ -38,7 +38,7 @@ impl Hosts {
         {
             self.look_up = now.saturating_add(*interval);
             if host.get(word).is_none_or(|(known, _)| known != name) {
-                host.put(word, &name);
+                host.overwrite(word, &name);
             }
         }
         let Some((detection, word)) = &self.observed else { return };

@@ -6,7 +6,7 @@
 use crate::host::{Change, Host, MetricId, update};
 use crate::outlier::{Clusters, Sighting, path};
 use crate::policy::{Policy, Target, label};
-use crate::units::Monotonic;
+use crate::units::MonotonicInstant;
 
 /// What one worker remembers of one cluster that leads to the admin endpoint.
 #[derive(Debug)]
@@ -23,7 +23,7 @@ pub(super) struct Poll {
     unknown: MetricId,
     /// The call that is not answered yet, and the clusters that it is about.
     pending: Option<(u32, Vec<(usize, String)>)>,
-    next: Monotonic,
+    next: MonotonicInstant,
 }
 
 /// Where it is kept what is known of a target: Envoy's name for its cluster, and what was seen of its hosts.
@@ -61,7 +61,7 @@ pub(super) fn polls(policy: &Policy, host: &impl Host) -> Vec<Poll> {
             unknown: host
                 .gauge(&["trimtab.policy.", &policy.name, ".admin.", &label(&admin.cluster), ".unknown"].concat()),
             pending: None,
-            next: 0,
+            next: MonotonicInstant::ZERO,
         });
     }
     polls
@@ -80,7 +80,7 @@ impl Poll {
         }
         let soonest = now.saturating_add(self.interval);
         let turn = update(host, &self.turn, |found| {
-            let due = found.and_then(|word| Some(u64::from_le_bytes(word.try_into().ok()?)));
+            let due = found.and_then(|word| Some(MonotonicInstant::from_le_bytes(word.try_into().ok()?)));
             match due {
                 Some(due) if due > now && due <= soonest => Change::Keep((due, false)),
                 _ => Change::Write(soonest.to_le_bytes().to_vec(), (soonest, true)),
@@ -122,7 +122,7 @@ impl Poll {
             for (index, name) in asked {
                 match (clusters.health(&name), self.targets.get(index)) {
                     (Some(health), Some(words)) => {
-                        host.put(&words.sighting, &Sighting { at: host.now(), health }.encode());
+                        host.overwrite(&words.sighting, &Sighting { at: host.now(), health }.encode());
                     }
                     _ => told = Err("its answer lacks a cluster that requests are sent to, or its hosts"),
                 }

@@ -82,7 +82,7 @@ impl<'p> Report<'p> {
     }
 
     fn reach(&self, index: usize, known: &HostMeters, is_faulted: bool, host: &impl Host) {
-        let now = host.now() / MILLISECOND;
+        let now = host.now().as_nanos() / MILLISECOND;
         if host.value(known.ejected) == 1 && self.turns(index, 0, host) {
             let away = now.saturating_sub(host.value(known.seen_ms));
             host.set_gauge(known.ejected, 0);

@@ -12,7 +12,7 @@ use crate::canary::{
 use crate::host::{Change, Host, update};
 use crate::http::Request;
 use crate::telemetry::{JudgeMeters, Stand};
-use crate::units::{Fraction, Monotonic, Wall};
+use crate::units::{Fraction, MonotonicInstant, UnixNanos};
 
 /// How often a verdict is looked for that only time, not a failure, brings about; in nanoseconds.
 pub(super) const JUDGE_PERIOD: u64 = 1_000_000_000;
@@ -27,11 +27,11 @@ pub(super) struct Trial {
     /// Where stages wait for evidence, how far they have come.
     progress: Option<Progress>,
     /// When to ask again how far they have come.
-    ask_again: Wall,
+    ask_again: UnixNanos,
     /// Whether the canary has failed, for good.
     has_failed: bool,
     /// When to look again whether the verdict has changed.
-    look_again: Monotonic,
+    look_again: MonotonicInstant,
     verdict: Verdict,
     latencies: Latencies,
     /// In microseconds; 0 where it is not known yet.
@@ -46,7 +46,7 @@ pub struct Sample {
     weight: usize,
     on_trial: bool,
     /// When it was sent, where anybody asks how long it takes.
-    since: Option<Monotonic>,
+    since: Option<MonotonicInstant>,
     /// How long its answer took.
     took: Option<u64>,
 }
@@ -57,16 +57,16 @@ impl Sample {
     }
 
     /// Notes that the request goes on only now.
-    pub(super) fn restart(&mut self, now: impl FnOnce() -> Monotonic) {
+    pub(super) fn restart(&mut self, now: impl FnOnce() -> MonotonicInstant) {
         if self.since.is_some() {
             self.since = Some(now());
         }
     }
 
     /// Notes that the head of the answer is there.
-    pub(super) fn answered(&mut self, now: impl FnOnce() -> Monotonic) {
+    pub(super) fn answered(&mut self, now: impl FnOnce() -> MonotonicInstant) {
         if let (Some(since), None) = (self.since, self.took) {
-            self.took = Some(now().saturating_sub(since));
+            self.took = Some(now().saturating_since(since));
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::host::{Change, Host, update};
 use crate::outlier::{Sighting, Window, health};
 use crate::policy::{Policy, Route, Target, label};
 use crate::telemetry::{DestinationMeters, Meters, RouteMeters};
-use crate::units::{Fraction, Monotonic};
+use crate::units::{Fraction, MonotonicInstant};
 
 /// How often, while a stream is held, a worker looks whether it has to be let go; in nanoseconds.
 const HELD_PERIOD: u64 = 100_000_000;
@@ -40,7 +40,7 @@ pub(super) struct Watch {
     /// The keys of the shared words about the target's hosts: what was observed, and what Envoy said.
     observed: Option<String>,
     sighting: Option<String>,
-    look_again: Monotonic,
+    look_again: MonotonicInstant,
 }
 
 /// What of the policy a watch looks at.
@@ -75,7 +75,7 @@ pub(super) fn watches(policy: &Policy, route: &Route, meters: &RouteMeters, host
             ejected: Fraction::NONE,
             observed: target.detection.map(|_| outliers_word(policy, target)),
             sighting: fault.guard.admin.as_ref().map(|_| sighting_word(policy, target)),
-            look_again: 0,
+            look_again: MonotonicInstant::ZERO,
         };
         watch.look(&post, host);
         watches.push(watch);
@@ -197,7 +197,7 @@ impl Watch {
     }
 
     /// Learns which share of the hosts is ejected: the larger of what was observed and what Envoy said.
-    fn look_at_hosts(&mut self, post: &Post<'_>, now: Monotonic, host: &impl Host) {
+    fn look_at_hosts(&mut self, post: &Post<'_>, now: MonotonicInstant, host: &impl Host) {
         let mut ejected = Fraction::NONE;
         if let Some(word) = &self.observed {
             ejected = health(host, word, now).ejected_share();
@@ -205,7 +205,7 @@ impl Watch {
         if let (Some(word), Some(admin)) = (&self.sighting, &post.guard().admin) {
             let sighting = host.get(word).and_then(|(word, _)| Sighting::decode(&word));
             // Seen by another worker a moment after this one has read the clock, it is not old.
-            let known = sighting.filter(|seen| now.saturating_sub(seen.at) <= admin.interval.saturating_mul(3));
+            let known = sighting.filter(|seen| now.saturating_since(seen.at) <= admin.interval.saturating_mul(3));
             self.is_unknown = known.is_none() && !post.guard().continues_unknown;
             ejected = ejected.max(known.map_or(Fraction::NONE, |seen| seen.health.ejected_share()));
         }
@@ -217,10 +217,10 @@ impl Watch {
 
     #[cold]
     #[inline(never)]
-    fn log(&self, was: Phase, state: State, cause: Cause, evidence: &Evidence, now: Monotonic) {
+    fn log(&self, was: Phase, state: State, cause: Cause, evidence: &Evidence, now: MonotonicInstant) {
         const SECOND: u64 = 1_000_000_000;
         let hold_down = match state.phase {
-            Phase::Suspended(until) => until.saturating_sub(now) / SECOND,
+            Phase::Suspended(until) => until.saturating_since(now) / SECOND,
             _ => 0,
         };
         let Evidence { recent, ejected, .. } = evidence;

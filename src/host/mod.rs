@@ -1,28 +1,34 @@
-//! What the core needs from whoever runs it, and the hosts that there are.
+//! What the core needs from its surroundings, and the hosts that there are.
 //!
-//! The features never see a host: `filter.rs` asks it for the time, a random number or a shared word and hands them
-//! over as arguments. So the filter in Envoy, the tests, and `trimtab explain` run the same decisions.
+//! A [`Host`] provides time, randomness, shared data, metrics, request properties and calls to other services. Envoy
+//! (`proxy_wasm.rs`, wasm32 only) and the simulation ([`sim`]) implement it, so Envoy, the tests and the command-line
+//! program run the same decisions.
 
+pub mod metric_buffer;
 #[cfg(target_arch = "wasm32")]
 mod proxy_wasm;
 pub mod sim;
 
-use crate::units::{Monotonic, Wall};
+use crate::shared_data::SharedDataProblem;
+use crate::units::{MonotonicInstant, UnixNanos};
 
-/// Words that all workers of a proxy share, with compare-and-swap. Nothing is ever deleted; whoever writes bounds the
-/// number of keys.
-pub trait StateStore {
+/// Values that all workers of a proxy share, by key, with compare-and-swap. Nothing can be deleted, so the number of keys
+/// has to be bounded. [`crate::shared_data::SharedCell`] is the way to use it.
+pub trait SharedData {
     /// The value under `key` and its version.
     fn get(&self, key: &str) -> Option<(Vec<u8>, Version)>;
 
     /// Writes `value` if the version under `key` is still `expected`; with [`Version::ABSENT`], if there is no value.
     ///
     /// # Errors
-    /// [`Conflict`] if somebody else was faster; nothing was written.
+    /// [`Conflict`] if another worker was faster; nothing was written.
     fn set(&self, key: &str, value: &[u8], expected: Version) -> Result<(), Conflict>;
 
     /// Writes `value`, whatever was there.
-    fn put(&self, key: &str, value: &[u8]);
+    fn overwrite(&self, key: &str, value: &[u8]);
+
+    /// Notes a problem, to be counted.
+    fn report(&self, problem: SharedDataProblem);
 }
 
 /// The version of a shared value.
@@ -51,7 +57,7 @@ const MAX_ATTEMPTS: usize = 1000;
 ///
 /// # Errors
 /// [`Conflict`] if that happened a thousand times in a row.
-pub fn update<S: StateStore + ?Sized, R>(
+pub fn update<S: SharedData + ?Sized, R>(
     store: &S,
     key: &str,
     mut change: impl FnMut(Option<&[u8]>) -> Change<R>,
@@ -78,7 +84,7 @@ pub fn update<S: StateStore + ?Sized, R>(
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MetricId(pub u32);
 
-/// Numbers that all workers share. Adding is atomic and cannot fail; there is no compare-and-swap.
+/// Metrics of the proxy: output only, no decision reads them.
 pub trait Metrics {
     /// The counter `name`, new or known.
     fn counter(&self, name: &str) -> MetricId;
@@ -97,9 +103,9 @@ pub trait Properties {
     /// The value at `path` (Envoy's attributes, such as `xds.route_name`), if there is one.
     fn property(&self, path: &[&str]) -> Option<Vec<u8>>;
 
-    /// Leaves `value` with the request, where [`Properties::property`] finds it under `name` for later filters. In
-    /// Envoy's access logs it is the filter state `wasm.NAME`.
-    fn leave(&self, name: &str, value: &[u8]);
+    /// Sets a property of the request, which later filters read under `name`. In Envoy's access logs it is the filter
+    /// state `wasm.NAME`.
+    fn set_property(&self, name: &str, value: &[u8]);
 }
 
 /// A unary gRPC call to a service behind one of the proxy's clusters.
@@ -134,19 +140,25 @@ pub trait GrpcClient {
     fn call(&self, call: &GrpcCall<'_>) -> Option<CallId>;
 }
 
-/// HTTP calls to others, through the proxy.
-pub trait Calls {
-    /// Sends a GET for `path` to `cluster`, to be given up after `timeout` nanoseconds. Whoever runs the filter hands it
-    /// the answer with the number that is returned here; `None` where it cannot be sent, such as to an unknown cluster.
+/// HTTP calls to other services, through the proxy.
+pub trait HttpClient {
+    /// Sends a GET for `path` to `cluster`, to be given up after `timeout` nanoseconds. The answer comes later, with the
+    /// number that is returned here. `None` where it cannot be sent, such as to an unknown cluster.
     fn http_get(&self, cluster: &str, path: &str, timeout: u64) -> Option<u32>;
 }
 
 /// Everything together.
-pub trait Host: StateStore + Metrics + Properties + Calls + GrpcClient {
+pub trait Host: SharedData + Metrics + Properties + HttpClient + GrpcClient {
     /// The monotonic clock, one timeline for all workers of the process.
-    fn now(&self) -> Monotonic;
+    fn now(&self) -> MonotonicInstant;
     /// The wall clock, for what proxies have to agree on.
-    fn wall_now(&self) -> Wall;
+    fn wall_now(&self) -> UnixNanos;
     /// A uniformly distributed number.
     fn random(&self) -> u64;
+    /// Whether [`Host::publish`] would publish something.
+    fn has_unpublished(&self) -> bool;
+    /// Publishes what was added to metrics since the last time.
+    fn publish(&self);
+    /// How often each problem with shared data was reported since the last time.
+    fn take_problems(&self) -> Vec<(SharedDataProblem, u64)>;
 }

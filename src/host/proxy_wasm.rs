@@ -6,21 +6,26 @@
 //! in cost between this filter and one that reads single headers.
 #![allow(unsafe_code)]
 
+use super::metric_buffer::MetricBuffer;
 use super::{
-    CallId, Calls, Conflict, GrpcAnswer, GrpcCall, GrpcClient, Host, MetricId, Metrics, Properties, StateStore, Version,
+    CallId, Conflict, GrpcAnswer, GrpcCall, GrpcClient, Host, HttpClient, MetricId, Metrics, Properties, SharedData,
+    Version,
 };
 use crate::http::{HeaderMutation, LocalReply, encode_headers};
 use crate::outlier::MAX_ANSWER_BYTES;
 use crate::policy::Policy;
 use crate::random::split_mix;
 use crate::ratelimit::service::MAX_RESPONSE_BYTES;
-use crate::units::{Monotonic, Wall};
+use crate::shared_data::SharedDataProblem;
+use crate::units::{MonotonicInstant, UnixNanos};
 use crate::worker::{self, Worker};
+use hashbrown::HashMap;
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::{Action, BufferType, ContextType, LogLevel, MapType, MetricType, StreamType};
 use std::cell::{Cell, RefCell};
 use std::rc::{Rc, Weak};
 use std::time::Duration;
+use xxhash_rust::xxh64::xxh64;
 
 proxy_wasm::main! {{
     proxy_wasm::set_log_level(LogLevel::Info);
@@ -170,6 +175,9 @@ fn environment(name: &str) -> Option<Vec<u8>> {
 #[derive(Debug)]
 struct Envoy {
     random: Cell<u64>,
+    metrics: MetricBuffer,
+    garbage: Cell<u64>,
+    contended: Cell<u64>,
 }
 
 impl Default for Envoy {
@@ -177,13 +185,14 @@ impl Default for Envoy {
         let mut seed = [0; 8];
         // SAFETY: the buffer is valid for its length. Where there is no randomness the seed stays zero.
         unsafe { random_get(seed.as_mut_ptr(), seed.len()) };
-        Envoy { random: Cell::new(u64::from_le_bytes(seed)) }
+        let random = Cell::new(u64::from_le_bytes(seed));
+        Envoy { random, metrics: MetricBuffer::default(), garbage: Cell::new(0), contended: Cell::new(0) }
     }
 }
 
 // SAFETY of all calls below: every pointer comes from a live slice with its own length, or from a local that the call
 // fills; the host copies and keeps none.
-impl StateStore for Envoy {
+impl SharedData for Envoy {
     fn get(&self, key: &str) -> Option<(Vec<u8>, Version)> {
         let mut version = 0;
         let value =
@@ -198,19 +207,27 @@ impl StateStore for Envoy {
         }
     }
 
-    fn put(&self, key: &str, value: &[u8]) {
+    fn overwrite(&self, key: &str, value: &[u8]) {
         // Version 0 is any.
         unsafe { proxy_set_shared_data(key.as_ptr(), key.len(), value.as_ptr(), value.len(), 0) };
+    }
+
+    fn report(&self, problem: SharedDataProblem) {
+        let counted = match problem {
+            SharedDataProblem::Garbage => &self.garbage,
+            SharedDataProblem::Contended => &self.contended,
+        };
+        counted.set(counted.get().saturating_add(1));
     }
 }
 
 impl Metrics for Envoy {
     fn counter(&self, name: &str) -> MetricId {
-        define(MetricType::Counter, name)
+        MetricId(define(MetricType::Counter, name))
     }
 
     fn gauge(&self, name: &str) -> MetricId {
-        define(MetricType::Gauge, name)
+        MetricId(define(MetricType::Gauge, name))
     }
 
     fn add(&self, metric: MetricId, amount: u64) {
@@ -228,10 +245,22 @@ impl Metrics for Envoy {
     }
 }
 
-fn define(kind: MetricType, name: &str) -> MetricId {
+thread_local! {
+    /// The host's ids of the metrics that were defined in this virtual machine, by the hash of the name. Envoy makes a
+    /// new id, which it never frees, each time that a metric is defined.
+    static METRICS: RefCell<HashMap<u64, u32>> = RefCell::default();
+}
+
+fn define(kind: MetricType, name: &str) -> u32 {
+    let hash = xxh64(name.as_bytes(), kind as u64);
+    if let Some(known) = METRICS.with_borrow(|metrics| metrics.get(&hash).copied()) {
+        return known;
+    }
     let mut id = u32::MAX;
-    unsafe { proxy_define_metric(kind, name.as_ptr(), name.len(), &mut id) };
-    MetricId(id)
+    if unsafe { proxy_define_metric(kind, name.as_ptr(), name.len(), &mut id) } == OK {
+        METRICS.with_borrow_mut(|metrics| metrics.insert(hash, id));
+    }
+    id
 }
 
 impl Properties for Envoy {
@@ -240,7 +269,7 @@ impl Properties for Envoy {
         fetch(|data, size| unsafe { proxy_get_property(path.as_ptr(), path.len(), data, size) })
     }
 
-    fn leave(&self, name: &str, value: &[u8]) {
+    fn set_property(&self, name: &str, value: &[u8]) {
         unsafe { proxy_set_property(name.as_ptr(), name.len(), value.as_ptr(), value.len()) };
     }
 }
@@ -270,7 +299,7 @@ impl GrpcClient for Envoy {
     }
 }
 
-impl Calls for Envoy {
+impl HttpClient for Envoy {
     /// Through the SDK: it hands over only the answers to calls that it has made itself. It panics on no status that
     /// Envoy returns here.
     fn http_get(&self, cluster: &str, path: &str, timeout: u64) -> Option<u32> {
@@ -281,16 +310,16 @@ impl Calls for Envoy {
 }
 
 impl Host for Envoy {
-    fn now(&self) -> Monotonic {
+    fn now(&self) -> MonotonicInstant {
         let mut now = 0;
         unsafe { clock_time_get(MONOTONIC, 0, &mut now) };
-        now
+        MonotonicInstant::from_nanos(now)
     }
 
-    fn wall_now(&self) -> Wall {
+    fn wall_now(&self) -> UnixNanos {
         let mut now = 0;
         unsafe { clock_time_get(REALTIME, 0, &mut now) };
-        now
+        UnixNanos::from_nanos(now)
     }
 
     fn random(&self) -> u64 {
@@ -298,6 +327,21 @@ impl Host for Envoy {
         let drawn = split_mix(&mut state);
         self.random.set(state);
         drawn
+    }
+
+    fn has_unpublished(&self) -> bool {
+        !self.metrics.is_empty()
+    }
+
+    fn publish(&self) {
+        self.metrics.publish(|id, amount| unsafe {
+            proxy_increment_metric(id, i64::try_from(amount).unwrap_or(i64::MAX));
+        });
+    }
+
+    fn take_problems(&self) -> Vec<(SharedDataProblem, u64)> {
+        let problems = [(SharedDataProblem::Garbage, &self.garbage), (SharedDataProblem::Contended, &self.contended)];
+        problems.into_iter().map(|(problem, count)| (problem, count.take())).filter(|(_, count)| *count > 0).collect()
     }
 }
 
@@ -310,7 +354,7 @@ struct Plugin {
     /// `None` until a policy is accepted.
     worker: RefCell<Option<Worker>>,
     /// For when the next tick was asked for.
-    armed: Cell<Option<Monotonic>>,
+    armed: Cell<Option<MonotonicInstant>>,
 }
 
 /// Envoy's streams, as a worker releases them. Envoy carries out what is asked for after the callback.
@@ -385,10 +429,10 @@ impl Plugin {
     /// Asks for the next tick, if it is to come earlier than the one that was asked for.
     fn arm(&self) {
         const MILLISECOND: u64 = 1_000_000;
-        let Some(Some(due)) = self.with_worker(|worker, _| worker.next_tick()) else { return };
+        let Some(Some(due)) = self.with_worker(|worker, envoy| worker.next_tick(envoy)) else { return };
         if self.armed.get().is_none_or(|armed| due < armed) {
             self.armed.set(Some(due));
-            let period = due.saturating_sub(self.envoy.now()).div_ceil(MILLISECOND).max(1);
+            let period = due.saturating_since(self.envoy.now()).div_ceil(MILLISECOND).max(1);
             unsafe { proxy_set_tick_period_milliseconds(u32::try_from(period).unwrap_or(u32::MAX)) };
         }
     }
@@ -401,6 +445,12 @@ struct Root {
 }
 
 impl Context for Root {
+    /// Envoy ends the root context when the last stream of its configuration has ended.
+    fn on_done(&mut self) -> bool {
+        self.plugin.with_worker(|worker, envoy| worker.on_shutdown(envoy));
+        true
+    }
+
     fn on_http_call_response(&mut self, call: u32, _: usize, size: usize, _: usize) {
         let body = || {
             fetch(|data, length| unsafe {
@@ -494,9 +544,12 @@ impl HttpContext for Stream {
         let action = plugin.with_worker(|worker, envoy| {
             worker.on_request(envoy, stream, headers.unwrap_or_default(), !end_of_stream, mutate, |_| {})
         });
+        if plugin.armed.get().is_none() || action == Some(worker::Action::Pause) {
+            plugin.arm();
+        }
         match action {
             None | Some(worker::Action::Continue) => return Action::Continue,
-            Some(worker::Action::Pause) => plugin.arm(),
+            Some(worker::Action::Pause) => {}
             Some(worker::Action::Reply(reply)) => answer(&reply),
             Some(worker::Action::Reset) => reset(),
         }
@@ -508,6 +561,9 @@ impl HttpContext for Stream {
         let header = |name: &str| header(MapType::HttpResponseHeaders, name);
         let mut change = |mutation| mutate(MapType::HttpResponseHeaders, &mutation);
         self.plugin.with_worker(|worker, envoy| worker.on_response(envoy, stream, &header, &mut change));
+        if self.plugin.armed.get().is_none() {
+            self.plugin.arm();
+        }
         Action::Continue
     }
 

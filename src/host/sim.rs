@@ -1,16 +1,19 @@
 //! A host without a proxy: a clock that stands still until it is moved, a seeded random source, words and metrics in
 //! memory. Tests and the command-line program run the filter on it.
 
-use super::{CallId, Calls, Conflict, GrpcCall, GrpcClient, Host, MetricId, Metrics, Properties, StateStore, Version};
-use crate::units::{Monotonic, Wall};
+use super::{
+    CallId, Conflict, GrpcCall, GrpcClient, Host, HttpClient, MetricId, Metrics, Properties, SharedData, Version,
+};
+use crate::shared_data::SharedDataProblem;
+use crate::units::{MonotonicInstant, UnixNanos};
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 
 /// The simulated host. Every method takes `&self`, as a host call would.
 #[derive(Debug)]
 pub struct Sim {
-    now: Cell<Monotonic>,
-    wall: Cell<Wall>,
+    now: Cell<MonotonicInstant>,
+    wall: Cell<UnixNanos>,
     seed: Cell<u64>,
     version: Cell<u32>,
     words: RefCell<BTreeMap<String, (Vec<u8>, Version)>>,
@@ -20,6 +23,7 @@ pub struct Sim {
     calls: RefCell<Vec<HttpCall>>,
     grpc_calls: RefCell<Vec<SentCall>>,
     next_call: Cell<u32>,
+    problems: RefCell<Vec<SharedDataProblem>>,
 }
 
 /// A gRPC call that was sent.
@@ -45,8 +49,8 @@ pub struct HttpCall {
 impl Sim {
     pub fn new(seed: u64) -> Sim {
         Sim {
-            now: Cell::new(1_000_000_000_000),
-            wall: Cell::new(1_735_689_600_000_000_000),
+            now: Cell::new(MonotonicInstant::from_nanos(1_000_000_000_000)),
+            wall: Cell::new(UnixNanos::from_nanos(1_735_689_600_000_000_000)),
             seed: Cell::new(seed),
             version: Cell::new(0),
             words: RefCell::default(),
@@ -56,17 +60,18 @@ impl Sim {
             calls: RefCell::default(),
             grpc_calls: RefCell::default(),
             next_call: Cell::new(1),
+            problems: RefCell::default(),
         }
     }
 
     /// Moves both clocks forward.
     pub fn advance(&self, by: std::time::Duration) {
-        self.now.set(self.now.get() + crate::units::nanoseconds(by));
-        self.wall.set(self.wall.get() + crate::units::nanoseconds(by));
+        self.now.set(self.now.get().saturating_add(crate::units::nanoseconds(by)));
+        self.wall.set(self.wall.get().saturating_add(crate::units::nanoseconds(by)));
     }
 
     /// Sets the wall clock, as an operator might.
-    pub fn set_wall(&self, to: Wall) {
+    pub fn set_wall(&self, to: UnixNanos) {
         self.wall.set(to);
     }
 
@@ -100,6 +105,11 @@ impl Sim {
         self.metrics.borrow().iter().filter(|(_, value)| *value != 0).cloned().collect()
     }
 
+    /// The problems with shared data that were reported and not taken yet.
+    pub fn problems(&self) -> Vec<SharedDataProblem> {
+        self.problems.borrow().clone()
+    }
+
     /// How many writes of shared words have succeeded.
     pub fn writes(&self) -> u64 {
         u64::from(self.version.get())
@@ -125,7 +135,7 @@ impl Sim {
     }
 }
 
-impl StateStore for Sim {
+impl SharedData for Sim {
     fn get(&self, key: &str) -> Option<(Vec<u8>, Version)> {
         self.words.borrow().get(key).cloned()
     }
@@ -137,13 +147,17 @@ impl StateStore for Sim {
             return Err(Conflict);
         }
         drop(words);
-        self.put(key, value);
+        self.overwrite(key, value);
         Ok(())
     }
 
-    fn put(&self, key: &str, value: &[u8]) {
+    fn overwrite(&self, key: &str, value: &[u8]) {
         self.version.set(self.version.get() + 1);
         self.words.borrow_mut().insert(key.to_owned(), (value.to_vec(), Version(self.version.get())));
+    }
+
+    fn report(&self, problem: SharedDataProblem) {
+        self.problems.borrow_mut().push(problem);
     }
 }
 
@@ -178,8 +192,8 @@ impl Properties for Sim {
         self.properties.borrow().get(&path.join(".")).cloned()
     }
 
-    fn leave(&self, name: &str, value: &[u8]) {
-        self.set_property(name, value);
+    fn set_property(&self, name: &str, value: &[u8]) {
+        Sim::set_property(self, name, value);
     }
 }
 
@@ -201,7 +215,7 @@ impl GrpcClient for Sim {
     }
 }
 
-impl Calls for Sim {
+impl HttpClient for Sim {
     fn http_get(&self, cluster: &str, path: &str, _: u64) -> Option<u32> {
         if !self.clusters.borrow().iter().any(|known| known == cluster) {
             return None;
@@ -213,11 +227,11 @@ impl Calls for Sim {
 }
 
 impl Host for Sim {
-    fn now(&self) -> Monotonic {
+    fn now(&self) -> MonotonicInstant {
         self.now.get()
     }
 
-    fn wall_now(&self) -> Wall {
+    fn wall_now(&self) -> UnixNanos {
         self.wall.get()
     }
 
@@ -226,5 +240,16 @@ impl Host for Sim {
         let drawn = crate::random::split_mix(&mut state);
         self.seed.set(state);
         drawn
+    }
+
+    /// Metrics are written at once.
+    fn has_unpublished(&self) -> bool {
+        false
+    }
+
+    fn publish(&self) {}
+
+    fn take_problems(&self) -> Vec<(SharedDataProblem, u64)> {
+        self.problems.take().into_iter().map(|problem| (problem, 1)).collect()
     }
 }

@@ -5,7 +5,7 @@
 
 use super::hosts::Health;
 use crate::document::Node;
-use crate::units::Monotonic;
+use crate::units::MonotonicInstant;
 
 /// The longest answer that is read, in bytes: some hundred hosts of the clusters that were asked for.
 pub const MAX_ANSWER_BYTES: usize = crate::document::MAX_DOCUMENT_BYTES;
@@ -69,14 +69,14 @@ fn items(node: &Node) -> &[Node] {
 /// What Envoy said of a target's hosts, and when.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sighting {
-    pub at: Monotonic,
+    pub at: MonotonicInstant,
     pub health: Health,
 }
 
 impl Sighting {
     pub fn encode(&self) -> Vec<u8> {
         let mut word = vec![SCHEMA];
-        for value in [self.at, self.health.hosts, self.health.ejected] {
+        for value in [self.at.as_nanos(), self.health.hosts, self.health.ejected] {
             word.extend_from_slice(&value.to_le_bytes());
         }
         word
@@ -87,13 +87,14 @@ impl Sighting {
         let ([at, hosts, ejected], []) = rest.as_chunks::<8>() else { return None };
         let [at, hosts, ejected] = [at, hosts, ejected].map(|bytes| u64::from_le_bytes(*bytes));
         let fits = hosts > 0 && hosts <= u64::from(u32::MAX);
-        fits.then_some(Sighting { at, health: Health { hosts, ejected } })
+        fits.then_some(Sighting { at: MonotonicInstant::from_nanos(at), health: Health { hosts, ejected } })
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::at;
     use proptest::prelude::*;
 
     const ANSWER: &str = r#"{"cluster_statuses": [
@@ -135,8 +136,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_sighting_is_read_as_it_was_written(at: u64, hosts in 1..1_000_u64, ejected in 0..1_000_u64) {
-            let sighting = Sighting { at, health: Health { hosts, ejected } };
+        fn a_sighting_is_read_as_it_was_written(nanoseconds: u64, hosts in 1..1_000_u64, ejected in 0..1_000_u64) {
+            let sighting = Sighting { at: at(nanoseconds), health: Health { hosts, ejected } };
             prop_assert_eq!(Sighting::decode(&sighting.encode()), Some(sighting));
         }
 

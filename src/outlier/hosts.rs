@@ -6,8 +6,8 @@
 //! where there are more, the one that has not answered for longest gives way, but none that is ejected.
 
 use super::policy::{Detection, Sweep};
-use crate::host::{Change, Conflict, StateStore, update};
-use crate::units::{Fraction, Monotonic};
+use crate::host::{Change, Conflict, SharedData, update};
+use crate::units::{Fraction, MonotonicInstant};
 
 /// The most hosts of a target that are remembered.
 pub const MOST_HOSTS: usize = 64;
@@ -34,9 +34,9 @@ pub enum Answer {
 struct HostEntry {
     /// The hash of its address.
     id: u64,
-    last_seen: Monotonic,
+    last_seen: MonotonicInstant,
     /// Until when it is ejected; 0 where it never was.
-    ejected_until: Monotonic,
+    ejected_until: MonotonicInstant,
     errors: u16,
     gateway_errors: u16,
     local_failures: u16,
@@ -50,12 +50,12 @@ struct HostEntry {
 impl HostEntry {
     const SIZE: usize = 40;
 
-    fn is_ejected(&self, now: Monotonic) -> bool {
+    fn is_ejected(&self, now: MonotonicInstant) -> bool {
         self.ejected_until > now
     }
 
     fn encode(&self, word: &mut Vec<u8>) {
-        for value in [self.id, self.last_seen, self.ejected_until] {
+        for value in [self.id, self.last_seen.as_nanos(), self.ejected_until.as_nanos()] {
             word.extend_from_slice(&value.to_le_bytes());
         }
         for value in [self.errors, self.gateway_errors, self.local_failures, self.ejections] {
@@ -73,8 +73,8 @@ impl HostEntry {
         let count = |at: u32| (counts >> (16 * at)) as u16;
         HostEntry {
             id: wide(0),
-            last_seen: wide(1),
-            ejected_until: wide(2),
+            last_seen: MonotonicInstant::from_nanos(wide(1)),
+            ejected_until: MonotonicInstant::from_nanos(wide(2)),
             errors: count(0),
             gateway_errors: count(1),
             local_failures: count(2),
@@ -115,7 +115,7 @@ struct Table {
     /// How many hosts the target has, by what the proxy said last; 0 where it said nothing.
     endpoints: u64,
     /// When the current interval began; 0 where nothing is asked of intervals.
-    interval_began: Monotonic,
+    interval_began: MonotonicInstant,
     hosts: Vec<HostEntry>,
 }
 
@@ -125,11 +125,11 @@ struct Table {
 /// # Errors
 /// [`Conflict`] if the word could not be written; nothing was noted.
 pub fn note(
-    store: &impl StateStore,
+    store: &impl SharedData,
     word: &str,
     detection: &Detection,
     (id, answer): (u64, Answer),
-    now: Monotonic,
+    now: MonotonicInstant,
     endpoints: impl Fn() -> Option<u64>,
 ) -> Result<Noted, Conflict> {
     update(store, word, |found| {
@@ -142,7 +142,7 @@ pub fn note(
 }
 
 /// What the table under `word` says now.
-pub fn health(store: &impl StateStore, word: &str, now: Monotonic) -> Health {
+pub fn health(store: &impl SharedData, word: &str, now: MonotonicInstant) -> Health {
     let table = store.get(word).and_then(|(word, _)| Table::decode(&word)).unwrap_or_default();
     table.health(now)
 }
@@ -154,7 +154,7 @@ impl Table {
         detection: &Detection,
         id: u64,
         answer: Answer,
-        now: Monotonic,
+        now: MonotonicInstant,
         endpoints: &impl Fn() -> Option<u64>,
     ) -> (bool, bool) {
         let Some(place) = self.place(id, now) else { return (false, false) };
@@ -162,8 +162,8 @@ impl Table {
         let before = *host;
         host.id = id;
         // Kept coarsely: a host that is well is not written anew with each of its answers.
-        if host.last_seen == 0 || now.saturating_sub(host.last_seen) >= detection.interval {
-            host.last_seen = now.max(1);
+        if host.last_seen == MonotonicInstant::ZERO || now.saturating_since(host.last_seen) >= detection.interval {
+            host.last_seen = now.max(MonotonicInstant::from_nanos(1));
         }
         let is_local = answer == Answer::LocalFailure;
         let count = |count: u16, is_one: bool| if is_one { count.saturating_add(1) } else { 0 };
@@ -194,13 +194,18 @@ impl Table {
 
     /// Where an interval has ended, ejects those that did badly in it, and begins another: how many they are. One that
     /// ended longer ago than it lasted tells nothing of how its hosts are now.
-    fn sweep(&mut self, detection: &Detection, now: Monotonic, endpoints: &impl Fn() -> Option<u64>) -> Option<u64> {
-        let lasted = now.saturating_sub(self.interval_began);
-        if self.interval_began > 0 && lasted < detection.interval {
+    fn sweep(
+        &mut self,
+        detection: &Detection,
+        now: MonotonicInstant,
+        endpoints: &impl Fn() -> Option<u64>,
+    ) -> Option<u64> {
+        let lasted = now.saturating_since(self.interval_began);
+        if self.interval_began > MonotonicInstant::ZERO && lasted < detection.interval {
             return None;
         }
-        let is_old = self.interval_began == 0 || lasted >= detection.interval.saturating_mul(2);
-        self.interval_began = now.max(1);
+        let is_old = self.interval_began == MonotonicInstant::ZERO || lasted >= detection.interval.saturating_mul(2);
+        self.interval_began = now.max(MonotonicInstant::from_nanos(1));
         let outliers = if is_old { Vec::new() } else { self.outliers(detection, now) };
         for host in &mut self.hosts {
             (host.answers, host.answered_errors) = (0, 0);
@@ -214,7 +219,7 @@ impl Table {
     }
 
     /// The hosts that did badly in the interval, by Envoy's two measures.
-    fn outliers(&self, detection: &Detection, now: Monotonic) -> Vec<usize> {
+    fn outliers(&self, detection: &Detection, now: MonotonicInstant) -> Vec<usize> {
         let failing = self.failure_rates(detection.failure_percentage, now);
         let threshold = f64::from(detection.failure_percentage.threshold) / 100.0;
         let rates = self.failure_rates(detection.success_rate, now);
@@ -234,7 +239,7 @@ impl Table {
     }
 
     /// The share of errors among the answers of each host, where the question is asked of it.
-    fn failure_rates(&self, sweep: Sweep, now: Monotonic) -> Vec<(usize, f64)> {
+    fn failure_rates(&self, sweep: Sweep, now: MonotonicInstant) -> Vec<(usize, f64)> {
         let is_asked = |host: &HostEntry| !host.is_ejected(now) && host.answers >= sweep.requests.max(1);
         let asked = self.hosts.iter().enumerate().filter(|(_, host)| is_asked(host));
         let rate = |host: &HostEntry| f64::from(host.answered_errors) / f64::from(host.answers);
@@ -243,14 +248,14 @@ impl Table {
     }
 
     /// Ejects a host, if so many may be.
-    fn eject(&mut self, place: usize, detection: &Detection, now: Monotonic) {
+    fn eject(&mut self, place: usize, detection: &Detection, now: MonotonicInstant) {
         let Health { hosts, ejected } = self.health(now);
         let within = |part: u64, percent: u8| part * 100 <= hosts * u64::from(percent);
         let may_be = ejected == 0 || within(ejected + 1, detection.max_ejection_percent);
         let is_healthy = within(ejected, 100 - detection.min_health_percent.min(100));
         let Some(host) = self.hosts.get_mut(place).filter(|_| may_be && is_healthy) else { return };
         // For each interval that it has been back without another, one ejection is forgiven.
-        let back_for = now.saturating_sub(host.ejected_until);
+        let back_for = now.saturating_since(host.ejected_until);
         let forgiven = back_for.checked_div(detection.interval).unwrap_or(0).min(u64::from(u16::MAX));
         host.ejections = host.ejections.saturating_sub(forgiven as u16).saturating_add(1);
         let longest = detection.base_ejection_time.max(LONGEST_EJECTION);
@@ -260,7 +265,7 @@ impl Table {
     }
 
     /// Where the host stands, or may stand.
-    fn place(&mut self, id: u64, now: Monotonic) -> Option<usize> {
+    fn place(&mut self, id: u64, now: MonotonicInstant) -> Option<usize> {
         if let Some(place) = self.hosts.iter().position(|host| host.id == id) {
             return Some(place);
         }
@@ -274,7 +279,7 @@ impl Table {
         Some(place)
     }
 
-    fn health(&self, now: Monotonic) -> Health {
+    fn health(&self, now: MonotonicInstant) -> Health {
         let ejected = self.hosts.iter().filter(|host| host.is_ejected(now)).count() as u64;
         Health { hosts: self.endpoints.max(self.hosts.len() as u64), ejected }
     }
@@ -296,7 +301,7 @@ impl Table {
         let fits = rest.is_empty() && hosts.len() <= MOST_HOSTS;
         // A number of hosts that nobody can have is somebody else's.
         let endpoints = u64::from_le_bytes(*endpoints).min(u64::from(u32::MAX));
-        let interval_began = u64::from_le_bytes(*interval_began);
+        let interval_began = MonotonicInstant::from_le_bytes(*interval_began);
         fits.then(|| Table { endpoints, interval_began, hosts: hosts.iter().map(HostEntry::decode).collect() })
     }
 }
@@ -305,6 +310,7 @@ impl Table {
 mod tests {
     use super::*;
     use crate::host::sim::Sim;
+    use crate::units::at;
     use proptest::prelude::*;
 
     const SECOND: u64 = 1_000_000_000;
@@ -314,7 +320,7 @@ mod tests {
     /// What the answers of one host come to: whether it is ejected after each.
     fn ejections(detection: &Detection, answers: &[Answer]) -> Vec<bool> {
         let host = Sim::new(1);
-        let note = |answer: &Answer| note(&host, "w", detection, (7, *answer), SECOND, || Some(3)).unwrap();
+        let note = |answer: &Answer| note(&host, "w", detection, (7, *answer), at(SECOND), || Some(3)).unwrap();
         answers.iter().map(|answer| note(answer).health.ejected > 0).collect()
     }
 
@@ -347,17 +353,17 @@ mod tests {
     fn ejection_lasts_longer_each_time_and_is_forgiven() {
         let host = Sim::new(1);
         let detection = Detection { errors: 1, ..Detection::default() };
-        let note = |answer, now| note(&host, "w", &detection, (7, answer), now, || None).unwrap();
+        let note = |answer, now| note(&host, "w", &detection, (7, answer), at(now), || None).unwrap();
         assert!(note(ERROR, 1).is_new);
         assert!(!note(ERROR, 2).is_new, "it is ejected already");
-        assert_eq!(health(&host, "w", 30 * SECOND), Health { hosts: 1, ejected: 1 });
-        assert_eq!(health(&host, "w", 30 * SECOND + 1).ejected, 0);
+        assert_eq!(health(&host, "w", at(30 * SECOND)), Health { hosts: 1, ejected: 1 });
+        assert_eq!(health(&host, "w", at(30 * SECOND + 1)).ejected, 0);
         assert!(note(ERROR, 31 * SECOND).is_new);
-        assert_eq!(health(&host, "w", 90 * SECOND).ejected, 1, "twice as long");
-        assert_eq!(health(&host, "w", 91 * SECOND).ejected, 0);
+        assert_eq!(health(&host, "w", at(90 * SECOND)).ejected, 1, "twice as long");
+        assert_eq!(health(&host, "w", at(91 * SECOND)).ejected, 0);
         assert!(note(ERROR, 121 * SECOND).is_new);
-        assert_eq!(health(&host, "w", 150 * SECOND).ejected, 1, "three intervals forgave two ejections");
-        assert_eq!(health(&host, "w", 151 * SECOND).ejected, 0);
+        assert_eq!(health(&host, "w", at(150 * SECOND)).ejected, 1, "three intervals forgave two ejections");
+        assert_eq!(health(&host, "w", at(151 * SECOND)).ejected, 0);
     }
 
     #[test]
@@ -365,22 +371,22 @@ mod tests {
         let host = Sim::new(1);
         let detection = Detection { errors: 1, max_ejection_percent: 20, ..Detection::default() };
         let ejected = |id, endpoints| {
-            note(&host, "w", &detection, (id, ERROR), SECOND, || Some(endpoints)).unwrap().health.ejected
+            note(&host, "w", &detection, (id, ERROR), at(SECOND), || Some(endpoints)).unwrap().health.ejected
         };
         assert_eq!(ejected(1, 3), 1, "a third, but the first");
         assert_eq!(ejected(2, 3), 1);
         assert_eq!(ejected(2, 10), 2);
         assert_eq!(ejected(3, 10), 2);
         let shy = Detection { errors: 1, max_ejection_percent: 100, min_health_percent: 50, ..Detection::default() };
-        let ejected = |id| note(&host, "x", &shy, (id, ERROR), SECOND, || Some(4)).unwrap().health.ejected;
+        let ejected = |id| note(&host, "x", &shy, (id, ERROR), at(SECOND), || Some(4)).unwrap().health.ejected;
         assert_eq!((1..=4).map(ejected).collect::<Vec<_>>(), [1, 2, 3, 3], "half of them are not healthy any more");
     }
 
     /// Five hosts answer `each` times within an interval of ten seconds; of those of the first, `errors` in a hundred are
     /// errors, never two in a row. How many are ejected when the next answer comes at `next`.
-    fn swept(detection: &Detection, each: u64, errors: u64, next: Monotonic) -> u64 {
+    fn swept(detection: &Detection, each: u64, errors: u64, next: u64) -> u64 {
         let host = Sim::new(1);
-        let note = |id, answer, now| note(&host, "w", detection, (id, answer), now, || Some(5)).unwrap();
+        let note = |id, answer, now| note(&host, "w", detection, (id, answer), at(now), || Some(5)).unwrap();
         for n in 0..each {
             for id in 1..=5 {
                 let is_error = id == 1 && (n + 1) * errors / 100 > n * errors / 100;
@@ -426,7 +432,7 @@ mod tests {
         let host = Sim::new(1);
         let detection = Detection::default();
         for n in 0..100 {
-            note(&host, "w", &detection, (7, Answer::Success), SECOND + n * SECOND / 100, || None).unwrap();
+            note(&host, "w", &detection, (7, Answer::Success), at(SECOND + n * SECOND / 100), || None).unwrap();
         }
         assert_eq!(host.writes(), 1);
     }
@@ -446,9 +452,9 @@ mod tests {
             let sweep = Sweep { threshold: 1, hosts: 1, requests: 1 };
             let detection =
                 Detection { errors: 2, failure_percentage: sweep, success_rate: sweep, ..Detection::default() };
-            let (mut table, mut now) = (Table::default(), 1);
+            let (mut table, mut now) = (Table::default(), at(1));
             for (id, answer, milliseconds) in answers {
-                now += milliseconds * 1_000_000;
+                now = now.saturating_add(milliseconds * 1_000_000);
                 let answer = [Answer::Success, ERROR, Answer::LocalFailure][usize::from(answer)];
                 table.sweep(&detection, now, &|| Some(100));
                 table.note(&detection, id, answer, now, &|| Some(100));
@@ -464,9 +470,9 @@ mod tests {
             if let Some(mut table) = Table::decode(&word) {
                 let sweep = Sweep { threshold: 1, hosts: 1, requests: 1 };
                 let detection = Detection { failure_percentage: sweep, success_rate: sweep, ..Detection::default() };
-                table.sweep(&detection, 5, &|| Some(u64::MAX));
-                table.note(&detection, 1, ERROR, 5, &|| Some(u64::MAX));
-                table.health(0).ejected_share();
+                table.sweep(&detection, at(5), &|| Some(u64::MAX));
+                table.note(&detection, 1, ERROR, at(5), &|| Some(u64::MAX));
+                table.health(at(0)).ejected_share();
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The last seconds of a growing total.
 
-use crate::units::Monotonic;
+use crate::units::MonotonicInstant;
 use std::collections::VecDeque;
 
 /// Answers observed, since the proxy started or within a window.
@@ -35,12 +35,12 @@ const STEPS: u64 = 10;
 pub struct Window {
     length: u64,
     /// Totals as they were, oldest first, a tenth of the length apart: at most one more than [`STEPS`] of them.
-    marks: VecDeque<(Monotonic, Totals)>,
+    marks: VecDeque<(MonotonicInstant, Totals)>,
 }
 
 impl Window {
     /// A window of `length` nanoseconds that begins now: what was counted before is not seen.
-    pub fn new(length: u64, now: Monotonic, totals: Totals) -> Window {
+    pub fn new(length: u64, now: MonotonicInstant, totals: Totals) -> Window {
         Window { length, marks: VecDeque::from([(now, totals)]) }
     }
 
@@ -50,8 +50,8 @@ impl Window {
     }
 
     /// Remembers `totals` as those of `now`, if the last mark is a step old.
-    pub fn mark(&mut self, now: Monotonic, totals: impl FnOnce() -> Totals) {
-        let due = self.marks.back().is_none_or(|(last, _)| now.saturating_sub(*last) >= self.step());
+    pub fn mark(&mut self, now: MonotonicInstant, totals: impl FnOnce() -> Totals) {
+        let due = self.marks.back().is_none_or(|(last, _)| now.saturating_since(*last) >= self.step());
         if !due {
             return;
         }
@@ -63,12 +63,12 @@ impl Window {
     }
 
     /// Whether the window has been watched for its whole length.
-    pub fn is_full(&self, now: Monotonic) -> bool {
-        self.marks.front().is_some_and(|(first, _)| now.saturating_sub(*first) >= self.length)
+    pub fn is_full(&self, now: MonotonicInstant) -> bool {
+        self.marks.front().is_some_and(|(first, _)| now.saturating_since(*first) >= self.length)
     }
 
     /// What was counted within the window that ends now, at `totals`.
-    pub fn recent(&self, now: Monotonic, totals: Totals) -> Totals {
+    pub fn recent(&self, now: MonotonicInstant, totals: Totals) -> Totals {
         let start = now.saturating_sub(self.length);
         let base = self.marks.iter().rev().find(|(at, _)| *at <= start).or(self.marks.front());
         base.map_or(Totals::default(), |(_, earlier)| totals.since(*earlier))
@@ -78,6 +78,7 @@ impl Window {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::at;
 
     const SECOND: u64 = 1_000_000_000;
 
@@ -87,32 +88,32 @@ mod tests {
 
     #[test]
     fn sees_the_last_seconds_only() {
-        let mut window = Window::new(10 * SECOND, 0, totals(500, 400));
-        assert_eq!(window.recent(0, totals(500, 400)), totals(0, 0));
-        assert!(!window.is_full(10 * SECOND - 1) && window.is_full(10 * SECOND));
+        let mut window = Window::new(10 * SECOND, at(0), totals(500, 400));
+        assert_eq!(window.recent(at(0), totals(500, 400)), totals(0, 0));
+        assert!(!window.is_full(at(10 * SECOND - 1)) && window.is_full(at(10 * SECOND)));
         for second in 1..=30 {
-            window.mark(second * SECOND, || totals(500 + second * 10, 400 + second));
+            window.mark(at(second * SECOND), || totals(500 + second * 10, 400 + second));
         }
-        assert_eq!(window.recent(30 * SECOND, totals(800, 430)), totals(100, 10));
-        assert_eq!(window.recent(30 * SECOND + SECOND / 2, totals(810, 431)), totals(110, 11));
+        assert_eq!(window.recent(at(30 * SECOND), totals(800, 430)), totals(100, 10));
+        assert_eq!(window.recent(at(30 * SECOND + SECOND / 2), totals(810, 431)), totals(110, 11));
         assert_eq!(window.marks.len(), STEPS as usize + 1);
     }
 
     #[test]
     fn marks_are_bounded_however_often_they_are_made() {
-        let mut window = Window::new(10 * SECOND, 0, totals(0, 0));
+        let mut window = Window::new(10 * SECOND, at(0), totals(0, 0));
         for n in 0..100_000 {
-            window.mark(n * SECOND / 1000, || totals(n, 0));
+            window.mark(at(n * SECOND / 1000), || totals(n, 0));
         }
         assert!(window.marks.len() <= STEPS as usize + 2);
     }
 
     #[test]
     fn a_quiet_time_leaves_the_window() {
-        let mut window = Window::new(10 * SECOND, 0, totals(0, 0));
-        window.mark(SECOND, || totals(100, 100));
-        window.mark(60 * SECOND, || totals(100, 100));
-        assert_eq!(window.recent(60 * SECOND, totals(101, 100)), totals(1, 0));
-        assert_eq!(window.recent(71 * SECOND, totals(102, 100)), totals(2, 0));
+        let mut window = Window::new(10 * SECOND, at(0), totals(0, 0));
+        window.mark(at(SECOND), || totals(100, 100));
+        window.mark(at(60 * SECOND), || totals(100, 100));
+        assert_eq!(window.recent(at(60 * SECOND), totals(101, 100)), totals(1, 0));
+        assert_eq!(window.recent(at(71 * SECOND), totals(102, 100)), totals(2, 0));
     }
 }

@@ -4,9 +4,9 @@ use super::gcra::Test;
 use super::lease::Leases;
 use super::policy::{Keyspace, Limit, OnMissing, Rate, Secret};
 use super::table::{Bucket, Place, Reservation, Standing};
-use crate::host::{Change, Conflict, StateStore, update};
+use crate::host::{Change, Conflict, SharedData, update};
 use crate::key::Scene;
-use crate::units::Monotonic;
+use crate::units::MonotonicInstant;
 use std::hash::Hasher;
 
 /// What the limits of a route say of a request. Limits are indices into the route's limits.
@@ -130,8 +130,8 @@ pub fn admit(
     secret: &Secret,
     leases: &mut Leases,
     scene: &Scene<'_, '_>,
-    now: Monotonic,
-    store: &impl StateStore,
+    now: MonotonicInstant,
+    store: &impl SharedData,
 ) -> Admission {
     let mut admission = Admission::default();
     let mut candidates_from = usize::MAX;
@@ -227,8 +227,8 @@ pub fn take_back(
     admission: &mut Admission,
     limits: &[Limit],
     leases: &mut Leases,
-    now: Monotonic,
-    store: &impl StateStore,
+    now: MonotonicInstant,
+    store: &impl SharedData,
 ) {
     for charged in admission.charges.drain(..) {
         charged.take_back(limits, leases, now, store);
@@ -255,8 +255,8 @@ impl Charge<'_> {
     fn make(
         &self,
         leases: &mut Leases,
-        now: Monotonic,
-        store: &impl StateStore,
+        now: MonotonicInstant,
+        store: &impl SharedData,
         admission: &mut Admission,
     ) -> Result<(Booked, Option<Standing>), (Reason, Option<Standing>)> {
         let Charge { keyspace, rate, fingerprint, cost, is_held, is_told } = *self;
@@ -316,7 +316,7 @@ impl Charge<'_> {
 
 impl Charged {
     /// A charge that cannot be taken back stays: that refuses too much, never too little.
-    fn take_back(&self, limits: &[Limit], leases: &mut Leases, now: Monotonic, store: &impl StateStore) {
+    fn take_back(&self, limits: &[Limit], leases: &mut Leases, now: MonotonicInstant, store: &impl SharedData) {
         let Charged { limit, candidate, exception, fingerprint, cost, booked } = *self;
         let Some((keyspace, rate)) = find_rate(limits, limit, candidate, exception) else { return };
         let terms = &rate.terms;
@@ -333,7 +333,7 @@ impl Charged {
 
 /// Settles what was held for a request, now that its answer is known: `status`, or `None` where it is to be forgotten
 /// because the answer tells nothing of the request.
-pub fn settle(limits: &[Limit], held: &[Held], status: Option<u16>, now: Monotonic, store: &impl StateStore) {
+pub fn settle(limits: &[Limit], held: &[Held], status: Option<u16>, now: MonotonicInstant, store: &impl SharedData) {
     for held in held {
         let Some(limit) = limits.get(held.limit) else { continue };
         let Some((keyspace, rate)) = find_rate(limits, held.limit, held.candidate, held.exception) else { continue };
@@ -351,8 +351,8 @@ pub fn settle(limits: &[Limit], held: &[Held], status: Option<u16>, now: Monoton
 pub fn return_leases<'p>(
     leases: &mut Leases,
     find: impl Fn(usize) -> Option<(&'p Keyspace, &'p Rate)>,
-    now: Monotonic,
-    store: &impl StateStore,
+    now: MonotonicInstant,
+    store: &impl SharedData,
 ) {
     for (id, fingerprint, reservation) in leases.ending(now) {
         if let Some((keyspace, rate)) = find(id) {
@@ -365,7 +365,7 @@ pub fn return_leases<'p>(
 
 impl Keyspace {
     /// Changes the bucket of a key, if it is there.
-    fn amend(&self, fingerprint: u64, now: Monotonic, store: &impl StateStore, change: &dyn Fn(&mut Bucket)) {
+    fn amend(&self, fingerprint: u64, now: MonotonicInstant, store: &impl SharedData, change: &dyn Fn(&mut Bucket)) {
         let _ = update(store, &self.word(fingerprint), |found| {
             match found.and_then(|word| Bucket::decode(word, &self.longest, now)) {
                 Some(mut bucket) => {
@@ -622,8 +622,8 @@ mod tests {
                          "charge": {"onResponse": {"statuses": [401]}}}]"#,
                 );
                 let host = Sim::new(1);
-                let mut waiting: Vec<(u64, Vec<Held>)> = Vec::new();
-                let mut failed: Vec<u64> = Vec::new();
+                let mut waiting: Vec<(MonotonicInstant, Vec<Held>)> = Vec::new();
+                let mut failed: Vec<MonotonicInstant> = Vec::new();
                 for (step, which, end) in steps {
                     host.advance(Duration::from_nanos(step));
                     let admission = ask(&limits, &names, "ann", &host);
@@ -635,7 +635,7 @@ mod tests {
                         let (since, held) = waiting.swap_remove(which);
                         match end {
                             // It has counted when its time was over.
-                            _ if host.now() - since > 60_000_000_000 => {}
+                            _ if host.now().saturating_since(since) > 60_000_000_000 => {}
                             End::Fails => {
                                 settle(&limits, &held, Some(401), host.now(), &host);
                                 failed.push(host.now());
@@ -646,7 +646,7 @@ mod tests {
                     }
                     for (first, since) in failed.iter().enumerate() {
                         let count = (failed.len() - first) as u64;
-                        prop_assert!(count <= 4 + (host.now() - since) / 1_000_000_000, "{count} failed");
+                        prop_assert!(count <= 4 + host.now().saturating_since(*since) / 1_000_000_000, "{count} failed");
                     }
                 }
                 host.advance(Duration::from_secs(130));
@@ -668,7 +668,7 @@ mod tests {
                 limits[0].rate.lease = 8;
                 let host = Sim::new(1);
                 let mut workers: Vec<Leases> = (0..5).map(|_| Leases::default()).collect();
-                let mut admitted: Vec<(u64, u64)> = Vec::new();
+                let mut admitted: Vec<(MonotonicInstant, u64)> = Vec::new();
                 for (worker, step, event, cost) in steps {
                     host.advance(Duration::from_nanos(step));
                     match event {
@@ -686,7 +686,8 @@ mod tests {
                     let mut count = 0;
                     for (until, cost) in &admitted[first..] {
                         count += cost;
-                        prop_assert!(count <= 64 + (until - since) / interval, "{count} in {} ns", until - since);
+                        let span = until.saturating_since(*since);
+                        prop_assert!(count <= 64 + span / interval, "{count} in {span} ns");
                     }
                 }
             }

@@ -5,7 +5,7 @@
 //! than the burst ahead of now is refused, and the excess is how long to wait. Over any span of length `t` it admits
 //! at most `burst + t / interval` requests.
 
-use crate::units::{LATENESS, Monotonic};
+use crate::units::{LATENESS, MonotonicInstant};
 
 /// A rate and a burst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +20,7 @@ pub struct Gcra {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Test {
     /// Admitted; this is the TAT from now on.
-    Conforms { tat: Monotonic },
+    Conforms { tat: MonotonicInstant },
     /// Refused; nothing has changed, and this many nanoseconds from now one would be admitted.
     TooEarly { wait: u64 },
 }
@@ -45,9 +45,9 @@ impl Gcra {
     /// Tests a request that counts as `cost` requests at `now` against the arrival time `tat`, of which any instant that
     /// has passed means "fresh", where `reserved` further requests have been promised already. A cost above the burst
     /// never conforms, however long one waits.
-    pub fn test(&self, tat: Monotonic, reserved: u32, cost: u32, now: Monotonic) -> Test {
+    pub fn test(&self, tat: MonotonicInstant, reserved: u32, cost: u32, now: MonotonicInstant) -> Test {
         let after = self.charge(tat, cost, now);
-        let ahead = (after - now).saturating_add(self.interval.saturating_mul(reserved.into()));
+        let ahead = after.saturating_since(now).saturating_add(self.interval.saturating_mul(reserved.into()));
         if ahead <= self.tolerance {
             Test::Conforms { tat: after }
         } else {
@@ -56,24 +56,24 @@ impl Gcra {
     }
 
     /// How many more requests could be admitted at `now`.
-    pub fn room(&self, tat: Monotonic, reserved: u32, now: Monotonic) -> u64 {
-        let ahead = tat.max(now) - now;
+    pub fn room(&self, tat: MonotonicInstant, reserved: u32, now: MonotonicInstant) -> u64 {
+        let ahead = tat.saturating_since(now);
         (self.tolerance.saturating_sub(ahead) / self.interval).saturating_sub(reserved.into())
     }
 
     /// The TAT after `requests` that were admitted by `now` at the latest.
-    pub fn charge(&self, tat: Monotonic, requests: u32, now: Monotonic) -> Monotonic {
+    pub fn charge(&self, tat: MonotonicInstant, requests: u32, now: MonotonicInstant) -> MonotonicInstant {
         tat.max(now).saturating_add(self.interval.saturating_mul(requests.into()))
     }
 
     /// The TAT after `requests` that had been admitted are taken back.
-    pub fn take_back(&self, tat: Monotonic, requests: u32) -> Monotonic {
+    pub fn take_back(&self, tat: MonotonicInstant, requests: u32) -> MonotonicInstant {
         tat.saturating_sub(self.interval.saturating_mul(requests.into()))
     }
 
     /// Nanoseconds until the whole burst could be admitted again.
-    pub fn regained(&self, tat: Monotonic, reserved: u32, now: Monotonic) -> u64 {
-        self.charge(tat, reserved, now) - now
+    pub fn regained(&self, tat: MonotonicInstant, reserved: u32, now: MonotonicInstant) -> u64 {
+        self.charge(tat, reserved, now).saturating_since(now)
     }
 
     /// In how many nanoseconds a burst is regained.
@@ -87,13 +87,13 @@ impl Gcra {
     }
 
     /// The latest arrival time that requests can have led to.
-    pub fn latest(&self, now: Monotonic) -> Monotonic {
+    pub fn latest(&self, now: MonotonicInstant) -> MonotonicInstant {
         now.saturating_add(self.tolerance)
     }
 
     /// The arrival time that was found, or the latest that there can be: what is later than other workers can have made
     /// it was left by a slower rate.
-    pub fn within_reach(&self, tat: Monotonic, now: Monotonic) -> Monotonic {
+    pub fn within_reach(&self, tat: MonotonicInstant, now: MonotonicInstant) -> MonotonicInstant {
         let latest = self.latest(now);
         if tat > latest.saturating_add(LATENESS) { latest } else { tat }
     }
@@ -102,20 +102,21 @@ impl Gcra {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::at;
     use proptest::prelude::*;
 
     #[test]
     fn a_burst_then_the_rate() {
         let gcra = Gcra::new(100, 60_000_000_000, 3).unwrap();
-        let mut tat = 0;
-        let now = 5_000_000_000;
+        let mut tat = at(0);
+        let now = at(5_000_000_000);
         for _ in 0..3 {
             let Test::Conforms { tat: after } = gcra.test(tat, 0, 1, now) else { panic!("the burst is admitted") };
             tat = after;
         }
         assert_eq!(gcra.test(tat, 0, 1, now), Test::TooEarly { wait: 600_000_000 });
-        assert_eq!(gcra.test(tat, 0, 1, now + 599_999_999), Test::TooEarly { wait: 1 });
-        assert!(matches!(gcra.test(tat, 0, 1, now + 600_000_000), Test::Conforms { .. }));
+        assert_eq!(gcra.test(tat, 0, 1, now.saturating_add(599_999_999)), Test::TooEarly { wait: 1 });
+        assert!(matches!(gcra.test(tat, 0, 1, now.saturating_add(600_000_000)), Test::Conforms { .. }));
         let back = gcra.take_back(tat, 1);
         assert!(matches!(gcra.test(back, 0, 1, now), Test::Conforms { .. }));
     }
@@ -136,16 +137,16 @@ mod tests {
         ) {
             let unit = 1_000_000_000;
             let gcra = Gcra::new(requests, unit, burst).unwrap();
-            let (start, mut tat) = (7, 0);
+            let (start, mut tat) = (at(7), at(0));
             let mut now = start;
             let mut admitted = 0_u64;
             for step in steps {
-                now += step;
+                now = now.saturating_add(step);
                 if let Test::Conforms { tat: after } = gcra.test(tat, 0, 1, now) {
                     tat = after;
                     admitted += 1;
                 }
-                let allowed = burst + (now - start) * requests / unit;
+                let allowed = burst + now.saturating_since(start) * requests / unit;
                 prop_assert!(admitted <= allowed, "{admitted} of {allowed}");
             }
         }

@@ -6,14 +6,14 @@
 //! another may lack, for two seconds at most; so small limits, of which people count every request, are never leased.
 
 use super::table::Reservation;
-use crate::units::Monotonic;
+use crate::units::MonotonicInstant;
 
 /// The clock of leases, in nanoseconds.
 pub(super) const EPOCH: u64 = 1_000_000_000;
 
 /// The epoch of an instant; it wraps after 136 years.
-fn epoch(now: Monotonic) -> u32 {
-    (now / EPOCH) as u32
+fn epoch(now: MonotonicInstant) -> u32 {
+    (now.as_nanos() / EPOCH) as u32
 }
 
 /// The part of the burst that one worker may hold.
@@ -32,7 +32,7 @@ pub(super) fn most(burst: u64) -> u32 {
 pub struct Leases {
     places: Vec<Lease>,
     /// When to look for leases that end; ticks come more often while streams are held.
-    look_again: Monotonic,
+    look_again: MonotonicInstant,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,7 +50,7 @@ impl Lease {
     }
 
     /// For how many epochs it has been held; it must not be used from the second on.
-    fn age(&self, now: Monotonic) -> u32 {
+    fn age(&self, now: MonotonicInstant) -> u32 {
         epoch(now).wrapping_sub(self.held.epoch)
     }
 }
@@ -72,7 +72,7 @@ impl Leases {
     }
 
     /// Spends `cost` reserved requests of a key, if there are so many.
-    pub(super) fn spend(&mut self, limit: usize, fingerprint: u64, cost: u32, now: Monotonic) -> bool {
+    pub(super) fn spend(&mut self, limit: usize, fingerprint: u64, cost: u32, now: MonotonicInstant) -> bool {
         match self.find(limit, fingerprint) {
             Some(lease) if lease.left() >= cost && lease.age(now) <= 1 => {
                 lease.held.used += cost;
@@ -90,7 +90,13 @@ impl Leases {
     }
 
     /// What to settle and how much to ask for, now that shared data has to be asked anyhow.
-    pub(super) fn renew(&mut self, limit: usize, fingerprint: u64, most: u32, now: Monotonic) -> (Reservation, u32) {
+    pub(super) fn renew(
+        &mut self,
+        limit: usize,
+        fingerprint: u64,
+        most: u32,
+        now: MonotonicInstant,
+    ) -> (Reservation, u32) {
         let Some(lease) = self.place(limit, fingerprint) else { return (Reservation::default(), 0) };
         if lease.limit != limit || lease.fingerprint != fingerprint {
             let held = Reservation { epoch: epoch(now), ..Reservation::default() };
@@ -107,14 +113,14 @@ impl Leases {
     }
 
     /// Notes what has been reserved instead of what was held.
-    pub(super) fn hold(&mut self, limit: usize, fingerprint: u64, size: u32, now: Monotonic) {
+    pub(super) fn hold(&mut self, limit: usize, fingerprint: u64, size: u32, now: MonotonicInstant) {
         if let Some(lease) = self.find(limit, fingerprint) {
             lease.held = Reservation { epoch: epoch(now), size, used: 0 };
         }
     }
 
     /// Takes the leases that end soon and have something left, to be settled: their limit, fingerprint, reservation.
-    pub(super) fn ending(&mut self, now: Monotonic) -> impl Iterator<Item = (usize, u64, Reservation)> {
+    pub(super) fn ending(&mut self, now: MonotonicInstant) -> impl Iterator<Item = (usize, u64, Reservation)> {
         let is_due = now >= self.look_again;
         if is_due {
             self.look_again = now.saturating_add(Leases::TICK / 2);

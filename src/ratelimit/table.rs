@@ -17,7 +17,7 @@
 //! others it is only known whether they could still matter, by the rate that takes the longest to regain.
 
 use super::gcra::{Gcra, Test};
-use crate::units::Monotonic;
+use crate::units::MonotonicInstant;
 
 /// How many keys a bucket holds.
 pub(super) const WAYS: usize = 8;
@@ -38,8 +38,8 @@ pub(super) struct Terms {
 
 impl Terms {
     /// The epoch of an instant. It wraps, in 136 years at the soonest.
-    pub(super) fn epoch_of(&self, now: Monotonic) -> u32 {
-        (now / self.epoch) as u32
+    pub(super) fn epoch_of(&self, now: MonotonicInstant) -> u32 {
+        (now.as_nanos() / self.epoch) as u32
     }
 }
 
@@ -53,7 +53,7 @@ pub(super) struct Standing {
 }
 
 impl Standing {
-    fn of(tat: Monotonic, reserved: u32, gcra: &Gcra, now: Monotonic) -> Standing {
+    fn of(tat: MonotonicInstant, reserved: u32, gcra: &Gcra, now: MonotonicInstant) -> Standing {
         let remaining = gcra.room(tat, reserved, now);
         let reset = match gcra.test(tat, reserved, 1, now) {
             Test::TooEarly { wait } => wait,
@@ -66,7 +66,7 @@ impl Standing {
 /// The keys of one bucket.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Bucket {
-    overflow: Monotonic,
+    overflow: MonotonicInstant,
     residents: Vec<Resident>,
 }
 
@@ -74,7 +74,7 @@ pub(super) struct Bucket {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Resident {
     fingerprint: u64,
-    tat: Monotonic,
+    tat: MonotonicInstant,
     /// The epoch of `reserved`; `reserved_before` is of the one before it.
     epoch: u32,
     reserved: u32,
@@ -104,12 +104,13 @@ impl Resident {
     /// Charges what was reserved and is past its time as if it had been used, at the last instant at which it can have
     /// been. A time further ahead than the rate leads to was left by a slower one: what was spent stays spent, and is
     /// regained at the rate of today.
-    fn catch_up(&mut self, terms: &Terms, now: Monotonic) {
+    fn catch_up(&mut self, terms: &Terms, now: MonotonicInstant) {
         let current = terms.epoch_of(now);
         while self.epoch != current && self.reserved() > 0 {
             let end = u64::from(self.epoch).saturating_add(1).saturating_mul(terms.epoch);
             if self.reserved_before > 0 {
-                self.tat = terms.gcra.charge(self.tat, self.reserved_before, end.min(now));
+                self.tat =
+                    terms.gcra.charge(self.tat, self.reserved_before, MonotonicInstant::from_nanos(end).min(now));
             }
             self.reserved_before = self.reserved;
             self.reserved = 0;
@@ -120,7 +121,7 @@ impl Resident {
     }
 
     /// Charges what was used of a reservation, and frees the rest.
-    fn settle(&mut self, reservation: Reservation, gcra: &Gcra, now: Monotonic) {
+    fn settle(&mut self, reservation: Reservation, gcra: &Gcra, now: MonotonicInstant) {
         let held = if reservation.epoch == self.epoch {
             &mut self.reserved
         } else if reservation.epoch.wrapping_add(1) == self.epoch {
@@ -137,22 +138,22 @@ impl Resident {
     }
 
     /// Whether the key may differ from a fresh one, `longest` being the terms that take the longest to regain.
-    fn is_live(&self, longest: &Terms, now: Monotonic) -> bool {
+    fn is_live(&self, longest: &Terms, now: MonotonicInstant) -> bool {
         let held_until = u64::from(self.epoch).saturating_add(2).saturating_mul(longest.epoch);
-        self.tat > now || self.reserved() > 0 && longest.gcra.latest(held_until) > now
+        self.tat > now || self.reserved() > 0 && longest.gcra.latest(MonotonicInstant::from_nanos(held_until)) > now
     }
 }
 
 impl Bucket {
     /// Reads a word; `None` where it is not one of ours. No time is taken to be further ahead than `longest` leads to.
-    pub(super) fn decode(word: &[u8], longest: &Terms, now: Monotonic) -> Option<Bucket> {
+    pub(super) fn decode(word: &[u8], longest: &Terms, now: MonotonicInstant) -> Option<Bucket> {
         let (schema, rest) = word.split_first()?;
         let (overflow, rest) = rest.split_first_chunk::<8>()?;
         let (chunks, remainder) = rest.as_chunks::<RESIDENT>();
         if *schema != SCHEMA || !remainder.is_empty() || chunks.len() > WAYS {
             return None;
         }
-        let within_reach = |tat: &[u8; 8]| longest.gcra.within_reach(u64::from_le_bytes(*tat), now);
+        let within_reach = |tat: &[u8; 8]| longest.gcra.within_reach(MonotonicInstant::from_le_bytes(*tat), now);
         let mut residents = Vec::with_capacity(chunks.len() + 1);
         for chunk in chunks {
             let (fingerprint, rest) = chunk.split_first_chunk::<8>()?;
@@ -184,14 +185,14 @@ impl Bucket {
         word
     }
 
-    fn resident(&mut self, fingerprint: u64, terms: &Terms, now: Monotonic) -> Option<&mut Resident> {
+    fn resident(&mut self, fingerprint: u64, terms: &Terms, now: MonotonicInstant) -> Option<&mut Resident> {
         let resident = self.residents.iter_mut().find(|resident| resident.fingerprint == fingerprint)?;
         resident.catch_up(terms, now);
         Some(resident)
     }
 
     /// Settles a reservation of the key with `fingerprint`.
-    pub(super) fn settle(&mut self, fingerprint: u64, reservation: Reservation, terms: &Terms, now: Monotonic) {
+    pub(super) fn settle(&mut self, fingerprint: u64, reservation: Reservation, terms: &Terms, now: MonotonicInstant) {
         if let Some(resident) = self.resident(fingerprint, terms, now) {
             resident.settle(reservation, &terms.gcra, now);
         }
@@ -205,7 +206,7 @@ impl Bucket {
         cost: u32,
         terms: &Terms,
         longest: &Terms,
-        now: Monotonic,
+        now: MonotonicInstant,
     ) -> (Test, Place) {
         if let Some(resident) = self.resident(fingerprint, terms, now) {
             let test = terms.gcra.test(resident.tat, resident.reserved(), cost, now);
@@ -228,7 +229,7 @@ impl Bucket {
     }
 
     /// Makes the charge of a moment ago a reservation: it is not known yet whether it counts.
-    pub(super) fn hold(&mut self, fingerprint: u64, cost: u32, terms: &Terms, now: Monotonic) {
+    pub(super) fn hold(&mut self, fingerprint: u64, cost: u32, terms: &Terms, now: MonotonicInstant) {
         if let Some(resident) = self.resident(fingerprint, terms, now) {
             resident.tat = terms.gcra.take_back(resident.tat, cost);
             resident.reserved = resident.reserved.saturating_add(cost);
@@ -236,7 +237,7 @@ impl Bucket {
     }
 
     /// Reserves up to `wanted` requests of a key that has a place of its own; how many it has got.
-    pub(super) fn reserve(&mut self, fingerprint: u64, wanted: u32, terms: &Terms, now: Monotonic) -> u32 {
+    pub(super) fn reserve(&mut self, fingerprint: u64, wanted: u32, terms: &Terms, now: MonotonicInstant) -> u32 {
         let Some(resident) = self.resident(fingerprint, terms, now) else { return 0 };
         let room = terms.gcra.room(resident.tat, resident.reserved(), now);
         let granted = wanted.min(u32::try_from(room).unwrap_or(u32::MAX));
@@ -245,7 +246,14 @@ impl Bucket {
     }
 
     /// Takes a charge back from where it was booked.
-    pub(super) fn take_back(&mut self, fingerprint: u64, cost: u32, place: Place, terms: &Terms, now: Monotonic) {
+    pub(super) fn take_back(
+        &mut self,
+        fingerprint: u64,
+        cost: u32,
+        place: Place,
+        terms: &Terms,
+        now: MonotonicInstant,
+    ) {
         match place {
             Place::Overflow => self.overflow = terms.gcra.take_back(self.overflow, cost),
             Place::Own => {
@@ -257,7 +265,7 @@ impl Bucket {
     }
 
     /// What is left to the key with `fingerprint`.
-    pub(super) fn standing(&mut self, fingerprint: u64, terms: &Terms, now: Monotonic) -> Standing {
+    pub(super) fn standing(&mut self, fingerprint: u64, terms: &Terms, now: MonotonicInstant) -> Standing {
         let overflow = self.overflow;
         let (tat, reserved) = match self.resident(fingerprint, terms, now) {
             Some(resident) => (resident.tat, resident.reserved()),
@@ -270,6 +278,7 @@ impl Bucket {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::at;
     use proptest::prelude::*;
     use std::collections::HashMap;
 
@@ -281,13 +290,13 @@ mod tests {
         terms(10, 1_000_000_000, 5)
     }
 
-    fn charge(bucket: &mut Bucket, fingerprint: u64, terms: &Terms, now: Monotonic) -> (Test, Place) {
+    fn charge(bucket: &mut Bucket, fingerprint: u64, terms: &Terms, now: MonotonicInstant) -> (Test, Place) {
         bucket.charge(fingerprint, 1, terms, terms, now)
     }
 
     #[test]
     fn garbage_is_told_from_a_word() {
-        let now = 1_000_000_000_000;
+        let now = at(1_000_000_000_000);
         let mut bucket = Bucket::default();
         for fingerprint in 0..20 {
             charge(&mut bucket, fingerprint, &usual(), now);
@@ -305,7 +314,7 @@ mod tests {
 
     #[test]
     fn a_faster_rate_forgives_nothing_and_punishes_no_longer() {
-        let now = 1_000_000_000_000;
+        let now = at(1_000_000_000_000);
         let slow = terms(2, 86_400_000_000_000, 2);
         let mut bucket = Bucket::default();
         while let (Test::Conforms { .. }, _) = charge(&mut bucket, 1, &slow, now) {}
@@ -315,8 +324,8 @@ mod tests {
 
     #[test]
     fn a_worker_that_read_the_clock_earlier_forgives_nothing() {
-        let now = 1_000_000_000_000;
-        let later = now + 20_000_000;
+        let now = at(1_000_000_000_000);
+        let later = now.saturating_add(20_000_000);
         let mut bucket = Bucket::default();
         for fingerprint in 1..=2 {
             while let (Test::Conforms { .. }, _) = charge(&mut bucket, fingerprint, &usual(), later) {}
@@ -330,13 +339,13 @@ mod tests {
 
     #[test]
     fn what_a_vanished_worker_reserved_is_charged_once_and_comes_back() {
-        let now = 1_000_000_000_000;
+        let now = at(1_000_000_000_000);
         let mut bucket = Bucket::default();
         charge(&mut bucket, 1, &usual(), now);
         assert_eq!(bucket.reserve(1, 10, &usual(), now), 4, "the rest of the burst");
-        assert!(matches!(charge(&mut bucket, 1, &usual(), now + 100_000_000).0, Test::Conforms { .. }));
-        assert!(matches!(charge(&mut bucket, 1, &usual(), now + 100_000_000).0, Test::TooEarly { .. }));
-        let later = now + 2_000_000_000;
+        assert!(matches!(charge(&mut bucket, 1, &usual(), now.saturating_add(100_000_000)).0, Test::Conforms { .. }));
+        assert!(matches!(charge(&mut bucket, 1, &usual(), now.saturating_add(100_000_000)).0, Test::TooEarly { .. }));
+        let later = now.saturating_add(2_000_000_000);
         let mut after = Bucket::decode(&bucket.encode(), &usual(), later).unwrap();
         assert_eq!(after.resident(1, &usual(), later).unwrap().reserved(), 0);
         let admitted =
@@ -347,7 +356,7 @@ mod tests {
     proptest! {
         #[test]
         fn any_bytes_decode_to_something_or_nothing(word in proptest::collection::vec(any::<u8>(), 0..300), now: u64) {
-            let _ = Bucket::decode(&word, &usual(), now);
+            let _ = Bucket::decode(&word, &usual(), at(now));
         }
 
         /// However many keys crowd into one bucket, none is admitted more often than alone.
@@ -355,18 +364,18 @@ mod tests {
         fn crowding_never_over_admits(
             requests in proptest::collection::vec((0..24_u64, 0..200_000_000_u64), 1..600),
         ) {
-            let start = 1_000_000_000_000;
+            let start = at(1_000_000_000_000);
             let mut now = start;
             let mut bucket = Bucket::default();
-            let mut admitted: HashMap<u64, Vec<u64>> = HashMap::new();
+            let mut admitted: HashMap<u64, Vec<MonotonicInstant>> = HashMap::new();
             for (key, step) in requests {
-                now += step;
+                now = now.saturating_add(step);
                 if let (Test::Conforms { .. }, _) = charge(&mut bucket, key, &usual(), now) {
                     let times = admitted.entry(key).or_default();
                     times.push(now);
                     for (index, since) in times.iter().enumerate() {
                         let count = (times.len() - index) as u64;
-                        prop_assert!(count <= 5 + (now - since) / 100_000_000, "key {key}");
+                        prop_assert!(count <= 5 + now.saturating_since(*since) / 100_000_000, "key {key}");
                     }
                 }
                 bucket = Bucket::decode(&bucket.encode(), &usual(), now).unwrap();
@@ -381,12 +390,12 @@ mod tests {
             const INTERVAL: u64 = 100_000_000;
             let rates = [usual(), terms(5, 1_000_000_000, 3), terms(1, 1_000_000_000, 4)];
             let longest = rates[2];
-            let start = 1_000_000_000_000;
+            let start = at(1_000_000_000_000);
             let mut now = start;
             let mut bucket = Bucket::default();
-            let mut admitted: HashMap<u64, Vec<(u64, u64)>> = HashMap::new();
+            let mut admitted: HashMap<u64, Vec<(MonotonicInstant, u64)>> = HashMap::new();
             for (key, cost, step) in requests {
-                now += step;
+                now = now.saturating_add(step);
                 let rate = (key % 3) as usize;
                 if let (Test::Conforms { .. }, _) = bucket.charge(key, cost, &rates[rate], &longest, now) {
                     let times = admitted.entry(key).or_default();
@@ -394,7 +403,7 @@ mod tests {
                     let (interval, burst) = [(INTERVAL, 5), (2 * INTERVAL, 3), (10 * INTERVAL, 4)][rate];
                     for (index, (since, _)) in times.iter().enumerate() {
                         let count: u64 = times[index..].iter().map(|(_, cost)| cost).sum();
-                        prop_assert!(count <= burst + (now - since) / interval, "key {key}");
+                        prop_assert!(count <= burst + now.saturating_since(*since) / interval, "key {key}");
                     }
                 }
                 bucket = Bucket::decode(&bucket.encode(), &longest, now).unwrap();
@@ -403,7 +412,7 @@ mod tests {
 
         #[test]
         fn what_is_taken_back_can_be_spent_again(keys in proptest::collection::vec(0..12_u64, 1..60)) {
-            let now = 1_000_000_000_000;
+            let now = at(1_000_000_000_000);
             let mut bucket = Bucket::default();
             for key in keys {
                 let before = bucket.clone();

@@ -74,7 +74,7 @@ impl DestinationMeters {
         const MILLISECOND: u64 = 1_000_000;
         let Some(guard) = &self.guard else { return };
         let until = match state.phase {
-            Phase::Suspended(until) => until.div_ceil(MILLISECOND),
+            Phase::Suspended(until) => until.as_nanos().div_ceil(MILLISECOND),
             _ => 0,
         };
         metrics.set_gauge(guard.suspended_until, until);

@@ -15,10 +15,10 @@
 use super::events::{TraceEvent, TraceEvents};
 use super::w3c::{TraceContext, TraceFlags, bytes_to_hex};
 use crate::document::Value;
-use crate::host::{Change, StateStore, update};
+use crate::host::{Change, SharedData, update};
 use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
 use crate::matcher::read_header_name;
-use crate::units::{LATENESS, Monotonic, nanoseconds, read_duration};
+use crate::units::{LATENESS, MonotonicInstant, nanoseconds, read_duration};
 use std::borrow::Cow;
 use std::time::Duration;
 use xxhash_rust::xxh64::xxh64;
@@ -135,8 +135,8 @@ impl Bridge {
         &self,
         request: &Request<'_>,
         context: Option<&TraceContext>,
-        now: Monotonic,
-        shared_data: &dyn StateStore,
+        now: MonotonicInstant,
+        shared_data: &dyn SharedData,
     ) -> Option<StoredContext> {
         let fits = |found: &StoredContext| context.is_none_or(|context| is_same_trace(context, &found.context));
         let exact =
@@ -150,8 +150,8 @@ impl Bridge {
         &self,
         kind: KeyKind,
         id: &[u8],
-        now: Monotonic,
-        shared_data: &dyn StateStore,
+        now: MonotonicInstant,
+        shared_data: &dyn SharedData,
     ) -> Option<StoredContext> {
         let mut key = String::new();
         self.write_slot_key(&mut key, kind, id);
@@ -179,8 +179,8 @@ impl Bridge {
         request: &Request<'_>,
         context: &TraceContext,
         mutations: &[HeaderMutation<'_>],
-        now: Monotonic,
-        shared_data: &dyn StateStore,
+        now: MonotonicInstant,
+        shared_data: &dyn SharedData,
     ) -> TraceEvents {
         let mut events = TraceEvents::default();
         let mut values = Vec::new();
@@ -195,7 +195,7 @@ impl Bridge {
         let (mut key, mut record) = (String::new(), Vec::new());
         self.write_slot_key(&mut key, KeyKind::ParentId, &context.parent_id);
         self.encode(&mut record, Ambiguity::None, context, &context.parent_id, &values, now);
-        shared_data.put(&key, &record);
+        shared_data.overwrite(&key, &record);
         let Some(id) = self.id(request) else { return events };
         self.write_slot_key(&mut key, KeyKind::RequestId, &id);
         let _ = update(shared_data, &key, |found| {
@@ -261,7 +261,7 @@ impl Bridge {
         context: &TraceContext,
         id: &[u8],
         values: &[u8],
-        now: Monotonic,
+        now: MonotonicInstant,
     ) {
         let values = if ambiguity == Ambiguity::None { values } else { &[] };
         record.clear();
@@ -276,14 +276,14 @@ impl Bridge {
     }
 
     /// Takes a word apart; `None` where it has lapsed or is not one of ours.
-    fn decode<'w>(&self, record: &'w [u8], now: Monotonic) -> Option<Record<'w>> {
+    fn decode<'w>(&self, record: &'w [u8], now: MonotonicInstant) -> Option<Record<'w>> {
         let ([SCHEMA, ambiguity], rest) = record.split_first_chunk()? else { return None };
         let (layout, rest) = rest.split_first_chunk()?;
         let (until, rest) = rest.split_first_chunk()?;
         let (trace_id, rest) = rest.split_first_chunk()?;
         let (flags, rest) = rest.split_first()?;
         let (id, values) = take_value(rest)?;
-        let until = u64::from_le_bytes(*until);
+        let until = MonotonicInstant::from_le_bytes(*until);
         // A word that is to outlive our own is not ours: the clock does not go back.
         let is_live = until > now && until <= now.saturating_add(self.ttl).saturating_add(LATENESS);
         if !is_live || u64::from_le_bytes(*layout) != self.layout || *trace_id == [0; 16] {
@@ -376,7 +376,7 @@ mod tests {
             self.store_at(self.host.now(), context, headers)
         }
 
-        fn store_at(&self, now: Monotonic, context: &TraceContext, headers: &[(&str, &str)]) -> TraceEvents {
+        fn store_at(&self, now: MonotonicInstant, context: &TraceContext, headers: &[(&str, &str)]) -> TraceEvents {
             let block = encode_headers(headers);
             let request = Request::parse(&block, &self.names);
             self.bridge.store(&request, context, &[], now, &self.host)
@@ -441,7 +441,7 @@ mod tests {
     fn a_worker_that_read_the_clock_earlier_knows_what_another_wrote() {
         let fixture = Fixture::new(r#"{"capacity": 1}"#);
         let (headers, others) = ([("x-request-id", UUID)], [("x-request-id", "another")]);
-        let later = fixture.host.now() + 20_000_000;
+        let later = fixture.host.now().saturating_add(20_000_000);
         assert_eq!(fixture.store_at(later, &context(1, 2), &headers), TraceEvents::default());
         assert!(fixture.lookup(None, UUID).is_some());
         assert!(fixture.store(&context(2, 3), &headers).contains(TraceEvent::Ambiguous));
@@ -487,18 +487,18 @@ mod tests {
             let fixture = Fixture::new("{}");
             let mut key = String::new();
             fixture.bridge.write_slot_key(&mut key, KeyKind::RequestId, UUID.as_bytes());
-            fixture.host.put(&key, &record);
+            fixture.host.overwrite(&key, &record);
             fixture.lookup(None, UUID);
             // And what differs from a word of ours in a few bytes.
             fixture.store(&context(1, 2), &[("x-request-id", UUID), ("baggage", "a=1")]);
-            let (mut ours, _) = crate::host::StateStore::get(&fixture.host, &key).unwrap();
+            let (mut ours, _) = crate::host::SharedData::get(&fixture.host, &key).unwrap();
             ours.truncate(ours.len() - cut.min(ours.len()));
             record.truncate(4);
             if let (Some(offset), Some(byte)) = (record.first(), record.get(1)) {
                 let offset = usize::from(*offset) % ours.len().max(1);
                 ours.iter_mut().skip(offset).take(1).for_each(|old| *old = *byte);
             }
-            fixture.host.put(&key, &ours);
+            fixture.host.overwrite(&key, &ours);
             fixture.lookup(None, UUID);
         }
     }

@@ -47,10 +47,10 @@ impl TracePolicy {
         host: &dyn Properties,
     ) {
         if self.filter_state.trace_id {
-            host.leave(TRACE_ID, &propagated.context.trace_id_hex());
+            host.set_property(TRACE_ID, &propagated.context.trace_id_hex());
         }
         if self.filter_state.context {
-            host.leave(CONTEXT, &self.context_lines(propagated, request, mutations));
+            host.set_property(CONTEXT, &self.context_lines(propagated, request, mutations));
         }
     }
 

@@ -4,7 +4,7 @@
 use super::tracestate::is_tracestate;
 use super::w3c::parse_traceparent;
 use crate::filter::Filter;
-use crate::host::StateStore;
+use crate::host::SharedData;
 use crate::host::sim::Sim;
 use crate::http::{HeaderMutation, encode_headers};
 use crate::policy::Policy;

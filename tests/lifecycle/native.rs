@@ -3,10 +3,11 @@
 use crate::proxy::{Call, ENVIRONMENT, GrpcCall, Headers, Outcome, Proxy, Reply, StreamId, has_body};
 use std::time::Duration;
 use trimtab::host::sim::Sim;
-use trimtab::host::{CallId, GrpcAnswer, Host, Properties, StateStore, Version};
+use trimtab::host::{CallId, GrpcAnswer, Host, Properties, SharedData, Version};
 use trimtab::http::{HeaderMutation, LocalReply, encode_headers};
 use trimtab::outlier::MAX_ANSWER_BYTES;
 use trimtab::policy::Policy;
+use trimtab::units::UnixNanos;
 use trimtab::worker::{self, Action, Worker};
 
 /// One worker thread.
@@ -140,7 +141,8 @@ impl Proxy for Native {
     }
 
     fn step_wall_clock(&mut self, seconds: i64) {
-        self.host.set_wall(self.host.wall_now().checked_add_signed(seconds * 1_000_000_000).expect("after 1970"));
+        let wall = self.host.wall_now().as_nanos().checked_add_signed(seconds * 1_000_000_000).expect("after 1970");
+        self.host.set_wall(UnixNanos::from_nanos(wall));
     }
 
     fn outcome(&mut self, stream: StreamId) -> Outcome {

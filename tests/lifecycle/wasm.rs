@@ -172,7 +172,11 @@ impl Proxy for Module {
         self.world.set_shared_data(key, value, 0).expect("version 0 writes always");
     }
 
+    /// Metrics are published by ticks.
     fn metric(&mut self, name: &str) -> u64 {
+        for worker in &mut self.workers {
+            worker.vm.tick_all().unwrap_or_else(|trap| panic!("{trap}"));
+        }
         self.world.metric(name)
     }
 }

@@ -28,7 +28,7 @@ use trimtab::ratelimit::service::Outcome::Admitted;
 use trimtab::ratelimit::{Admission, Limit, OnMissing, Reason, Remark};
 use trimtab::trace::w3c::{InvalidContext, TraceFlags, format_traceparent};
 use trimtab::trace::{self, EdgeMode, Extraction, PropagatedContext};
-use trimtab::units::{Fraction, Wall, point};
+use trimtab::units::{Fraction, UnixNanos, point};
 
 #[derive(Args)]
 pub(crate) struct Explain {
@@ -40,7 +40,7 @@ pub(crate) struct Explain {
 
     /// When the request comes, such as 2026-11-21T09:00:00Z; now where this is not written
     #[arg(long, value_name = "INSTANT", value_parser = instant)]
-    at: Option<Wall>,
+    at: Option<UnixNanos>,
 
     /// Draws what is random; the same seed draws the same
     #[arg(long)]
@@ -76,7 +76,7 @@ impl Explain {
         let (mut verdict, mut changes, mut reasons) = owned(filter.on_request(&host, &block, false, true));
         // No service is asked here: each is taken to admit the request.
         while let Verdict::Wait(waiting) = verdict {
-            let decision = filter.on_settled(&host, &block, true, waiting, Admitted(0));
+            let decision = filter.on_settled(&host, &block, true, waiting, Admitted(None));
             (verdict, changes, reasons) = owned(decision);
         }
         let policy = filter.policy();

@@ -23,7 +23,7 @@ use std::time::Duration;
 use trimtab::decimal::Decimal;
 use trimtab::policy::{Policy, Route};
 use trimtab::random::split_mix;
-use trimtab::units::{Wall, nanoseconds, parse_duration};
+use trimtab::units::{UnixNanos, nanoseconds, parse_duration};
 use upstreams::{Failures, Latency, Rule, Upstreams};
 
 /// The most requests of one simulation.
@@ -62,7 +62,7 @@ pub(crate) struct Simulate {
 
     /// When it begins, such as 2026-11-21T09:00:00Z; without this, at the first startTime of a canary, or now
     #[arg(long, value_name = "INSTANT", value_parser = instant)]
-    at: Option<Wall>,
+    at: Option<UnixNanos>,
 
     /// Draws what is random; the same seed draws the same
     #[arg(long)]
@@ -163,7 +163,7 @@ fn leave_out(policy: &mut Policy) -> Vec<String> {
 }
 
 /// When the first canary begins.
-fn first_start(policy: &Policy) -> Option<Wall> {
+fn first_start(policy: &Policy) -> Option<UnixNanos> {
     let canaries = policy.routes.iter().filter_map(Route::canary);
     canaries.filter_map(|canary| canary.schedule.as_ref()).map(|schedule| schedule.start).min()
 }

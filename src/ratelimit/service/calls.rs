@@ -14,8 +14,8 @@
 use super::codec::{Answer, Flaw, decode, with_hits};
 use super::policy::{GlobalLimit, Service};
 use super::quota::{Found, Known, Quota, SAME_WINDOW};
-use crate::host::{CallId, Change, Conflict, GrpcAnswer, GrpcCall, GrpcClient, StateStore, update};
-use crate::units::Monotonic;
+use crate::host::{CallId, Change, Conflict, GrpcAnswer, GrpcCall, GrpcClient, SharedData, update};
+use crate::units::MonotonicInstant;
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -67,9 +67,9 @@ struct Call {
     id: CallId,
     subject: Subject,
     hits: u32,
-    sent: Monotonic,
+    sent: MonotonicInstant,
     /// Until when the window was known to be on when the call was sent; 0 where nothing was known.
-    known_until: Monotonic,
+    known_until: MonotonicInstant,
 }
 
 /// The calls of one worker.
@@ -86,8 +86,8 @@ pub struct Settled {
     pub place: Place,
     /// So many of them, the first to come, are admitted.
     pub admitted: usize,
-    /// Until when their hits could be spent by others; 0 where that is not known.
-    pub until: Monotonic,
+    /// Until when their hits could be spent by others, where that is known.
+    pub until: Option<MonotonicInstant>,
     pub rest: Rest,
     /// Why there was no answer, to be counted; or why there was none to ask further.
     pub failure: Option<Failure>,
@@ -134,7 +134,7 @@ impl Calls {
         subject: Subject,
         waiting: u32,
         known: Known,
-        now: Monotonic,
+        now: MonotonicInstant,
         client: &impl GrpcClient,
     ) -> Result<CallId, Failure> {
         if self.under_way.len() >= MOST {
@@ -162,8 +162,8 @@ impl Calls {
         answer: GrpcAnswer<'_>,
         waiting: usize,
         limit: impl Fn(Place) -> Option<&'p GlobalLimit>,
-        now: Monotonic,
-        host: &(impl StateStore + GrpcClient),
+        now: MonotonicInstant,
+        host: &(impl SharedData + GrpcClient),
     ) -> Option<Settled> {
         let GrpcAnswer { call: id, status, message } = answer;
         let at = self.under_way.iter().position(|call| call.id == id)?;
@@ -171,14 +171,14 @@ impl Calls {
         let place = call.subject.place;
         let limit = limit(place)?;
         let failed =
-            |failure| Some(Settled { place, admitted: 0, until: 0, rest: Rest::Failed, failure: Some(failure) });
+            |failure| Some(Settled { place, admitted: 0, until: None, rest: Rest::Failed, failure: Some(failure) });
         if status != 0 {
             // Envoy tells its own timeout as UNAVAILABLE in its router's words, by a clock that may be a little behind; the
             // service is told the timeout too, and may end the call itself.
             let timeout = u64::from(limit.service.timeout).saturating_mul(1_000_000);
             let is_late = status == DEADLINE_EXCEEDED
                 || message.starts_with(b"upstream request timeout")
-                || now.saturating_sub(call.sent) >= timeout;
+                || now.saturating_since(call.sent) >= timeout;
             return failed(if is_late { Failure::Timeout } else { Failure::Status });
         }
         let answer = match decode(message) {
@@ -195,22 +195,22 @@ impl Calls {
         call: Call,
         answer: Answer,
         waiting: usize,
-        now: Monotonic,
-        host: &(impl StateStore + GrpcClient),
+        now: MonotonicInstant,
+        host: &(impl SharedData + GrpcClient),
     ) -> Settled {
         let Call { subject, hits, sent, known_until, .. } = call;
         let place = subject.place;
         let until = sent.saturating_add(answer.reset.saturating_sub(1).saturating_mul(SECOND));
         let mut known = Known::default();
-        let mut settled = Settled { place, admitted: 0, until: 0, rest: Rest::Failed, failure: None };
+        let mut settled = Settled { place, admitted: 0, until: None, rest: Rest::Failed, failure: None };
         if !answer.is_over {
             settled.admitted = waiting.min(hits as usize);
             let is_known = known_until > sent && until <= known_until.saturating_add(SAME_WINDOW);
-            let took = now.saturating_sub(sent) / SECOND;
+            let took = now.saturating_since(sent) / SECOND;
             let is_old = answer.reset > 0 && answer.reset.saturating_add(took) < answer.window;
             let is_sure = is_old || is_known && answer.window > 0;
             let ahead = if is_sure { (hits as usize).saturating_sub(settled.admitted) } else { 0 };
-            settled.until = if is_sure { until } else { 0 };
+            settled.until = is_sure.then_some(until);
             known = Known { until, batch: if is_sure { hits } else { 0 }, remaining: answer.remaining.unwrap_or(0) };
             if until > now {
                 let ahead = u32::try_from(ahead).unwrap_or(u32::MAX);
@@ -221,7 +221,7 @@ impl Calls {
         } else if hits == 1 {
             let reset = answer.reset.max(1).saturating_mul(SECOND);
             let until = until.max(now.saturating_add(LEAST_SILENCE));
-            let then = now.saturating_add(reset).saturating_sub(until);
+            let then = now.saturating_add(reset).saturating_since(until);
             let _ = limit.amend(subject.fingerprint, host, &|quota| {
                 quota.refuse(subject.fingerprint, until, then, now);
             });
@@ -252,8 +252,8 @@ impl GlobalLimit {
     pub(super) fn spend(
         &self,
         fingerprint: u64,
-        now: Monotonic,
-        store: &impl StateStore,
+        now: MonotonicInstant,
+        store: &impl SharedData,
     ) -> Result<(Found, bool), Conflict> {
         update(store, &self.word(fingerprint), |found| {
             let decoded = found.map(Quota::decode);
@@ -271,7 +271,7 @@ impl GlobalLimit {
     pub(super) fn amend(
         &self,
         fingerprint: u64,
-        store: &impl StateStore,
+        store: &impl SharedData,
         change: &dyn Fn(&mut Quota),
     ) -> Result<(), Conflict> {
         update(store, &self.word(fingerprint), |found| {

@@ -7,11 +7,11 @@ use super::calls::{Calls, Failure, Place, Subject};
 use super::codec::encode;
 use super::policy::{GlobalLimit, OnFailure, Service};
 use super::quota::{Found, Known};
-use crate::host::{CallId, GrpcClient, StateStore};
+use crate::host::{CallId, GrpcClient, SharedData};
 use crate::http::LocalReply;
 use crate::key::{KeySource, Scene};
 use crate::ratelimit::{self, Admission, Leases, Reason, Remark, Secret, Told, admit};
-use crate::units::Monotonic;
+use crate::units::MonotonicInstant;
 use std::borrow::Cow;
 use std::hash::Hasher;
 use xxhash_rust::xxh64::xxh64;
@@ -25,7 +25,7 @@ pub struct Inquiry {
     /// The limit that is asked next, an index into the route's global limits.
     next: usize,
     /// The hits that were spent: limit, key, and until when they could be.
-    spent: Vec<(usize, u64, Monotonic)>,
+    spent: Vec<(usize, u64, MonotonicInstant)>,
     pub refused: Option<Refusal>,
     /// The limits in shadow that would have refused.
     pub would_refuse: Vec<usize>,
@@ -45,8 +45,8 @@ pub struct Refusal {
 /// What is found of a request at the limit that it waits at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// With a hit that could be spent until then; 0 where that is not known.
-    Admitted(Monotonic),
+    /// With a hit that could be spent until then, where that is known.
+    Admitted(Option<MonotonicInstant>),
     /// Nanoseconds until the reset.
     Refused(u64),
     Failed,
@@ -88,15 +88,17 @@ impl Asker<'_> {
         inquiry: &mut Inquiry,
         outcome: Outcome,
         scene: &Scene<'_, '_>,
-        now: Monotonic,
-        store: &impl StateStore,
+        now: MonotonicInstant,
+        store: &impl SharedData,
     ) {
         let Some(limit) = self.limits.get(inquiry.next) else { return };
         match outcome {
-            Outcome::Admitted(until) => {
+            Outcome::Admitted(Some(until)) => {
                 let (_, fingerprint) = limit.subject(self.secret, scene);
                 inquiry.spent.push((inquiry.next, fingerprint, until));
             }
+            // It cannot be given back: nobody knows until when another could spend it.
+            Outcome::Admitted(None) => {}
             Outcome::Refused(wait) => self.refuse(inquiry, limit, Some(wait)),
             Outcome::Failed => {
                 inquiry.undecided.push(inquiry.next);
@@ -146,8 +148,8 @@ impl Asker<'_> {
         &mut self,
         inquiry: &mut Inquiry,
         scene: &Scene<'_, '_>,
-        now: Monotonic,
-        host: &(impl StateStore + GrpcClient),
+        now: MonotonicInstant,
+        host: &(impl SharedData + GrpcClient),
     ) -> Option<CallId> {
         while inquiry.refused.is_none() {
             let index = inquiry.next;
@@ -163,7 +165,7 @@ impl Asker<'_> {
                         (self.count)(index, Event::Garbage);
                     }
                     match found {
-                        Found::Hit(until) => Outcome::Admitted(until),
+                        Found::Hit(until) => Outcome::Admitted(Some(until)),
                         Found::Over(wait) => Outcome::Refused(wait),
                         Found::Nothing(known) => {
                             let place = Place { route: self.route, limit: index };
@@ -190,7 +192,7 @@ impl Asker<'_> {
         service: &Service,
         subject: Subject,
         known: Known,
-        now: Monotonic,
+        now: MonotonicInstant,
         client: &impl GrpcClient,
     ) -> Result<CallId, Failure> {
         if !self.calls.has_room() {
@@ -212,7 +214,7 @@ impl Asker<'_> {
 
 /// Gives back what was spent of `limits` for a request that is not admitted after all.
 #[inline(never)]
-pub fn give_back(inquiry: &mut Inquiry, limits: &[GlobalLimit], now: Monotonic, store: &impl StateStore) {
+pub fn give_back(inquiry: &mut Inquiry, limits: &[GlobalLimit], now: MonotonicInstant, store: &impl SharedData) {
     for (index, fingerprint, until) in inquiry.spent.drain(..) {
         if let Some(limit) = limits.get(index) {
             let _ = limit.amend(fingerprint, store, &|quota| quota.give_back(fingerprint, until, now));
@@ -339,12 +341,18 @@ mod tests {
     impl Service {
         const WINDOW: u64 = 60;
 
-        fn window(&self, now: Monotonic) -> u64 {
-            (now + self.offset) / SECOND / Service::WINDOW
+        fn window(&self, now: MonotonicInstant) -> u64 {
+            now.saturating_add(self.offset).as_nanos() / SECOND / Service::WINDOW
         }
 
         /// Answers a call that it charges at `charged_at` and tells the reset of at `told_at`.
-        fn answer(&mut self, call: &SentCall, charged_at: Monotonic, told_at: Monotonic, waiting: u32) -> Vec<u8> {
+        fn answer(
+            &mut self,
+            call: &SentCall,
+            charged_at: MonotonicInstant,
+            told_at: MonotonicInstant,
+            waiting: u32,
+        ) -> Vec<u8> {
             let at = call.message.iter().rposition(|byte| *byte == 0x18).unwrap();
             let hits = u32::from(call.message[at + 1]);
             assert!(hits < 128 && at + 2 == call.message.len(), "{:?}", call.message);
@@ -355,7 +363,7 @@ mod tests {
             if remaining.is_some() {
                 *self.ahead_of_need.entry(window).or_default() += hits.saturating_sub(waiting);
             }
-            let reset = Service::WINDOW - (told_at + self.offset) / SECOND % Service::WINDOW;
+            let reset = Service::WINDOW - told_at.saturating_add(self.offset).as_nanos() / SECOND % Service::WINDOW;
             let code = if remaining.is_some() { 1 } else { 2 };
             let remaining = remaining.unwrap_or(0) as u8;
             let status = [8, code, 0x12, 4, 8, LIMIT as u8, 0x10, 2, 0x18, remaining, 0x22, 2, 8, reset as u8];
@@ -367,9 +375,9 @@ mod tests {
     struct Flight {
         worker: usize,
         call: SentCall,
-        charge: Monotonic,
-        told: Monotonic,
-        arrives: Monotonic,
+        charge: MonotonicInstant,
+        told: MonotonicInstant,
+        arrives: MonotonicInstant,
     }
 
     /// One step of a run: so much later, a request reaches a worker, and a call that it may make takes so long.
@@ -403,8 +411,8 @@ mod tests {
         let mut pending: [PendingStreams<()>; 4] = Default::default();
         let mut flights: Vec<Flight> = Vec::new();
         let mut admitted = Admitted::default();
-        let advance = |to: Monotonic| {
-            proxies.iter().for_each(|proxy| proxy.advance(Duration::from_nanos(to.saturating_sub(proxy.now()))));
+        let advance = |to: MonotonicInstant| {
+            proxies.iter().for_each(|proxy| proxy.advance(Duration::from_nanos(to.saturating_since(proxy.now()))));
         };
         let end = (u64::MAX, 0, 0, 0, 0);
         for (pause, worker, there, reads, back) in steps.iter().copied().chain([end]) {
@@ -435,9 +443,9 @@ mod tests {
                 }
                 assert!(!matches!(settled.rest, Rest::Failed) || settled.admitted == waiting);
                 flights.extend(host.take_grpc_calls().into_iter().map(|call| {
-                    let charge = host.now() + there;
-                    let told = charge + reads;
-                    Flight { worker: flight.worker, call, charge, told, arrives: told + back }
+                    let charge = host.now().saturating_add(there);
+                    let told = charge.saturating_add(reads);
+                    Flight { worker: flight.worker, call, charge, told, arrives: told.saturating_add(back) }
                 }));
             }
             if pause == u64::MAX {
@@ -464,9 +472,9 @@ mod tests {
                 }
             }
             flights.extend(host.take_grpc_calls().into_iter().map(|call| {
-                let charge = next + there;
-                let told = charge + reads;
-                Flight { worker, call, charge, told, arrives: told + back }
+                let charge = next.saturating_add(there);
+                let told = charge.saturating_add(reads);
+                Flight { worker, call, charge, told, arrives: told.saturating_add(back) }
             }));
         }
         assert!(

@@ -31,7 +31,7 @@ impl<T> PendingStreams<T> {
     /// `settled` the outcome of all that wait for `call` is a failure.
     pub fn settle(&mut self, call: CallId, settled: Option<Settled>) -> Vec<(u32, T, Outcome)> {
         let (admitted, until, rest) =
-            settled.map_or((0, 0, Rest::Failed), |settled| (settled.admitted, settled.until, settled.rest));
+            settled.map_or((0, None, Rest::Failed), |settled| (settled.admitted, settled.until, settled.rest));
         let mut decided = Vec::new();
         let answered: Vec<_> = self.waiting.extract_if(.., |(awaited, ..)| *awaited == call).collect();
         for (at, (_, stream, request)) in answered.into_iter().enumerate() {
@@ -60,6 +60,7 @@ impl<T> PendingStreams<T> {
 mod tests {
     use super::*;
     use crate::ratelimit::service::Place;
+    use crate::units::at;
 
     #[test]
     fn the_first_to_come_are_admitted_first() {
@@ -70,9 +71,9 @@ mod tests {
         pending.cancel(11);
         assert_eq!(pending.count(CallId(1)), 3);
         let place = Place { route: 0, limit: 0 };
-        let settled = |admitted, rest| Some(Settled { place, admitted, until: 9, rest, failure: None });
+        let settled = |admitted, rest| Some(Settled { place, admitted, until: Some(at(9)), rest, failure: None });
         let decided = pending.settle(CallId(1), settled(1, Rest::Waits(CallId(3))));
-        assert_eq!(decided, [(10, (), Outcome::Admitted(9))]);
+        assert_eq!(decided, [(10, (), Outcome::Admitted(Some(at(9))))]);
         let decided = pending.settle(CallId(3), settled(0, Rest::Refused(7)));
         assert_eq!(decided, [(12, (), Outcome::Refused(7)), (13, (), Outcome::Refused(7))]);
         assert_eq!(pending.settle(CallId(2), None), [(20, (), Outcome::Failed)]);

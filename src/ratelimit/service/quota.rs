@@ -5,7 +5,7 @@
 //! compare-and-swap. What is known of a key may be forgotten for another's sake: forgotten hits admit nobody, a forgotten
 //! refusal costs one call. So the memory is bounded, and nobody is admitted too often for it.
 
-use crate::units::Monotonic;
+use crate::units::MonotonicInstant;
 
 /// How many keys a word holds.
 pub(super) const WAYS: usize = 8;
@@ -34,7 +34,7 @@ pub(super) struct Quota {
 struct Resident {
     fingerprint: u64,
     /// Until when the rest holds.
-    until: Monotonic,
+    until: MonotonicInstant,
     /// Hits ahead, or [`OVER`].
     ahead: u32,
     /// How many hits the last call asked for.
@@ -47,7 +47,7 @@ struct Resident {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Known {
     /// Until when; 0 where nothing is known.
-    pub(super) until: Monotonic,
+    pub(super) until: MonotonicInstant,
     pub(super) batch: u32,
     pub(super) remaining: u32,
 }
@@ -56,7 +56,7 @@ pub(super) struct Known {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Found {
     /// A hit that was charged ahead, and is spent now; until when it could have been.
-    Hit(Monotonic),
+    Hit(MonotonicInstant),
     /// The key is over its limit; nanoseconds until the reset.
     Over(u64),
     /// The service has to be asked.
@@ -79,7 +79,7 @@ impl Quota {
             let (batch, remaining) = rest.split_first_chunk::<4>()?;
             residents.push(Resident {
                 fingerprint: u64::from_le_bytes(*fingerprint),
-                until: u64::from_le_bytes(*until),
+                until: MonotonicInstant::from_le_bytes(*until),
                 ahead: u32::from_le_bytes(*ahead),
                 batch: u32::from_le_bytes(*batch),
                 remaining: u32::from_le_bytes(*remaining.first_chunk()?),
@@ -101,15 +101,15 @@ impl Quota {
         word
     }
 
-    fn live(&mut self, fingerprint: u64, now: Monotonic) -> Option<&mut Resident> {
+    fn live(&mut self, fingerprint: u64, now: MonotonicInstant) -> Option<&mut Resident> {
         self.residents.iter_mut().find(|resident| resident.fingerprint == fingerprint && resident.until > now)
     }
 
     /// Spends a hit of a key, if one is ahead.
-    pub(super) fn take(&mut self, fingerprint: u64, now: Monotonic) -> Found {
+    pub(super) fn take(&mut self, fingerprint: u64, now: MonotonicInstant) -> Found {
         match self.live(fingerprint, now) {
             Some(Resident { until, ahead: OVER, remaining, .. }) => {
-                Found::Over((*until - now).saturating_add(u64::from(*remaining).saturating_mul(1_000_000)))
+                Found::Over(until.saturating_since(now).saturating_add(u64::from(*remaining).saturating_mul(1_000_000)))
             }
             Some(resident) if resident.ahead > 0 => {
                 resident.ahead -= 1;
@@ -123,17 +123,17 @@ impl Quota {
     }
 
     /// Gives back a spent hit that could have been spent until `until`, while its window lasts.
-    pub(super) fn give_back(&mut self, fingerprint: u64, until: Monotonic, now: Monotonic) {
+    pub(super) fn give_back(&mut self, fingerprint: u64, until: MonotonicInstant, now: MonotonicInstant) {
         if let Some(resident) = self.live(fingerprint, now)
             && resident.ahead < OVER - 1
-            && resident.until.abs_diff(until) <= SAME_WINDOW
+            && resident.until.as_nanos().abs_diff(until.as_nanos()) <= SAME_WINDOW
         {
             resident.ahead += 1;
         }
     }
 
     /// Notes that `hits` more were charged ahead.
-    pub(super) fn add(&mut self, fingerprint: u64, hits: u32, known: Known, now: Monotonic) {
+    pub(super) fn add(&mut self, fingerprint: u64, hits: u32, known: Known, now: MonotonicInstant) {
         let mut resident = self.take_out(fingerprint, now);
         // Of two answers the one that holds for less long: a hit must not outlive its window.
         resident.until = if resident.until > now { resident.until.min(known.until) } else { known.until };
@@ -146,7 +146,7 @@ impl Quota {
 
     /// Notes that a key is over its limit until `until`, and that its reset is `then` nanoseconds later at the latest.
     /// Hits that are ahead stay: they were charged.
-    pub(super) fn refuse(&mut self, fingerprint: u64, until: Monotonic, then: u64, now: Monotonic) {
+    pub(super) fn refuse(&mut self, fingerprint: u64, until: MonotonicInstant, then: u64, now: MonotonicInstant) {
         let mut resident = self.take_out(fingerprint, now);
         if resident.ahead == 0 || resident.ahead == OVER {
             let remaining = u32::try_from(then / 1_000_000).unwrap_or(u32::MAX);
@@ -157,7 +157,7 @@ impl Quota {
 
     /// Takes out a key to put it back changed, fresh if nothing was known of it. Where all places are taken it costs
     /// another key its own, one with few hits ahead.
-    fn take_out(&mut self, fingerprint: u64, now: Monotonic) -> Resident {
+    fn take_out(&mut self, fingerprint: u64, now: MonotonicInstant) -> Resident {
         self.residents.retain(|resident| resident.until > now);
         let worth = |resident: &Resident| (resident.ahead.wrapping_add(1), resident.until);
         let known = self.residents.iter().position(|resident| resident.fingerprint == fingerprint);
@@ -177,10 +177,11 @@ impl Quota {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::units::at;
     use proptest::prelude::*;
 
-    const NOW: Monotonic = 1_000_000_000_000;
-    const UNTIL: Monotonic = NOW + 40_000_000_000;
+    const NOW: MonotonicInstant = at(1_000_000_000_000);
+    const UNTIL: MonotonicInstant = NOW.saturating_add(40_000_000_000);
     const KNOWN: Known = Known { until: UNTIL, batch: 10, remaining: 990 };
 
     #[test]
@@ -190,12 +191,12 @@ mod tests {
         quota.add(1, 2, KNOWN, NOW);
         assert_eq!(quota.take(2, NOW), Found::Nothing(Known::default()), "another key");
         assert_eq!(quota.take(1, UNTIL), Found::Nothing(Known::default()), "the window is over");
-        assert_eq!(quota.take(1, UNTIL - 1), Found::Hit(UNTIL));
+        assert_eq!(quota.take(1, UNTIL.saturating_sub(1)), Found::Hit(UNTIL));
         assert_eq!(quota.take(1, NOW), Found::Hit(UNTIL));
         assert_eq!(quota.take(1, NOW), Found::Nothing(KNOWN));
-        quota.give_back(1, UNTIL + 1, NOW);
+        quota.give_back(1, UNTIL.saturating_add(1), NOW);
         quota.give_back(1, UNTIL, UNTIL);
-        quota.give_back(1, UNTIL - 60_000_000_000, NOW);
+        quota.give_back(1, UNTIL.saturating_sub(60_000_000_000), NOW);
         assert_eq!(quota.take(1, NOW), Found::Hit(UNTIL));
         assert_eq!(
             quota.take(1, NOW),
@@ -208,19 +209,19 @@ mod tests {
     fn two_answers_hold_as_long_as_the_one_that_ends_first() {
         let mut quota = Quota::default();
         quota.add(1, 2, KNOWN, NOW);
-        quota.add(1, 2, Known { until: UNTIL + 500_000_000, ..KNOWN }, NOW);
-        assert!((0..4).all(|_| quota.take(1, UNTIL - 1) == Found::Hit(UNTIL)));
-        quota.add(1, 2, Known { until: UNTIL + 9, ..KNOWN }, NOW);
+        quota.add(1, 2, Known { until: UNTIL.saturating_add(500_000_000), ..KNOWN }, NOW);
+        assert!((0..4).all(|_| quota.take(1, UNTIL.saturating_sub(1)) == Found::Hit(UNTIL)));
+        quota.add(1, 2, Known { until: UNTIL.saturating_add(9), ..KNOWN }, NOW);
         assert_eq!(quota.take(1, UNTIL), Found::Nothing(Known::default()));
     }
 
     #[test]
     fn a_refusal_holds_until_its_time_and_spares_hits_that_were_charged() {
         let mut quota = Quota::default();
-        quota.refuse(1, NOW + 3_000_000_000, 1_000_000_000, NOW);
+        quota.refuse(1, NOW.saturating_add(3_000_000_000), 1_000_000_000, NOW);
         assert_eq!(quota.take(1, NOW), Found::Over(4_000_000_000));
-        assert_eq!(quota.take(1, NOW + 2_999_999_999), Found::Over(1_000_000_001));
-        assert_eq!(quota.take(1, NOW + 3_000_000_000), Found::Nothing(Known::default()));
+        assert_eq!(quota.take(1, NOW.saturating_add(2_999_999_999)), Found::Over(1_000_000_001));
+        assert_eq!(quota.take(1, NOW.saturating_add(3_000_000_000)), Found::Nothing(Known::default()));
         quota.add(2, 1, KNOWN, NOW);
         quota.refuse(2, UNTIL, 0, NOW);
         assert_eq!(quota.take(2, NOW), Found::Hit(UNTIL));
@@ -247,6 +248,7 @@ mod tests {
         fn any_bytes_decode_to_something_or_nothing(word in proptest::collection::vec(any::<u8>(), 0..300), now: u64) {
             if let Some(mut quota) = Quota::decode(&word) {
                 prop_assert_eq!(&quota.encode(), &word);
+                let now = at(now);
                 quota.take(7, now);
                 quota.give_back(7, now, now);
                 quota.add(7, 3, KNOWN, now);

@@ -15,6 +15,16 @@ impl Vm {
         advance([self], time)
     }
 
+    /// Ticks every root context that has a tick period, although no tick is due.
+    ///
+    /// # Errors
+    /// When the guest traps.
+    pub fn tick_all(&mut self) -> Result<(), Trap> {
+        let roots: Vec<u32> =
+            self.store.data().roots.iter().filter(|(_, root)| root.tick.is_some()).map(|(id, _)| *id).collect();
+        roots.into_iter().try_for_each(|root| self.tick(root))
+    }
+
     /// The tick period that the guest set for a root context.
     pub fn tick_period(&self, root: RootId) -> Option<Duration> {
         Some(self.store.data().roots.get(&root.0)?.tick?.0)

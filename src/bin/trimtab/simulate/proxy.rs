@@ -15,7 +15,7 @@ use trimtab::host::sim::Sim;
 use trimtab::http::HeaderMutation;
 use trimtab::policy::Policy;
 use trimtab::random::split_mix;
-use trimtab::units::{Monotonic, Wall};
+use trimtab::units::{MonotonicInstant, UnixNanos};
 use trimtab::worker::{self, Action, Streams, Worker};
 
 const MILLISECOND: u64 = 1_000_000;
@@ -27,12 +27,12 @@ pub(super) struct Proxy<'a> {
     host: Sim,
     worker: Worker,
     upstreams: Upstreams<'a>,
-    begin: Monotonic,
-    ticked: Monotonic,
+    begin: MonotonicInstant,
+    ticked: MonotonicInstant,
     streams: HashMap<u32, Stream>,
     next_stream: u32,
     /// When upstreams answer.
-    answers: BinaryHeap<Reverse<(Monotonic, u32)>>,
+    answers: BinaryHeap<Reverse<(MonotonicInstant, u32)>>,
     /// The state of the upstreams' random numbers.
     draw: u64,
     /// By route and destination, as the policy numbers them.
@@ -43,7 +43,7 @@ pub(super) struct Proxy<'a> {
 
 /// A request on its way.
 struct Stream {
-    since: Monotonic,
+    since: MonotonicInstant,
     reasons: Reasons,
     failed: bool,
     stream: worker::Stream,
@@ -102,7 +102,7 @@ enum Event {
 
 impl<'a> Proxy<'a> {
     /// Puts `policy` to work at `wall`. The seeds are the filter's and the upstreams'.
-    pub fn new(policy: Policy, wall: Wall, seed: u64, upstreams: Upstreams<'a>, upstreams_seed: u64) -> Proxy<'a> {
+    pub fn new(policy: Policy, wall: UnixNanos, seed: u64, upstreams: Upstreams<'a>, upstreams_seed: u64) -> Proxy<'a> {
         let host = Sim::new(seed);
         host.set_wall(wall);
         // Whatever answers is an upstream.
@@ -167,18 +167,18 @@ impl<'a> Proxy<'a> {
         self.advance(time);
     }
 
-    fn advance(&mut self, to: Monotonic) {
-        self.host.advance(Duration::from_nanos(to.saturating_sub(self.host.now())));
-        journal::set_now(self.host.now().saturating_sub(self.begin));
+    fn advance(&mut self, to: MonotonicInstant) {
+        self.host.advance(Duration::from_nanos(to.saturating_since(self.host.now())));
+        journal::set_now(self.host.now().saturating_since(self.begin));
     }
 
-    fn next(&mut self) -> Option<(Monotonic, Event)> {
+    fn next(&mut self) -> Option<(MonotonicInstant, Event)> {
         let now = self.host.now();
         // A host has no tick finer than a millisecond.
         let tick = self
             .worker
-            .next_tick()
-            .map(|at| (if at <= self.ticked { self.ticked + MILLISECOND } else { at }, Event::Tick));
+            .next_tick(&self.host)
+            .map(|at| (if at <= self.ticked { self.ticked.saturating_add(MILLISECOND) } else { at }, Event::Tick));
         let answer = self.answers.peek().map(|Reverse((at, stream))| (*at, Event::Answer(*stream)));
         [answer, tick].into_iter().flatten().min_by_key(|(at, _)| (*at).max(now))
     }
@@ -215,7 +215,7 @@ impl<'a> Proxy<'a> {
         let destination = reasons.destination(policy).map_or(OWN_ROUTE, Destination::label);
         let now = self.host.now();
         let (failed, takes) =
-            self.upstreams.answer(destination, now.saturating_sub(self.begin), || split_mix(&mut self.draw));
+            self.upstreams.answer(destination, now.saturating_since(self.begin), || split_mix(&mut self.draw));
         stream.failed = failed;
         self.answers.push(Reverse((now.saturating_add(takes), id)));
         let place = (reasons.route, reasons.choice.map(|choice| choice.destination));
@@ -254,7 +254,7 @@ impl<'a> Proxy<'a> {
 
     fn end(&mut self, id: u32, seen: Seen) {
         let Some(mut stream) = self.streams.remove(&id) else { return };
-        self.took.push(self.host.now().saturating_sub(stream.since));
+        self.took.push(self.host.now().saturating_since(stream.since));
         *self.seen.entry(seen).or_default() += 1;
         self.worker.on_end(&self.host, &mut stream.stream);
     }
