@@ -4,7 +4,6 @@
 //! what is to be done; they change nothing themselves but shared words and metrics. The features decide from plain
 //! values: only this file knows in which order, and the comments say why.
 
-mod circuit;
 mod hosts;
 mod injection;
 mod limiter;
@@ -14,13 +13,14 @@ mod report;
 mod trial;
 mod watch;
 
+use crate::breaker::{CircuitBreaker, Permit};
 use crate::canary::{Carried, Choice, Decided, Destination, Share, Term, Why};
 use crate::fault::{Injection, MARK, Slot, Withheld};
 use crate::host::{Change, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request, http_from_grpc};
 use crate::key::Scene;
 use crate::outlier::{answer, is_failure, is_outage};
-use crate::policy::{Policy, Route, TargetId};
+use crate::policy::{Policy, Route, TargetId, label};
 use crate::ratelimit::service::{Calls, Inquiry, Outcome};
 use crate::ratelimit::{Admission, Leases, Remark, Secret, return_leases, settle};
 use crate::shared_data::SharedDataProblem;
@@ -28,7 +28,6 @@ use crate::telemetry::{Meters, Scope, Stand};
 use crate::trace::w3c::TraceContext;
 use crate::trace::{ForcedSampling, PropagatedContext, TracePropagator};
 use crate::units::{Fraction, MonotonicInstant};
-use circuit::{Circuit, Fuse};
 use hosts::Hosts;
 use limiter::Limiter;
 use poll::Poll;
@@ -37,7 +36,6 @@ use std::borrow::Cow;
 use trial::{JUDGE_PERIOD, Trial};
 use watch::{Post, Watch};
 
-pub use circuit::Passage;
 pub use injection::{Hold, Replacement};
 pub use limiter::{Limited, Waiting};
 pub use report::Attempt;
@@ -65,8 +63,8 @@ struct WorkerState {
     /// In the order of the policy's targets, what is learned of their hosts; none where nobody asks.
     hosts: Vec<Option<Hosts>>,
     polls: Vec<Poll>,
-    /// For each route with a circuit breaker, what this worker remembers of it.
-    circuits: Vec<Option<Circuit>>,
+    /// In the order of the policy's routes.
+    breakers: Vec<Option<CircuitBreaker>>,
     /// For each route, what this worker remembers of its trial.
     trials: Vec<Trial>,
 }
@@ -93,7 +91,7 @@ pub struct Decision<'p> {
 }
 
 /// What is to be done with a request.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub enum Verdict {
     #[default]
     Continue,
@@ -164,14 +162,14 @@ enum Wait {
 }
 
 /// What is remembered of a request until its response.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub struct Exchange {
     /// Whose answer is awaited; `None` where nobody wants to know.
     pub observed: Option<TargetId>,
     /// How long its answer takes, where a guard asks that.
     wait: Wait,
-    /// How it passed a circuit breaker, which wants to know how it fares.
-    passage: Option<Passage>,
+    /// The permission of the circuit breaker, and the index of its route.
+    permit: Option<(usize, Permit)>,
     /// What the answer is to a judge.
     pub sample: Option<Sample>,
     /// What is to replace the upstream's answer.
@@ -189,7 +187,7 @@ pub struct Exchange {
 
 impl Exchange {
     fn is_awaited(&self) -> bool {
-        self.observed.is_some() || self.sample.is_some() || self.passage.is_some() || self.holds()
+        self.observed.is_some() || self.sample.is_some() || self.permit.is_some() || self.holds()
     }
 
     fn holds(&self) -> bool {
@@ -213,10 +211,13 @@ impl Filter {
             stands.map(|stand| stand.map_or_else(Trial::default, |stand| Trial::take_up(&stand, host))).collect();
         let hosts = policy.targets.iter().map(|target| Hosts::new(&policy, target)).collect();
         let polls = poll::polls(&policy, host);
-        let fuses = policy.routes.iter().zip(&meters.routes).map(|(route, meters)| Fuse::new(route, meters));
-        let circuits = fuses.map(|fuse| fuse.map(|fuse| Circuit::new(&fuse, host))).collect();
+        let breaker = |route: &Route| {
+            let scope = Scope::policy(&policy.name, host).within("route").within(&label(&route.name));
+            Some(CircuitBreaker::new(route.breaker.as_ref()?, &route.name, &scope, host))
+        };
+        let breakers = policy.routes.iter().map(breaker).collect();
         let limiter = Limiter { secret, leases: Leases::default(), calls: Calls::default() };
-        let worker = WorkerState { limiter, watches, hosts, polls, circuits, trials };
+        let worker = WorkerState { limiter, watches, hosts, polls, breakers, trials };
         let mut filter = Filter { policy, meters, trace, worker, period: None, held_period: None };
         filter.period = filter.period(false);
         filter.held_period = filter.period(true);
@@ -279,6 +280,9 @@ impl Filter {
         let mut decision = Decision::default();
         decision.reasons.trace = context;
         worker.decide(policy, meters, host, arrival, waited, &mut decision);
+        if !matches!(decision.verdict, Verdict::Continue | Verdict::Wait(_)) {
+            worker.cancel_permit(&mut decision.exchange, host);
+        }
         if let Verdict::Wait(_) = decision.verdict {
             return decision; // everything is done when it goes on
         }
@@ -321,7 +325,7 @@ impl WorkerState {
         waited: Option<(Box<Waiting>, Outcome)>,
         decision: &mut Decision<'p>,
     ) {
-        let WorkerState { limiter, watches, trials, .. } = self;
+        let WorkerState { limiter, watches, trials, breakers, .. } = self;
         decision.exchange.is_grpc = request.is_grpc();
 
         let Some((index, route)) = policy.route(request) else {
@@ -356,16 +360,15 @@ impl WorkerState {
             return;
         }
 
-        // The breaker after the limits, because a probe that a limit refuses shows nothing. Who waited behind it has
-        // passed it.
-        if decision.exchange.passage.is_none()
-            && let Some(fuse) = Fuse::new(route, meters)
+        // The circuit breaker runs after the limits, so that a request that a limit refuses does not use up a probe. A
+        // request that waited for a limit by subset has its permit already.
+        if decision.exchange.permit.is_none()
+            && let Some(Some(breaker)) = breakers.get_mut(index)
         {
-            match fuse.admit(index, host) {
-                Ok(passage) => decision.exchange.passage = Some(passage),
+            match breaker.admit(host) {
+                Ok(permit) => decision.exchange.permit = Some((index, permit)),
                 Err(wait) => {
-                    let is_grpc = decision.exchange.is_grpc;
-                    decision.verdict = Verdict::Answer(fuse.breaker.refusal(&route.name, wait, is_grpc));
+                    decision.verdict = Verdict::Answer(breaker.refusal(wait, decision.exchange.is_grpc));
                     decision.reasons.broken = true;
                     return;
                 }
@@ -405,7 +408,7 @@ impl WorkerState {
         // The fault last: what is injected replaces what would have happened otherwise. A probe of the breaker is spared,
         // because it has to show how the target is.
         if let Some(fault) = &route.fault {
-            let is_probe = exchange.passage.is_some_and(Passage::is_probe);
+            let is_probe = exchange.permit.as_ref().is_some_and(|(_, permit)| permit.is_probe());
             let watch = watches.get_mut(index).and_then(|watches| watches.get_mut(chosen));
             let experiment = Experiment { route: index as u32, destination: chosen as u32 };
             if is_probe || !fault.target.includes(request, chosen, host) {
@@ -433,7 +436,6 @@ impl WorkerState {
             }
         } else {
             exchange.sample = None;
-            exchange.passage = None;
         }
         if *verdict.last() != Verdict::Continue
             && let Some(limited) = &mut exchange.limited
@@ -443,12 +445,23 @@ impl WorkerState {
     }
 }
 
+impl WorkerState {
+    /// Gives back the permit of a request that its destination does not answer.
+    fn cancel_permit(&mut self, exchange: &mut Exchange, host: &impl Host) {
+        if let Some((route, permit)) = exchange.permit.take()
+            && let Some(Some(breaker)) = self.breakers.get_mut(route)
+        {
+            breaker.cancel(permit, host);
+        }
+    }
+}
+
 impl Decision<'_> {
     /// Answers in the upstream's place, so that there is nothing to learn from.
     fn refuse(&mut self, reply: LocalReply) {
         self.verdict = Verdict::Answer(reply);
         self.mutations.clear();
-        (self.exchange.sample, self.exchange.passage) = (None, None);
+        self.exchange.sample = None;
     }
 }
 
@@ -546,7 +559,8 @@ impl Filter {
         let failed = is_failure(status, grpc_status);
         // A fault of another Trimtab on the way, such as an upstream filter of this Envoy, is nobody's failure.
         if failed && header(MARK).is_some() {
-            (exchange.observed, exchange.sample, exchange.passage) = (None, None, None);
+            (exchange.observed, exchange.sample) = (None, None);
+            self.worker.cancel_permit(exchange, host);
             return;
         }
         if let Some(target) = exchange.observed.take()
@@ -561,12 +575,10 @@ impl Filter {
                 hosts.note(answer(status, grpc_status, is_local), host);
             }
         }
-        if let Some(passage) = exchange.passage.take()
-            && let Some(route) = self.policy.routes.get(passage.route())
-            && let Some(fuse) = self.meters.routes.get(passage.route()).and_then(|meters| Fuse::new(route, meters))
-            && let Some(Some(circuit)) = self.worker.circuits.get_mut(passage.route())
+        if let Some((route, permit)) = exchange.permit.take()
+            && let Some(Some(breaker)) = self.worker.breakers.get_mut(route)
         {
-            circuit.learn(&fuse, passage, failed, host);
+            breaker.on_response(permit, failed, host);
         }
         // Somebody's limit says nothing of the version that answered.
         let is_limited = status == 429 || grpc_status == Some(8);
@@ -592,12 +604,7 @@ impl Filter {
             }
         }
         self.worker.polls.iter_mut().for_each(|poll| poll.tick(host));
-        let routes = self.policy.routes.iter().zip(&self.meters.routes);
-        for ((route, meters), circuit) in routes.zip(&mut self.worker.circuits) {
-            if let (Some(fuse), Some(circuit)) = (Fuse::new(route, meters), circuit) {
-                circuit.tick(&fuse, host);
-            }
-        }
+        self.worker.breakers.iter_mut().flatten().for_each(|breaker| breaker.tick(host));
         for ((route, meters), trial) in self.policy.routes.iter().zip(&self.meters.routes).zip(&mut self.worker.trials)
         {
             if let Some(stand) = Stand::new(route, meters) {
@@ -608,7 +615,12 @@ impl Filter {
 
     /// Gives back what this worker has reserved. To be called when the configuration goes away.
     pub fn on_shutdown(&mut self, host: &impl Host) {
-        let _ = host;
+        self.worker.breakers.iter_mut().flatten().for_each(|breaker| breaker.merge(host));
+    }
+
+    /// Gives back what an ended stream still has, except for the slot of its fault.
+    pub fn on_end(&mut self, exchange: &mut Exchange, host: &impl Host) {
+        self.worker.cancel_permit(exchange, host);
     }
 
     /// Counts problems with shared data.
@@ -635,7 +647,7 @@ impl Filter {
         let worker = &self.worker;
         worker.watches.iter().flatten().for_each(|watch| at_most(watch.period(is_holding)));
         worker.polls.iter().for_each(|poll| at_most(poll.period()));
-        worker.circuits.iter().flatten().for_each(|circuit| at_most(circuit.period()));
+        worker.breakers.iter().flatten().for_each(|breaker| at_most(breaker.period()));
         if self.policy.has_leases() {
             at_most(Leases::TICK);
         }

@@ -1,6 +1,6 @@
 //! The policy document: read strictly, and compiled to what a request needs.
 
-use crate::breaker::Breaker;
+use crate::breaker::BreakerPolicy;
 use crate::canary::{Canary, CohortHeader, Destination, Split, Steering, can_be_carried};
 use crate::diagnostic::{Diagnostic, Report, Severity};
 use crate::document::{Environment, Fields, Node, Value, quoted};
@@ -60,7 +60,7 @@ pub struct Route {
     pub global_limits: Vec<GlobalLimit>,
     /// Whether a limit's key has to know the destination.
     pub limits_read_subset: bool,
-    pub breaker: Option<Breaker>,
+    pub breaker: Option<Arc<BreakerPolicy>>,
     pub slo: Slo,
 }
 
@@ -379,8 +379,10 @@ impl Reading {
                 ratelimit::read(&value, first, &self.state_prefix, &label(name), &mut self.header_names)
             })
             .unwrap_or_default();
-        let breaker =
-            fields.optional("circuitBreaker").and_then(|value| Breaker::read(&value, &self.state_prefix, &label(name)));
+        let breaker = fields
+            .optional("circuitBreaker")
+            .and_then(|value| BreakerPolicy::read(&value, &self.state_prefix, &label(name)))
+            .map(Arc::new);
         for field in [
             "mirror",
             "mirrors",

@@ -12,7 +12,6 @@ mod target;
 
 use crate::canary::{Carried, Share, Term};
 use crate::host::{MetricId, Metrics};
-use crate::outlier::Totals;
 use crate::policy::{Policy, Route, label};
 use crate::shared_data::SharedDataProblem;
 use limit::{LimitMeters, ServiceMeters};
@@ -46,25 +45,11 @@ pub struct RouteMeters {
     pub faults: Option<FaultMeters>,
     /// Where they are aimed at hosts or attempts.
     pub report: Option<ReportMeters>,
-    /// Where the route has a circuit breaker.
-    pub breaker: Option<BreakerMeters>,
     /// In the order of the route's limits.
     limits: Vec<LimitMeters>,
     /// In the order of the route's global limits.
     services: Vec<ServiceMeters>,
     state: StateMeters,
-}
-
-/// The circuit breaker of one route.
-#[derive(Clone, Copy, Debug)]
-pub struct BreakerMeters {
-    /// 0 closed, 1 open, 2 half-open.
-    pub state: MetricId,
-    /// Requests that were answered in the target's place.
-    pub refused: MetricId,
-    /// Answers of the target.
-    requests: MetricId,
-    failures: MetricId,
 }
 
 /// The decisions of canaries that requests arrived with.
@@ -113,7 +98,7 @@ impl<'m, M: Metrics> Scope<'m, M> {
     }
 
     #[inline(never)]
-    fn gauge(&self, name: &str) -> MetricId {
+    pub(crate) fn gauge(&self, name: &str) -> MetricId {
         self.metrics.gauge(&self.name(name))
     }
 
@@ -215,7 +200,6 @@ impl RouteMeters {
             rollout: on_trial.map(|(split, canary)| RolloutMeters::define(split, canary, &scope)),
             faults: fault.map(|_| FaultMeters::define(&scope.within("fault"))),
             report: upstream.map(|target| ReportMeters::define(target, &scope.within("fault"))),
-            breaker: route.breaker.as_ref().map(|_| BreakerMeters::define(&scope.within("breaker"))),
             limits: route.limits.iter().map(|limit| LimitMeters::define(limit, &scope)).collect(),
             services: route.global_limits.iter().map(|limit| ServiceMeters::define(&limit.limit, &scope)).collect(),
             state,
@@ -225,30 +209,5 @@ impl RouteMeters {
     /// How many requests the route has sent on or faulted so far.
     pub fn requests(&self, metrics: &impl Metrics) -> u64 {
         self.destinations.iter().map(|destination| metrics.value(destination.requests)).sum()
-    }
-}
-
-impl BreakerMeters {
-    fn define(breaker: &Scope<'_, impl Metrics>) -> BreakerMeters {
-        BreakerMeters {
-            state: breaker.gauge("state"),
-            refused: breaker.counter("refused"),
-            requests: breaker.counter("requests"),
-            failures: breaker.counter("failures"),
-        }
-    }
-
-    /// What was answered so far, all workers together.
-    pub fn totals(&self, metrics: &impl Metrics) -> Totals {
-        let (requests, failures) = (metrics.value(self.requests), metrics.value(self.failures));
-        Totals { requests, failures, ..Totals::default() }
-    }
-
-    /// Counts an answer.
-    pub fn count(&self, failed: bool, metrics: &impl Metrics) {
-        metrics.add(self.requests, 1);
-        if failed {
-            metrics.add(self.failures, 1);
-        }
     }
 }

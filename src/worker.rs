@@ -211,6 +211,7 @@ impl Worker {
 
     /// Gives back what an ended stream still has. To be called for each stream when it has ended, however it ended.
     pub fn on_end(&mut self, host: &impl Host, stream: &mut Stream) {
+        self.filter.on_end(&mut stream.exchange, host);
         let held = if std::mem::take(&mut stream.is_held) { self.cancel(host, stream.id) } else { None };
         if let Some(slot) = held.or(stream.exchange.slot.take()) {
             self.filter.free(slot, host);
@@ -221,7 +222,7 @@ impl Worker {
     #[inline(never)]
     fn cancel(&mut self, host: &impl Host, stream: u32) -> Option<Slot> {
         if let Some(hold) = self.delayed.cancel(stream) {
-            return hold.slot.or_else(|| self.resumed.remove(&stream)?.slot);
+            return hold.slot.or_else(|| self.end_resumed(host, stream));
         }
         let answered = || {
             let at = self.answered.iter().position(|answered| answered.stream == stream)?;
@@ -231,7 +232,14 @@ impl Worker {
             self.filter.on_gone(host, *pending.waiting);
             return None;
         }
-        self.resumed.remove(&stream)?.slot
+        self.end_resumed(host, stream)
+    }
+
+    /// Ends a stream that waited for a call and has got no response.
+    fn end_resumed(&mut self, host: &impl Host, stream: u32) -> Option<Slot> {
+        let mut exchange = self.resumed.remove(&stream)?;
+        self.filter.on_end(&mut exchange, host);
+        exchange.slot
     }
 
     /// Takes the answer to a gRPC call, and releases streams that waited for it.

@@ -1,13 +1,13 @@
 //! Reads a route's `circuitBreaker` block.
 
-use super::policy::Breaker;
+use super::policy::BreakerPolicy;
 use crate::document::Value;
 use crate::units::duration_or;
 use std::time::Duration;
 
-impl Breaker {
-    /// Reads the block of the route with this label; `prefix` is what the policy's shared words start with.
-    pub fn read(value: &Value<'_>, prefix: &str, route: &str) -> Option<Breaker> {
+impl BreakerPolicy {
+    /// Reads the block of a route. `prefix` is what the policy's keys in shared data begin with, `route` the route's label.
+    pub(crate) fn read(value: &Value<'_>, prefix: &str, route: &str) -> Option<BreakerPolicy> {
         const LEAST: Duration = Duration::from_secs(1);
         const SECOND: u64 = 1_000_000_000;
         let mut fields = value.object()?;
@@ -23,7 +23,7 @@ impl Breaker {
             fields.refuse(field, why);
         }
         fields.end();
-        let word = [prefix, "breaker/", route].concat().into();
-        Some(Breaker { threshold, volume, window, reset, probes, word })
+        let key = [prefix, "breaker/", route].concat().into();
+        Some(BreakerPolicy { threshold, volume, window, reset, probes, key })
     }
 }

@@ -1,12 +1,14 @@
-//! Circuit breaking: a route that fails too often is answered here for a while, and let through again when a few
-//! requests have shown that it is well.
+//! Circuit breaking: the requests of a route that fails too often are refused for a while, and pass again after a few
+//! probes have succeeded.
 //!
-//! The words are opossum's and Hystrix's. The state is one shared word of the route, so that all workers open at once and
-//! half-open lets exactly the stated number of probes through, all workers together.
+//! `config.rs` reads the `circuitBreaker` block, whose terms are those of Hystrix and opossum. `policy.rs` is what it is
+//! compiled to. `state.rs` decides from plain values. [`CircuitBreaker`] is one route's breaker in one worker.
 
+mod circuit_breaker;
 mod config;
-mod decision;
+mod metrics;
 mod policy;
+mod state;
 
-pub use decision::{Condition, Pass, Phase};
-pub use policy::Breaker;
+pub(crate) use circuit_breaker::{CircuitBreaker, Permit};
+pub use policy::BreakerPolicy;

@@ -1,18 +1,18 @@
-//! A route's circuit breaker.
+//! What a `circuitBreaker` block is compiled to.
 
-/// The `circuitBreaker` block.
+/// The circuit breaker of a route. Times are in nanoseconds.
 #[derive(Debug)]
-pub struct Breaker {
-    /// `errorThresholdPercentage`: it opens at this share of failures ...
+pub struct BreakerPolicy {
+    /// `errorThresholdPercentage`: the circuit opens at this percentage of failures ...
     pub threshold: u8,
-    /// `volumeThreshold`: ... among at least so many answers ...
+    /// `volumeThreshold`: ... among at least this number of answers ...
     pub volume: u64,
-    /// ... within so many nanoseconds.
+    /// ... within this time.
     pub window: u64,
-    /// `resetTimeout`, in nanoseconds: how long it stays open.
+    /// `resetTimeout`: how long the circuit stays open.
     pub reset: u64,
-    /// `halfOpenRequests`: how many requests then have to succeed, and no other is let through.
+    /// `halfOpenRequests`: how many probes have to succeed before the circuit closes.
     pub probes: u32,
-    /// The key of the shared word.
-    pub word: Box<str>,
+    /// The key of the state in shared data.
+    pub(super) key: Box<str>,
 }

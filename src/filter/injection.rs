@@ -9,7 +9,7 @@ use crate::trace;
 use std::borrow::Cow;
 
 /// A delay.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Hold {
     /// Nanoseconds.
     pub delay: u64,

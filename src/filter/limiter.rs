@@ -18,7 +18,7 @@ pub(super) struct Limiter {
 }
 
 /// What is remembered of a request that waits for a call.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Waiting {
     pub call: CallId,
     /// An index into the policy's routes.
@@ -159,6 +159,7 @@ impl Filter {
     pub fn on_gone(&mut self, host: &impl Host, mut waiting: Waiting) {
         let Filter { policy, meters, worker, .. } = self;
         worker.limiter.calls.leave();
+        worker.cancel_permit(&mut waiting.exchange, host);
         let Some(route) = policy.routes.get(waiting.route) else { return };
         let now = host.now();
         give_back(&mut waiting.inquiry, &route.global_limits, now, host);

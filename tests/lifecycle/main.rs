@@ -13,7 +13,7 @@ mod trace;
 mod wasm;
 
 use breaker::{
-    a_breaker_opens_in_all_workers, a_probe_is_not_faulted, a_probe_whose_client_left_does_not_keep_it_open,
+    a_breaker_opens_in_all_workers, a_probe_is_not_faulted, a_probe_whose_client_left_is_available_again,
     garbage_opens_nothing, half_open_lets_exactly_so_many_through, own_answers_do_not_open_a_breaker,
 };
 use canary::{
@@ -142,7 +142,7 @@ cases![
     an_answer_that_says_nothing_permits_nothing,
     a_breaker_opens_in_all_workers,
     half_open_lets_exactly_so_many_through,
-    a_probe_whose_client_left_does_not_keep_it_open,
+    a_probe_whose_client_left_is_available_again,
     own_answers_do_not_open_a_breaker,
     a_probe_is_not_faulted,
     garbage_opens_nothing,

@@ -12,7 +12,7 @@ use clap::Args;
 use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::path::PathBuf;
-use trimtab::breaker::Breaker;
+use trimtab::breaker::BreakerPolicy;
 use trimtab::canary::{Choice, Destination, Split, Term, Why};
 use trimtab::decimal::Decimal;
 use trimtab::document::quoted;
@@ -466,7 +466,7 @@ impl Story<'_> {
             return;
         }
         let state = if self.reasons.broken { "open" } else { "closed" };
-        let Breaker { threshold, volume, window, reset, probes, .. } = breaker;
+        let BreakerPolicy { threshold, volume, window, reset, probes, .. } = &**breaker;
         let (window, reset) = (duration(*window), duration(*reset));
         table.row(
             state,
