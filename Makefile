@@ -20,46 +20,46 @@ help: ## List the targets
 
 .PHONY: run
 run: setup build ## Try Trimtab on real traffic: Envoy, two upstreams, a tour (ONCE=1 ends after it)
-	@$(CARGO) run --quiet --package trimtab-testbed --bin tour -- $(if $(ONCE),--once)
+	@$(CARGO) run --locked --quiet --package trimtab-testbed --bin tour -- $(if $(ONCE),--once)
 
 .PHONY: test
 test: setup setup-ratelimit format lint build ## Run everything: format, lints, unit, property, lifecycle, command-line and end-to-end tests
-	$(CARGO) test --workspace --features cli
+	$(CARGO) test --locked --workspace --features cli
 
 .PHONY: test-istio
 test-istio: setup build image ## Run what is in istio/ for real: an API server, istiod, Istio's agent, Envoy, a registry
 	@istio/setup.sh
-	@$(CARGO) run --quiet --package trimtab-image -- $(MODULE) target/image-artifact --artifact
-	TRIMTAB_ISTIO=$$(command -v go) $(CARGO) test --features cli --test istio
+	@$(CARGO) run --locked --quiet --package trimtab-image -- $(MODULE) target/image-artifact --artifact
+	TRIMTAB_ISTIO=$$(command -v go) $(CARGO) test --locked --features cli --test istio
 
 .PHONY: build
 build: setup-target $(MODULE) ## Build the module that ships, and print its size
 	@printf '%s: %s KB\n' $(MODULE) $$(( ($$(wc -c < $(MODULE)) + 999) / 1000 ))
 
 $(MODULE): $(SOURCES)
-	$(CARGO) build --quiet --release --lib --target wasm32-wasip1 --target-dir target
+	$(CARGO) build --locked --quiet --release --lib --target wasm32-wasip1 --target-dir target
 	@mkdir -p $(@D)
-	$(CARGO) run --quiet --features pack --bin pack -- $(COMPILED) $@
+	$(CARGO) run --locked --quiet --features pack --bin pack -- $(COMPILED) $@
 
 .PHONY: check
 check: ## Check a policy: make check POLICY=policy.yaml
-	@$(CARGO) run --quiet --features cli --bin trimtab -- check $(or $(POLICY),envoy/policy.yaml)
+	@$(CARGO) run --locked --quiet --features cli --bin trimtab -- check $(or $(POLICY),envoy/policy.yaml)
 
 .PHONY: bench
 bench: build ## Count what a request costs inside the module, and write it into benches/COUNTS.md
-	@$(CARGO) bench --quiet --profile dev --bench cost
+	@$(CARGO) bench --locked --quiet --profile dev --bench cost
 
 .PHONY: bench-envoy
 bench-envoy: setup build ## Measure what a request costs in Envoy (PARTS="instructions memory times workers")
 	@envoy/setup.sh meters
-	@$(CARGO) build --quiet --release --package empty_filter --package calls_filter --target wasm32-wasip1 --target-dir target
-	@$(CARGO) run --quiet --features pack --bin pack -- target/wasm32-wasip1/release/calls_filter.wasm target/wasm/calls_filter.wasm
-	@$(CARGO) run --quiet --package trimtab-testbed --bin measure -- $(PARTS)
+	@$(CARGO) build --locked --quiet --release --package empty_filter --package calls_filter --target wasm32-wasip1 --target-dir target
+	@$(CARGO) run --locked --quiet --features pack --bin pack -- target/wasm32-wasip1/release/calls_filter.wasm target/wasm/calls_filter.wasm
+	@$(CARGO) run --locked --quiet --package trimtab-testbed --bin measure -- $(PARTS)
 
 .PHONY: image
 image: build ## Make an OCI image of the module that Istio accepts, in target/image, and print its digest (ARTIFACT=1: the other layout)
 	@rm -rf target/image
-	@$(CARGO) run --quiet --package trimtab-image -- $(MODULE) target/image $(if $(ARTIFACT),--artifact)
+	@$(CARGO) run --locked --quiet --package trimtab-image -- $(MODULE) target/image $(if $(ARTIFACT),--artifact)
 
 .PHONY: push
 push: image ## Push it, and write its address and digest into istio/components/image (REGISTRY=registry.example/team)
@@ -75,9 +75,9 @@ format: ## Check the format
 
 .PHONY: lint
 lint: setup-target ## Run clippy on everything, the module included, and build the documentation
-	$(CARGO) clippy --quiet --workspace --all-targets --features cli,pack -- -D warnings
-	$(CARGO) clippy --quiet --lib --target wasm32-wasip1 -- -D warnings
-	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --quiet --no-deps --workspace --lib
+	$(CARGO) clippy --locked --quiet --workspace --all-targets --features cli,pack -- -D warnings
+	$(CARGO) clippy --locked --quiet --lib --target wasm32-wasip1 -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --quiet --no-deps --workspace --lib
 
 .PHONY: setup
 setup: ## Install what is missing: the wasm32-wasip1 target, Envoy, func-e

@@ -49,8 +49,13 @@ make_scratch() {
 
 setup_target() {
     if have rustup; then
-        # From the root, where a rust-toolchain file would be.
+        # From the root, where rust-toolchain.toml names the toolchain.
         cd -- "$root"
+        if ! rustc --version >/dev/null 2>&1; then
+            say "installing the Rust toolchain of rust-toolchain.toml"
+            rustup toolchain install ||
+                fail "rustup could not install it; try: rustup toolchain install"
+        fi
         rustup target list --installed | grep -qx "$RUST_TARGET" && return
         say "adding the Rust target $RUST_TARGET"
         rustup target add "$RUST_TARGET" ||

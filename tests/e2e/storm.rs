@@ -482,6 +482,14 @@ async fn hold_and_wait(world: &World, service: &RateLimit, milliseconds: u32) ->
     (held_burst, waiting_burst)
 }
 
+/// That the module has been called when the first configuration had ended, which is when it gives back what it has.
+async fn assert_unloaded(world: &World) {
+    eventually("the end of the first configuration", async || {
+        world.envoy.log().contains("policy user-service is unloaded").then_some(())
+    })
+    .await;
+}
+
 /// That the places of all that were held are free, by which they are taken again.
 async fn assert_places_are_free(world: &World) {
     world.envoy.wait_for_stat(ACTIVE, |active| active == 0).await;
@@ -527,6 +535,7 @@ async fn streams_end_whose_filter_configuration_is_replaced() {
     service.resume();
     assert_all(&waiting.outcomes(LONG).await, UPDATED.1, Outcome::Answered(200), "those that wait");
     assert_all(&held.outcomes(LONG).await, UPDATED.0, Outcome::Answered(200), "those that are held");
+    assert_unloaded(&world).await;
     assert_places_are_free(&world).await;
     assert_sound(&world, "a new filter configuration").await;
 }
@@ -561,6 +570,7 @@ async fn streams_end_whose_listener_is_replaced() {
     // Where the machine is so slow that the service's time is over first, they are denied.
     let ended = outcomes.count(Outcome::Closed) + outcomes.count(Outcome::Answered(503));
     assert_eq!(ended, UPDATED.1, "those that wait are closed: {outcomes}");
+    assert_unloaded(&world).await;
     service.resume();
     assert_places_are_free(&world).await;
     assert_sound(&world, "a new listener").await;

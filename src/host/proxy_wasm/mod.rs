@@ -127,17 +127,22 @@ struct Root {
 }
 
 impl Context for Root {
-    /// Envoy ends the root context when the last stream of its configuration has ended.
-    fn on_done(&mut self) -> bool {
-        self.plugin.with_worker(|worker, envoy| worker.on_shutdown(envoy));
-        true
-    }
-
     fn on_http_call_response(&mut self, call: u32, _: usize, size: usize, _: usize) {
         let body = || abi::buffer(BufferType::HttpCallResponseBody, size);
         let status = abi::header(MapType::HttpCallResponseHeaders, ":status");
         let body = if size <= MAX_ANSWER_BYTES { Some(body().unwrap_or_default()) } else { None };
         self.plugin.with_worker(|worker, envoy| worker.on_http_answer(envoy, call, status, body.as_deref()));
+    }
+}
+
+/// Envoy deletes the root context (`proxy_on_delete`) when the configuration has been replaced or removed and its last
+/// stream in this worker thread has ended.
+impl Drop for Root {
+    fn drop(&mut self) {
+        self.plugin.with_worker(|worker, envoy| {
+            worker.on_shutdown(envoy);
+            log::info!("policy {} is unloaded", worker.policy().name);
+        });
     }
 }
 

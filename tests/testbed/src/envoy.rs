@@ -86,10 +86,10 @@ impl Options {
         self
     }
 
-    /// Logs what modules say from `warning` on, as Envoy does in production; otherwise from `debug` on, for tests.
+    /// Logs the messages of modules from `info` on; otherwise from `debug` on, which is a line for each request.
     #[must_use]
     pub fn quiet(mut self) -> Self {
-        self.module_log_level = "warning";
+        self.module_log_level = "info";
         self
     }
 
