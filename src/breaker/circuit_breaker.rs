@@ -213,3 +213,85 @@ fn totals(counts: &SharedCounts) -> Totals {
         _ => Totals::default(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::evidence::MERGE_PERIOD;
+    use crate::host::sim::Sim;
+    use std::time::Duration;
+
+    const SECOND: u64 = 1_000_000_000;
+
+    fn workers(count: usize, host: &Sim) -> Vec<CircuitBreaker> {
+        let (window, reset) = (10 * SECOND, 30 * SECOND);
+        let policy =
+            Arc::new(BreakerPolicy { threshold: 50, volume: 20, window, reset, probes: 1, key: "breaker".into() });
+        let scope = Scope::policy("p", host);
+        (0..count).map(|_| CircuitBreaker::new(&policy, "r", &scope, host)).collect()
+    }
+
+    /// Sends a request, which fails or not, if it may pass. Whether it did.
+    fn send(breaker: &mut CircuitBreaker, fails: bool, host: &Sim) -> bool {
+        let Ok(permit) = breaker.admit(host) else { return false };
+        breaker.on_response(permit, fails, host);
+        true
+    }
+
+    #[test]
+    fn workers_together_open_the_circuit_at_the_exact_failure() {
+        for count in [1, 2, 4, 8] {
+            let host = Sim::new(1);
+            let mut workers = workers(count, &host);
+            let passed = (0..100).filter(|n| send(&mut workers[n % count], true, &host)).count();
+            assert_eq!(passed, 20, "{count} workers: the circuit opens at volumeThreshold");
+        }
+    }
+
+    #[test]
+    fn under_a_flood_of_failures_the_circuit_opens_within_the_merge_period() {
+        const RATE: u64 = 30_000;
+        for count in [1, 2, 4, 8] {
+            let host = Sim::new(1);
+            let mut workers = workers(count, &host);
+            let (mut requests, mut failures, mut met_at, mut opened_at) = (0_u64, 0_u64, None, None);
+            let mut writes = host.writes();
+            for n in 0..6 * RATE {
+                host.advance(Duration::from_nanos(SECOND / RATE));
+                // A tenth of the requests fail at first, which is far from the threshold, and later all of them.
+                let fails = n >= 2 * RATE || n % 10 == 0;
+                let now = host.now().as_nanos();
+                if !send(&mut workers[n as usize % count], fails, &host) {
+                    opened_at = Some(now);
+                    break;
+                }
+                (requests, failures) = (requests + 1, failures + u64::from(fails));
+                if failures * 2 >= requests && requests >= 20 && met_at.is_none() && n > 20 {
+                    met_at = Some(now);
+                }
+                if n % (RATE / 10) == 0 {
+                    workers.iter_mut().for_each(|worker| worker.tick(&host));
+                }
+                if n % RATE == 0 {
+                    let written = host.writes() - writes;
+                    assert!(written <= 110 * count as u64, "{count} workers wrote {written} times in a second");
+                    writes = host.writes();
+                }
+            }
+            let lag = opened_at.expect("the circuit opens") - met_at.expect("the threshold is met");
+            assert!(lag <= MERGE_PERIOD, "{count} workers: opened {lag} ns after the threshold was met");
+        }
+    }
+
+    #[test]
+    fn what_a_worker_counted_is_not_lost_with_its_configuration() {
+        let host = Sim::new(1);
+        let mut before = workers(1, &host);
+        (0..19).for_each(|_| assert!(send(&mut before[0], false, &host)));
+        before[0].merge(&host);
+        let mut after = workers(1, &host);
+        let passed = (0..100).take_while(|_| send(&mut after[0], true, &host)).count();
+        assert_eq!(passed, 20, "answers before the update are not in the window of the new worker");
+        assert_eq!(after[0].counts.totals(0), [39, 20]);
+    }
+}
