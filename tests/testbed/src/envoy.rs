@@ -224,6 +224,9 @@ const LISTENERS: &str = "listener_manager.";
 const ACCEPTED: &str = "listener_manager.lds.update_success";
 const REJECTED: &str = "listener_manager.lds.update_rejected";
 
+/// The longest time that a worker keeps what it has counted to itself.
+const PUBLICATION: Duration = Duration::from_millis(100);
+
 impl Envoy {
     /// Starts an Envoy of two workers. See [`Options::start`].
     pub async fn start(bootstrap: &Bootstrap) -> Self {
@@ -362,6 +365,21 @@ impl Envoy {
     /// A counter or gauge; `None` if Envoy has no such statistic (yet).
     pub async fn stat(&self, name: &str) -> Option<u64> {
         self.stats(name).await.get(name).copied()
+    }
+
+    /// The value of a metric of the module, once its workers have published what they have counted. They do so within
+    /// [`PUBLICATION`]; the metrics of the module are read until they have not changed for twice as long. Where the expected
+    /// value is known, [`Envoy::wait_for_stat`] depends on no time.
+    pub async fn module_metric(&self, name: &str) -> Option<u64> {
+        let (mut known, mut unchanged_since) = (self.stats("wasmcustom.").await, tokio::time::Instant::now());
+        while unchanged_since.elapsed() < 2 * PUBLICATION {
+            tokio::time::sleep(PUBLICATION / 4).await;
+            let now = self.stats("wasmcustom.").await;
+            if now != known {
+                (known, unchanged_since) = (now, tokio::time::Instant::now());
+            }
+        }
+        known.get(name).copied()
     }
 
     /// Waits until a counter or gauge is as wished, and returns it.
