@@ -7,10 +7,8 @@
 
 mod fault;
 mod limit;
-mod rollout;
 mod target;
 
-use crate::canary::{Carried, Share, Term};
 use crate::host::{MetricId, Metrics};
 use crate::outlier::Totals;
 use crate::policy::{Policy, Route, label};
@@ -18,7 +16,6 @@ use crate::shared_data::SharedDataProblem;
 use limit::{LimitMeters, ServiceMeters};
 
 pub use fault::{FaultMeters, HostMeters, ReportMeters};
-pub use rollout::{JudgeMeters, RolloutMeters, Stand};
 pub use target::{DestinationMeters, TargetMeters};
 
 /// The metrics of a policy.
@@ -31,8 +28,6 @@ pub struct Meters {
     /// In the order of the policy's targets.
     pub targets: Vec<TargetMeters>,
     state: StateMeters,
-    /// Where decisions are carried from hop to hop.
-    cohort: Option<CohortMeters>,
 }
 
 /// The metrics of one route.
@@ -40,8 +35,6 @@ pub struct Meters {
 pub struct RouteMeters {
     /// In the order of the route's destinations; of a route without any, its own.
     pub destinations: Vec<DestinationMeters>,
-    /// Where a destination is on trial.
-    pub rollout: Option<RolloutMeters>,
     /// Where the route injects faults.
     pub faults: Option<FaultMeters>,
     /// Where they are aimed at hosts or attempts.
@@ -65,17 +58,6 @@ pub struct BreakerMeters {
     /// Answers of the target.
     requests: MetricId,
     failures: MetricId,
-}
-
-/// The decisions of canaries that requests arrived with.
-#[derive(Clone, Copy, Debug)]
-struct CohortMeters {
-    followed: MetricId,
-    /// Of rollouts that the policy does not know.
-    foreign: MetricId,
-    malformed: MetricId,
-    forged: MetricId,
-    stale: MetricId,
 }
 
 /// The health of shared data.
@@ -113,7 +95,7 @@ impl<'m, M: Metrics> Scope<'m, M> {
     }
 
     #[inline(never)]
-    fn gauge(&self, name: &str) -> MetricId {
+    pub(crate) fn gauge(&self, name: &str) -> MetricId {
         self.metrics.gauge(&self.name(name))
     }
 
@@ -135,7 +117,6 @@ impl Meters {
             routes: policy.routes.iter().map(|route| RouteMeters::define(route, &targets, state, &scope)).collect(),
             state,
             targets,
-            cohort: policy.cohort.as_ref().map(|_| CohortMeters::define(&scope.within("cohort"))),
         }
     }
 
@@ -146,36 +127,6 @@ impl Meters {
             SharedDataProblem::Contended => self.state.contended,
         };
         metrics.add(counter, count);
-    }
-
-    /// Counts the decisions that a request arrived with; `share` is what the canary of its route got.
-    pub fn count_carried(&self, carried: &Carried, policy: &Policy, share: Option<Share>, metrics: &impl Metrics) {
-        let Some(meters) = &self.cohort else { return };
-        let is_followed = share.is_some_and(|share| share.term == Term::Carried);
-        let is_foreign = |rollout: &&str| !policy.knows(rollout);
-        for (metric, count) in [
-            (meters.followed, u64::from(is_followed)),
-            (meters.foreign, carried.rollouts().filter(is_foreign).count() as u64),
-            (meters.malformed, carried.refused.malformed),
-            (meters.forged, carried.refused.forged),
-            (meters.stale, carried.refused.stale),
-        ] {
-            if count > 0 {
-                metrics.add(metric, count);
-            }
-        }
-    }
-}
-
-impl CohortMeters {
-    fn define(cohort: &Scope<'_, impl Metrics>) -> CohortMeters {
-        CohortMeters {
-            followed: cohort.counter("followed"),
-            foreign: cohort.counter("foreign"),
-            malformed: cohort.counter("malformed"),
-            forged: cohort.counter("forged"),
-            stale: cohort.counter("stale"),
-        }
     }
 }
 
@@ -208,11 +159,9 @@ impl RouteMeters {
             }
             None => destination(&scope).into_iter().collect(),
         };
-        let on_trial = route.split.as_ref().and_then(|split| Some((split, split.canary.as_ref()?)));
         let upstream = fault.map(|fault| &fault.target).filter(|target| target.is_upstream());
         RouteMeters {
             destinations,
-            rollout: on_trial.map(|(split, canary)| RolloutMeters::define(split, canary, &scope)),
             faults: fault.map(|_| FaultMeters::define(&scope.within("fault"))),
             report: upstream.map(|target| ReportMeters::define(target, &scope.within("fault"))),
             breaker: route.breaker.as_ref().map(|_| BreakerMeters::define(&scope.within("breaker"))),
