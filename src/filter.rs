@@ -10,11 +10,13 @@ mod limiter;
 mod line;
 mod poll;
 mod report;
-mod trial;
 mod watch;
 
 use crate::breaker::{CircuitBreaker, Permit};
-use crate::canary::{Carried, Choice, Decided, Destination, Share, Term, Why};
+use crate::canary::{
+    CohortAssignment, CohortMetrics, Destination, EffectiveWeight, InboundAssignments, Rollout, RolloutDecision,
+    Sample, Selection, SelectionReason, TICK_PERIOD, WeightSource,
+};
 use crate::fault::{Injection, MARK, Slot, Withheld};
 use crate::host::{Change, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request, http_from_grpc};
@@ -24,7 +26,7 @@ use crate::policy::{Policy, Route, TargetId, label};
 use crate::ratelimit::service::{Calls, Inquiry, Outcome};
 use crate::ratelimit::{Admission, Leases, Remark, Secret, return_leases, settle};
 use crate::shared_data::SharedDataProblem;
-use crate::telemetry::{Meters, Scope, Stand};
+use crate::telemetry::{Meters, Scope};
 use crate::trace::w3c::TraceContext;
 use crate::trace::{ForcedSampling, PropagatedContext, TracePropagator};
 use crate::units::{Fraction, MonotonicInstant};
@@ -33,13 +35,11 @@ use limiter::Limiter;
 use poll::Poll;
 use report::Report;
 use std::borrow::Cow;
-use trial::{JUDGE_PERIOD, Trial};
 use watch::{Post, Watch};
 
 pub use injection::{Hold, Replacement};
 pub use limiter::{Limited, Waiting};
 pub use report::Attempt;
-pub use trial::Sample;
 pub use watch::Experiment;
 
 /// A policy at work in one worker.
@@ -48,6 +48,7 @@ pub struct Filter {
     policy: Policy,
     meters: Meters,
     trace: Option<TracePropagator>,
+    cohort: Option<CohortMetrics>,
     worker: WorkerState,
     /// How often to tick, and how often while a stream is held.
     period: Option<u64>,
@@ -65,16 +66,16 @@ struct WorkerState {
     polls: Vec<Poll>,
     /// In the order of the policy's routes.
     breakers: Vec<Option<CircuitBreaker>>,
-    /// For each route, what this worker remembers of its trial.
-    trials: Vec<Trial>,
+    /// In the order of the policy's routes.
+    rollouts: Vec<Option<Box<Rollout>>>,
 }
 
 /// A request as it arrived.
 #[derive(Clone, Copy)]
 struct Arrival<'a> {
     request: &'a Request<'a>,
-    /// What earlier hops decided for it.
-    carried: &'a Carried,
+    /// What earlier hops have decided on it.
+    inbound: &'a InboundAssignments,
     /// Whether another stream can be delayed.
     may_hold: bool,
 }
@@ -129,11 +130,11 @@ pub struct Reasons {
     pub admission: Option<Box<Admission>>,
     /// What rate limit services said.
     pub inquiry: Option<Box<Inquiry>>,
-    pub choice: Option<Choice>,
-    /// What the canary got, where a destination is on trial.
-    pub share: Option<Share>,
-    /// What later hops are told of that choice.
-    pub decided: Option<Decided>,
+    pub choice: Option<Selection>,
+    /// The canary's weight for the request, if the route has a canary.
+    pub share: Option<EffectiveWeight>,
+    /// The assignment that later hops get.
+    pub decided: Option<CohortAssignment>,
     /// The faults that were drawn.
     pub drawn: Injection,
     /// Why they were not injected.
@@ -170,7 +171,7 @@ pub struct Exchange {
     wait: Wait,
     /// The permission of the circuit breaker, and the index of its route.
     permit: Option<(usize, Permit)>,
-    /// What the answer is to a judge.
+    /// The request, if its answer is evidence for a judge.
     pub sample: Option<Sample>,
     /// What is to replace the upstream's answer.
     pub replacement: Option<Replacement>,
@@ -206,9 +207,8 @@ impl Filter {
         let secret = agree_on_secret(&policy, host);
         let routes = policy.routes.iter().zip(&meters.routes);
         let watches = routes.map(|(route, meters)| watch::watches(&policy, route, meters, host)).collect();
-        let stands = policy.routes.iter().zip(&meters.routes).map(|(route, meters)| Stand::new(route, meters));
-        let trials =
-            stands.map(|stand| stand.map_or_else(Trial::default, |stand| Trial::take_up(&stand, host))).collect();
+        let cohort = policy.cohort.as_ref().map(|_| CohortMetrics::define(&Scope::policy(&policy.name, host)));
+        let rollouts = rollouts(&policy, host);
         let hosts = policy.targets.iter().map(|target| Hosts::new(&policy, target)).collect();
         let polls = poll::polls(&policy, host);
         let breaker = |route: &Route| {
@@ -217,8 +217,8 @@ impl Filter {
         };
         let breakers = policy.routes.iter().map(breaker).collect();
         let limiter = Limiter { secret, leases: Leases::default(), calls: Calls::default() };
-        let worker = WorkerState { limiter, watches, hosts, polls, breakers, trials };
-        let mut filter = Filter { policy, meters, trace, worker, period: None, held_period: None };
+        let worker = WorkerState { limiter, watches, hosts, polls, breakers, rollouts };
+        let mut filter = Filter { policy, meters, trace, cohort, worker, period: None, held_period: None };
         filter.period = filter.period(false);
         filter.held_period = filter.period(true);
         filter
@@ -262,7 +262,7 @@ impl Filter {
         may_hold: bool,
         waited: Option<(Box<Waiting>, Outcome)>,
     ) -> Decision<'p> {
-        let Filter { policy, meters, trace, worker, .. } = self;
+        let Filter { policy, meters, trace, cohort, worker, .. } = self;
         let (policy, trace): (&'p Policy, Option<&'p TracePropagator>) = (policy, trace.as_ref());
         let mut request = Request::parse(headers, &policy.header_names);
         request.set_has_body(has_body);
@@ -272,11 +272,11 @@ impl Filter {
 
         // The trace first: whatever happens to the request, it belongs to one, and faults are drawn from its id.
         let context = trace.and_then(|trace| trace.begin(&request, host));
-        let carried = policy.cohort.as_ref().map_or_else(Carried::default, |header| {
+        let inbound = policy.cohort.as_ref().map_or_else(InboundAssignments::default, |header| {
             let stored = context.as_ref().and_then(|context| trace?.stored_header(context, header.id));
-            header.carried(request.joined(header.id).as_deref(), stored, || host.wall_now())
+            header.read_inbound(request.joined(header.id).as_deref(), stored, || host.wall_now())
         });
-        let arrival = Arrival { request: &request, carried: &carried, may_hold };
+        let arrival = Arrival { request: &request, inbound: &inbound, may_hold };
         let mut decision = Decision::default();
         decision.reasons.trace = context;
         worker.decide(policy, meters, host, arrival, waited, &mut decision);
@@ -293,9 +293,11 @@ impl Filter {
             if verdict.may_go_on() {
                 let rollout = reasons.route.and_then(|route| policy.routes.get(route)?.canary());
                 let decided = rollout.zip(reasons.decided).map(|(canary, decided)| (&*canary.rollout, decided));
-                mutations.extend(header.write(&carried, decided, || host.wall_now()));
+                mutations.extend(header.write(&inbound, decided, || host.wall_now()));
             }
-            meters.count_carried(&carried, policy, reasons.share, host);
+            if let Some(metrics) = cohort {
+                metrics.count(&inbound, reasons.share, |rollout| policy.knows(rollout), host);
+            }
         }
         let is_forced = trace.is_some_and(|trace| is_forced(trace.policy().force, policy, reasons, host));
         if let (Some(trace), Some(context)) = (trace, &mut reasons.trace) {
@@ -321,11 +323,11 @@ impl WorkerState {
         policy: &'p Policy,
         meters: &Meters,
         host: &impl Host,
-        Arrival { request, carried, may_hold }: Arrival<'_>,
+        Arrival { request, inbound, may_hold }: Arrival<'_>,
         waited: Option<(Box<Waiting>, Outcome)>,
         decision: &mut Decision<'p>,
     ) {
-        let WorkerState { limiter, watches, trials, breakers, .. } = self;
+        let WorkerState { limiter, watches, rollouts, breakers, .. } = self;
         decision.exchange.is_grpc = request.is_grpc();
 
         let Some((index, route)) = policy.route(request) else {
@@ -376,17 +378,17 @@ impl WorkerState {
         }
 
         // The destination before the fault, because the fault's guard looks at the one that was chosen.
-        let trial = Stand::new(route, meters).zip(trials.get_mut(index));
+        let rollout = rollouts.get_mut(index).and_then(Option::as_mut);
         let destination = route.split.as_ref().and_then(|split| {
-            let choice = match (decision.reasons.choice, trial) {
+            let choice = match (decision.reasons.choice, rollout) {
                 (Some(choice), _) => choice,
-                (None, Some((stand, trial))) => {
-                    let carried = carried.decided(&stand.canary.rollout);
-                    let (choice, share) = trial.choose(&stand, request, carried, host);
-                    decision.reasons.share = Some(share);
-                    decision.reasons.decided = Trial::decided(&stand, choice, share);
-                    decision.exchange.sample = trial.sample(&stand, index, (choice, share), host);
-                    choice
+                (None, Some(rollout)) => {
+                    let inherited = inbound.assignment(rollout.name());
+                    let RolloutDecision { selection, weight, assignment, sample } =
+                        rollout.select(request, inherited, host);
+                    (decision.reasons.share, decision.reasons.decided) = (Some(weight), assignment);
+                    decision.exchange.sample = sample;
+                    selection
                 }
                 (None, None) => split.choose(Fraction::NONE, None, || host.random()),
             };
@@ -583,11 +585,9 @@ impl Filter {
         // Somebody's limit says nothing of the version that answered.
         let is_limited = status == 429 || grpc_status == Some(8);
         if let Some(sample) = exchange.sample.take().filter(|_| !is_limited)
-            && let Some(route) = self.policy.routes.get(sample.route())
-            && let Some(stand) = self.meters.routes.get(sample.route()).and_then(|meters| Stand::new(route, meters))
-            && let Some(trial) = self.worker.trials.get_mut(sample.route())
+            && let Some(Some(rollout)) = self.worker.rollouts.get_mut(sample.route())
         {
-            trial.learn(&stand, sample, failed, host);
+            rollout.complete(sample, failed, host);
         }
     }
 
@@ -605,17 +605,13 @@ impl Filter {
         }
         self.worker.polls.iter_mut().for_each(|poll| poll.tick(host));
         self.worker.breakers.iter_mut().flatten().for_each(|breaker| breaker.tick(host));
-        for ((route, meters), trial) in self.policy.routes.iter().zip(&self.meters.routes).zip(&mut self.worker.trials)
-        {
-            if let Some(stand) = Stand::new(route, meters) {
-                trial.look(&stand, host);
-            }
-        }
+        self.worker.rollouts.iter_mut().flatten().for_each(|rollout| rollout.tick(host));
     }
 
     /// Gives back what this worker has reserved. To be called when the configuration goes away.
     pub fn on_shutdown(&mut self, host: &impl Host) {
         self.worker.breakers.iter_mut().flatten().for_each(|breaker| breaker.merge(host));
+        self.worker.rollouts.iter_mut().flatten().for_each(|rollout| rollout.on_shutdown(host));
     }
 
     /// Gives back what an ended stream still has, except for the slot of its fault.
@@ -652,7 +648,7 @@ impl Filter {
             at_most(Leases::TICK);
         }
         if self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some()) {
-            at_most(JUDGE_PERIOD);
+            at_most(TICK_PERIOD);
         }
         (least < u64::MAX).then_some(least)
     }
@@ -669,12 +665,15 @@ fn is_forced(force: ForcedSampling, policy: &Policy, reasons: &Reasons, host: &i
     let is_moved = || {
         let split = policy.routes.get(reasons.route?)?.split.as_ref()?;
         let canary = split.canary.as_ref().filter(|canary| !canary.shadow)?;
-        let (Why::Cohort { place } | Why::Drawn { place }) = reasons.choice?.why else { return None };
-        if reasons.share?.term != Term::RolledBack {
+        let (SelectionReason::Cohort { bucket_ppm } | SelectionReason::Drawn { bucket_ppm }) = reasons.choice?.reason
+        else {
+            return None;
+        };
+        if reasons.share?.source != WeightSource::RolledBack {
             return None;
         }
-        let due = canary.share(split.weight(canary.destination), || host.wall_now());
-        Some(place < due.weight.ppm())
+        let due = canary.scheduled_weight(split.weight(canary.destination), || host.wall_now());
+        Some(bucket_ppm < due.weight.ppm())
     };
     (force.fault && is_faulted())
         || (force.rate_limit && reasons.admission.as_deref().is_some_and(is_limited))
@@ -685,6 +684,16 @@ fn is_forced(force: ForcedSampling, policy: &Policy, reasons: &Reasons, host: &i
 /// The value of a header that is a number.
 fn number(value: Option<Vec<u8>>) -> Option<u16> {
     std::str::from_utf8(&value?).ok()?.parse().ok()
+}
+
+/// The rollout of each route with a canary.
+fn rollouts(policy: &Policy, host: &impl Host) -> Vec<Option<Box<Rollout>>> {
+    let scope = Scope::policy(&policy.name, host).within("route");
+    let rollout = |(index, route): (usize, &Route)| {
+        let scope = scope.within(&label(&route.name));
+        Rollout::new((index, &route.name), route.split.as_ref(), &policy.state_prefix, &scope, host)
+    };
+    policy.routes.iter().enumerate().map(rollout).collect()
 }
 
 /// The secret in shared data, or a new one that all workers will find there.

@@ -51,7 +51,7 @@ pub struct Route {
     pub name: Box<str>,
     /// One of them has to match; none: every request does.
     pub matches: Vec<RequestMatch>,
-    pub split: Option<Split>,
+    pub split: Option<Arc<Split>>,
     /// The target of each destination; where there are none, the route itself is the one target.
     pub targets: Vec<TargetId>,
     pub fault: Option<Fault>,
@@ -244,7 +244,7 @@ impl Route {
 
     /// The destination on trial.
     pub fn canary(&self) -> Option<&Canary> {
-        self.split.as_ref()?.canary.as_ref()
+        self.split.as_ref()?.canary.as_deref()
     }
 
     fn matches(&self, request: &Request<'_>) -> bool {
@@ -359,7 +359,7 @@ impl Reading {
         let matches = fields.optional("match").and_then(|value| value.array()).unwrap_or_default();
         let matches: Vec<RequestMatch> =
             matches.iter().filter_map(|entry| RequestMatch::read(entry, &mut self.header_names)).collect();
-        let split = Split::read(fields, &self.state_prefix, &self.steering, &mut self.header_names);
+        let split = Split::read(fields, &self.steering, &mut self.header_names).map(Arc::new);
         let slo = fields.optional("slo").and_then(|value| Slo::read(&value)).unwrap_or_default();
         let fault = fields.optional("fault").and_then(|value| {
             let destinations = split.iter().flat_map(|split| &split.destinations);
@@ -398,7 +398,7 @@ impl Reading {
         ] {
             fields.refuse(field, "keep it in the VirtualService, on the route that matches the steering header");
         }
-        let targets = self.targets(name, split.as_ref(), fault.as_ref());
+        let targets = self.targets(name, split.as_deref(), fault.as_ref());
         if let Some(admin) = fault.as_ref().and_then(|fault| fault.guard.admin.as_ref()) {
             let known = targets.iter().filter_map(|target| self.targets.get(target.0)?.admin.as_ref());
             if known.into_iter().any(|known| known.cluster != admin.cluster) {

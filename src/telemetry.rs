@@ -7,17 +7,14 @@
 
 mod fault;
 mod limit;
-mod rollout;
 mod target;
 
-use crate::canary::{Carried, Share, Term};
 use crate::host::{MetricId, Metrics};
 use crate::policy::{Policy, Route, label};
 use crate::shared_data::SharedDataProblem;
 use limit::{LimitMeters, ServiceMeters};
 
 pub use fault::{FaultMeters, HostMeters, ReportMeters};
-pub use rollout::{JudgeMeters, RolloutMeters, Stand};
 pub use target::{DestinationMeters, TargetMeters};
 
 /// The metrics of a policy.
@@ -30,8 +27,6 @@ pub struct Meters {
     /// In the order of the policy's targets.
     pub targets: Vec<TargetMeters>,
     state: StateMeters,
-    /// Where decisions are carried from hop to hop.
-    cohort: Option<CohortMeters>,
 }
 
 /// The metrics of one route.
@@ -39,8 +34,6 @@ pub struct Meters {
 pub struct RouteMeters {
     /// In the order of the route's destinations; of a route without any, its own.
     pub destinations: Vec<DestinationMeters>,
-    /// Where a destination is on trial.
-    pub rollout: Option<RolloutMeters>,
     /// Where the route injects faults.
     pub faults: Option<FaultMeters>,
     /// Where they are aimed at hosts or attempts.
@@ -50,17 +43,6 @@ pub struct RouteMeters {
     /// In the order of the route's global limits.
     services: Vec<ServiceMeters>,
     state: StateMeters,
-}
-
-/// The decisions of canaries that requests arrived with.
-#[derive(Clone, Copy, Debug)]
-struct CohortMeters {
-    followed: MetricId,
-    /// Of rollouts that the policy does not know.
-    foreign: MetricId,
-    malformed: MetricId,
-    forged: MetricId,
-    stale: MetricId,
 }
 
 /// The health of shared data.
@@ -120,7 +102,6 @@ impl Meters {
             routes: policy.routes.iter().map(|route| RouteMeters::define(route, &targets, state, &scope)).collect(),
             state,
             targets,
-            cohort: policy.cohort.as_ref().map(|_| CohortMeters::define(&scope.within("cohort"))),
         }
     }
 
@@ -131,36 +112,6 @@ impl Meters {
             SharedDataProblem::Contended => self.state.contended,
         };
         metrics.add(counter, count);
-    }
-
-    /// Counts the decisions that a request arrived with; `share` is what the canary of its route got.
-    pub fn count_carried(&self, carried: &Carried, policy: &Policy, share: Option<Share>, metrics: &impl Metrics) {
-        let Some(meters) = &self.cohort else { return };
-        let is_followed = share.is_some_and(|share| share.term == Term::Carried);
-        let is_foreign = |rollout: &&str| !policy.knows(rollout);
-        for (metric, count) in [
-            (meters.followed, u64::from(is_followed)),
-            (meters.foreign, carried.rollouts().filter(is_foreign).count() as u64),
-            (meters.malformed, carried.refused.malformed),
-            (meters.forged, carried.refused.forged),
-            (meters.stale, carried.refused.stale),
-        ] {
-            if count > 0 {
-                metrics.add(metric, count);
-            }
-        }
-    }
-}
-
-impl CohortMeters {
-    fn define(cohort: &Scope<'_, impl Metrics>) -> CohortMeters {
-        CohortMeters {
-            followed: cohort.counter("followed"),
-            foreign: cohort.counter("foreign"),
-            malformed: cohort.counter("malformed"),
-            forged: cohort.counter("forged"),
-            stale: cohort.counter("stale"),
-        }
     }
 }
 
@@ -193,11 +144,9 @@ impl RouteMeters {
             }
             None => destination(&scope).into_iter().collect(),
         };
-        let on_trial = route.split.as_ref().and_then(|split| Some((split, split.canary.as_ref()?)));
         let upstream = fault.map(|fault| &fault.target).filter(|target| target.is_upstream());
         RouteMeters {
             destinations,
-            rollout: on_trial.map(|(split, canary)| RolloutMeters::define(split, canary, &scope)),
             faults: fault.map(|_| FaultMeters::define(&scope.within("fault"))),
             report: upstream.map(|target| ReportMeters::define(target, &scope.within("fault"))),
             limits: route.limits.iter().map(|limit| LimitMeters::define(limit, &scope)).collect(),

@@ -1,6 +1,6 @@
 //! Reads `steering` and `cohort`, and a route's `route` and `canary`.
 
-use super::cohort_header::{Accept, CohortHeader, Key};
+use super::cohort_header::{Accept, CohortHeader, SigningKey};
 use super::judge::Judge;
 use super::policy::{Canary, Destination, Split, Steering};
 use super::stages::{Schedule, Stage};
@@ -10,10 +10,11 @@ use crate::http::HeaderNames;
 use crate::key::KeySource;
 use crate::matcher::read_header_name;
 use crate::units::{Fraction, nanoseconds, read_duration, read_instant};
+use std::sync::Arc;
 use std::time::Duration;
 
 const DEFAULT_HEADER: &str = "x-trimtab-subset";
-/// A JSON number is exact up to here.
+/// The largest whole number up to which JSON numbers are exact.
 const MOST_REQUESTS: u64 = 1 << 53;
 
 const DEFAULT_TEMPLATE: &str = "{subset}";
@@ -63,7 +64,7 @@ impl Steering {
 const DEFAULT_COHORT_HEADER: &str = "x-trimtab-cohort";
 
 impl CohortHeader {
-    /// Reads the `cohort` block. `None` where it is wrong.
+    /// Reads the `cohort` block. `None` if it has an error.
     pub fn read(value: &Value<'_>, environment: Environment<'_>, names: &mut HeaderNames) -> Option<CohortHeader> {
         const DEFAULT_AGE: Duration = Duration::from_secs(300);
         let mut fields = value.object()?;
@@ -103,10 +104,10 @@ impl CohortHeader {
     }
 }
 
-fn read_signing_keys(value: &Value<'_>, environment: Environment<'_>) -> Option<Vec<Key>> {
-    /// One that signs, one that came before it, one that comes next.
+fn read_signing_keys(value: &Value<'_>, environment: Environment<'_>) -> Option<Vec<SigningKey>> {
+    /// The current key, the previous one and the next one.
     const MOST: usize = 3;
-    /// As long as the hash is (RFC 2104, section 3).
+    /// The length of the hash (RFC 2104, section 3).
     const LEAST_BYTES: usize = 32;
     let items = value.array()?;
     if items.is_empty() || items.len() > MOST {
@@ -120,7 +121,7 @@ fn read_signing_keys(value: &Value<'_>, environment: Environment<'_>) -> Option<
         let (found, key) = match (written, variable) {
             (Some(written), None) => {
                 written.warning(
-                    "a signing key in the policy is read by everybody who reads the policy",
+                    "every reader of the policy can read this signing key",
                     "name a variable of the proxy's environment in env",
                 );
                 let key = written.text()?.as_bytes().to_vec();
@@ -146,25 +147,19 @@ fn read_signing_keys(value: &Value<'_>, environment: Environment<'_>) -> Option<
             let help = format!("expected at least {LEAST_BYTES}, such as of openssl rand -hex {LEAST_BYTES}");
             found.error(format!("a key of {} bytes", key.len()), help);
         }
-        keys.push(Key(key));
+        keys.push(SigningKey(key));
     }
     (keys.len() == items.len()).then_some(keys)
 }
 
-/// Whether `text` may stand in a header as it is (RFC 9110, section 5.5, ASCII only).
+/// Whether `text` is a valid header value (RFC 9110, section 5.5, ASCII only).
 fn is_field_value(text: &str) -> bool {
     text.bytes().all(|byte| (0x20..0x7f).contains(&byte))
 }
 
 impl Split {
-    /// Reads `route` and `canary` of one route. `None` where there are no destinations. `state_prefix` begins the keys
-    /// of all shared words.
-    pub fn read(
-        fields: &mut Fields<'_>,
-        state_prefix: &str,
-        steering: &Steering,
-        names: &mut HeaderNames,
-    ) -> Option<Split> {
+    /// Reads `route` and `canary` of one route. `None` if the route has no destinations.
+    pub fn read(fields: &mut Fields<'_>, steering: &Steering, names: &mut HeaderNames) -> Option<Split> {
         let route = fields.optional("route");
         let canary = fields.optional("canary");
         let Some(route) = route else {
@@ -174,8 +169,8 @@ impl Split {
             return None;
         };
         let destinations = read_destinations(&route, steering)?;
-        let canary = canary.and_then(|canary| read_canary(&canary, state_prefix, &destinations, names));
-        Some(Split { destinations, canary })
+        let canary = canary.and_then(|canary| read_canary(&canary, &destinations, names));
+        Some(Split { destinations, canary: canary.map(Arc::new) })
     }
 }
 
@@ -245,12 +240,7 @@ fn read_destination(value: &Value<'_>, steering: &Steering) -> Option<Destinatio
     Some(Destination { host: host.into(), subset: subset.into(), steering: steering.fill(host, subset, port).into() })
 }
 
-fn read_canary(
-    value: &Value<'_>,
-    state_prefix: &str,
-    destinations: &[(Destination, Fraction)],
-    names: &mut HeaderNames,
-) -> Option<Canary> {
+fn read_canary(value: &Value<'_>, destinations: &[(Destination, Fraction)], names: &mut HeaderNames) -> Option<Canary> {
     let mut fields = value.object()?;
     let destination = fields.required("destination").and_then(|value| {
         let subset = value.text()?;
@@ -287,22 +277,20 @@ fn read_canary(
         key,
         schedule: schedule?,
         max_requests: max_requests.unwrap_or_default(),
-        exposed_word: format!("{state_prefix}exposed/{rollout}").into(),
         judge: judge?,
         shadow: shadow.unwrap_or(false),
-        state_prefix: state_prefix.into(),
     };
     let alone = destinations.get(canary.destination).is_some_and(|(_, weight)| *weight == Fraction::WHOLE);
     if alone && canary.may_be_refused() {
         value.error(
             "no other destination has a weight",
-            "give another one a weight: it serves whom the canary does not; stages replace the canary's weight",
+            "give another one a weight: it serves the requests that do not go to the canary; stages replace the canary's weight",
         );
     }
     Some(canary)
 }
 
-/// Reads `judge`; `has_stages` says whether there is a stage that could wait for it.
+/// Reads `judge`. `has_stages`: whether the canary has stages, which could wait for a verdict.
 fn read_judge(value: &Value<'_>, has_stages: bool) -> Option<Judge> {
     const LEAST_CONFIDENCE: Fraction = Fraction::from_ppm(500_000);
     let mut fields = value.object()?;
@@ -318,7 +306,7 @@ fn read_judge(value: &Value<'_>, has_stages: bool) -> Option<Judge> {
         Some(confidence)
     });
     let rolls_back = fields.optional("onFail").map(|value| value.one_of(&[("rollback", true), ("report", false)]));
-    let holds = fields.optional("onInsufficient").map(|value| {
+    let waits_for_pass = fields.optional("onInsufficient").map(|value| {
         if !has_stages {
             value.error("onInsufficient without stages", "remove it, or write the stages that wait for evidence");
         }
@@ -331,11 +319,11 @@ fn read_judge(value: &Value<'_>, has_stages: bool) -> Option<Judge> {
         p99_increase: p99_increase.unwrap_or_default(),
         confidence: confidence.unwrap_or(Some(Fraction::from_ppm(990_000)))?,
         rolls_back: rolls_back.unwrap_or(Some(true))?,
-        holds: holds.unwrap_or(Some(false))?,
+        waits_for_pass: waits_for_pass.unwrap_or(Some(false))?,
     })
 }
 
-/// Reads `stages` and `startTime`. `None` where they are wrong.
+/// Reads `stages` and `startTime`. `None` if they have an error.
 fn read_schedule(fields: &mut Fields<'_>) -> Option<Option<Schedule>> {
     let start = fields.optional("startTime");
     let Some(stages) = fields.optional("stages") else {
@@ -402,7 +390,7 @@ mod tests {
         let node = Node::from_json(text.as_bytes()).unwrap();
         let report = Report::default();
         let mut fields = Value::root(&node, &report).object().unwrap();
-        let split = Split::read(&mut fields, "t/", &Steering::default(), &mut HeaderNames::default());
+        let split = Split::read(&mut fields, &Steering::default(), &mut HeaderNames::default());
         fields.end();
         (split, report.into_diagnostics().iter().map(ToString::to_string).collect())
     }
@@ -414,7 +402,7 @@ mod tests {
             r#""stages": [{"weight": 5, "duration": "5m"}, {"weight": 100}], "startTime": "2026-11-21T09:00:00Z""#,
         );
         assert_eq!(told, [] as [&str; 0]);
-        let schedule = split.unwrap().canary.unwrap().schedule.unwrap();
+        let schedule = split.unwrap().canary.unwrap().schedule.clone().unwrap();
         assert_eq!(schedule.start.as_nanos(), 1_795_251_600_000_000_000);
         let first = Stage { weight: Fraction::from_ppm(50_000), duration: 300_000_000_000 };
         assert_eq!(schedule.stages, [first, Stage { weight: Fraction::WHOLE, duration: 0 }]);
@@ -436,7 +424,7 @@ mod tests {
             p99_increase: Some(100_000_000),
             confidence: Fraction::from_ppm(999_000),
             rolls_back: false,
-            holds: false,
+            waits_for_pass: false,
         };
         assert_eq!(canary.judge, Some(expected));
         let (split, _) = read([95, 5], r#""judge": {}"#);

@@ -1,7 +1,7 @@
-//! Which destination one request goes to.
+//! The choice of a destination for one request, from plain values.
 
 use super::cohort::{cohort, stable_draw};
-use super::cohort_header::Decided;
+use super::cohort_header::CohortAssignment;
 use super::policy::{Canary, Split};
 use crate::host::Properties;
 use crate::http::Request;
@@ -9,69 +9,73 @@ use crate::key::Scene;
 use crate::units::{Fraction, UnixNanos, point};
 use std::borrow::Cow;
 
-/// The destination chosen, and why.
+/// The chosen destination, and the reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Choice {
+pub struct Selection {
     /// An index into the split's destinations.
     pub destination: usize,
-    pub why: Why,
+    pub reason: SelectionReason,
 }
 
-/// Why a destination was chosen.
+/// Why a destination was chosen. A bucket is a position from 0 to 999,999; the canary has the buckets below its weight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Why {
-    /// There is no other.
-    Only,
-    /// The request's key stands at this place of the rollout, in parts per million.
-    Cohort { place: u32 },
-    /// No key: this request was drawn at this place, in parts per million.
-    Drawn { place: u32 },
-    /// An earlier hop with the same rollout found it at this place, in parts per million.
-    Carried { place: u32 },
+pub enum SelectionReason {
+    /// The route has one destination.
+    OnlyDestination,
+    /// The bucket of the request's key in the rollout.
+    Cohort { bucket_ppm: u32 },
+    /// The request has no key, and its bucket was drawn at random.
+    Drawn { bucket_ppm: u32 },
+    /// An earlier hop with the same rollout has determined the bucket.
+    Inherited { bucket_ppm: u32 },
 }
 
-/// How much of its route's traffic a canary gets, and why.
+/// The weight that the canary has for one request, and where it comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Share {
+pub struct EffectiveWeight {
     pub weight: Fraction,
-    pub term: Term,
+    pub source: WeightSource,
 }
 
-/// What a canary's share was taken from.
+/// Where the canary's weight comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Term {
+pub enum WeightSource {
     /// The weight of the route.
     Route,
-    /// What an earlier hop with the same rollout gave it.
-    Carried,
-    /// Its start time is yet to come.
+    /// The weight that an earlier hop with the same rollout has used.
+    Inherited,
+    /// The rollout's start time has not come.
     NotStarted,
-    /// This one of its stages, an index.
+    /// A stage, by its index.
     Stage(usize),
-    /// This request would have gone to the canary, and its cap on exposure is reached.
-    Exhausted,
-    /// The next stage is due, and the evidence does not let it begin.
+    /// The request was chosen for the canary, but the cap on exposure is reached.
+    CapReached,
+    /// The next stage is due, but the judge does not let it begin.
     Held,
-    /// It has failed.
+    /// The canary has failed.
     RolledBack,
 }
 
 impl Canary {
-    /// The share by the clock; `now` is asked only where there are stages. `route` is the weight of the route.
-    pub fn share(&self, route: Fraction, now: impl FnOnce() -> UnixNanos) -> Share {
-        let Some(schedule) = &self.schedule else { return Share { weight: route, term: Term::Route } };
+    /// The weight that the wall clock gives to the canary. `now` is called only if there are stages. `route` is the weight
+    /// of the route.
+    pub fn scheduled_weight(&self, route: Fraction, now: impl FnOnce() -> UnixNanos) -> EffectiveWeight {
+        let Some(schedule) = &self.schedule else {
+            return EffectiveWeight { weight: route, source: WeightSource::Route };
+        };
         let stage = schedule.stage(now());
-        Share { weight: schedule.weight(stage), term: stage.map_or(Term::NotStarted, Term::Stage) }
+        let source = stage.map_or(WeightSource::NotStarted, WeightSource::Stage);
+        EffectiveWeight { weight: schedule.weight(stage), source }
     }
 }
 
 impl Split {
-    /// The weight of a destination, as the route has it.
+    /// The weight that the route gives to a destination.
     pub fn weight(&self, destination: usize) -> Fraction {
         self.destinations.get(destination).map_or(Fraction::NONE, |(_, weight)| *weight)
     }
 
-    /// The key that decides for `request`: that of the first source which it shows.
+    /// The cohort key of `request`, from the first source that the request has.
     pub fn key<'a>(&self, request: &Request<'a>, route: &'a str, properties: &dyn Properties) -> Option<Cow<'a, [u8]>> {
         self.canary
             .as_ref()?
@@ -80,55 +84,59 @@ impl Split {
             .find_map(|source| source.find(&Scene { request, route, subset: None, properties }))
     }
 
-    /// Chooses for a request with `key`; `draw` is a uniformly random number that is used where there is no key. The
-    /// canary, if there is one, gets `weight`; the others share the rest by their relative weights.
-    pub fn choose(&self, weight: Fraction, key: Option<&[u8]>, draw: impl FnOnce() -> u64) -> Choice {
+    /// Chooses a destination for a request with `key`. `draw` returns a uniformly random number; it is called only if there
+    /// is no key. A canary has `weight`; the other destinations share the rest in proportion to their weights.
+    pub fn choose(&self, weight: Fraction, key: Option<&[u8]>, draw: impl FnOnce() -> u64) -> Selection {
         if self.destinations.len() == 1 {
-            return Choice { destination: 0, why: Why::Only };
+            return Selection { destination: 0, reason: SelectionReason::OnlyDestination };
         }
         let Some(canary) = &self.canary else {
-            let place = point(draw());
-            return Choice { destination: self.at(place, None), why: Why::Drawn { place } };
+            let bucket_ppm = point(draw());
+            return Selection { destination: self.at(bucket_ppm, None), reason: SelectionReason::Drawn { bucket_ppm } };
         };
         match key {
             Some(key) => {
                 let rollout = canary.rollout.as_bytes();
-                let place = cohort(rollout, key);
-                let destination = self.on_trial(canary, weight, place, || stable_draw(rollout, key));
-                Choice { destination, why: Why::Cohort { place } }
+                let bucket_ppm = cohort(rollout, key);
+                let destination = self.canary_or_other(canary, weight, bucket_ppm, || stable_draw(rollout, key));
+                Selection { destination, reason: SelectionReason::Cohort { bucket_ppm } }
             }
             None => {
                 let drawn = draw();
-                let place = point(drawn);
-                // The low bits have no part in the place, so they draw among the others.
-                let destination = self.on_trial(canary, weight, place, || drawn.wrapping_mul(1_000_000));
-                Choice { destination, why: Why::Drawn { place } }
+                let bucket_ppm = point(drawn);
+                // The bucket does not depend on the low bits, so these can choose among the other destinations.
+                let destination = self.canary_or_other(canary, weight, bucket_ppm, || drawn.wrapping_mul(1_000_000));
+                Selection { destination, reason: SelectionReason::Drawn { bucket_ppm } }
             }
         }
     }
 
-    /// Chooses as an earlier hop did, but gives the canary `weight`; `key` is the request's key, if it shows one here.
-    pub fn follow(&self, carried: Decided, weight: Fraction, key: Option<&[u8]>) -> Choice {
-        let place = carried.place;
+    /// Chooses a destination in the bucket that an earlier hop has determined. The canary has `weight`; `key` is the key
+    /// that the request has at this hop.
+    pub fn follow(&self, inherited: CohortAssignment, weight: Fraction, key: Option<&[u8]>) -> Selection {
+        let bucket_ppm = inherited.bucket_ppm;
         let Some(canary) = self.canary.as_ref().filter(|_| self.destinations.len() > 1) else {
-            return Choice { destination: 0, why: Why::Only };
+            return Selection { destination: 0, reason: SelectionReason::OnlyDestination };
         };
-        let draw = || stable_draw(canary.rollout.as_bytes(), key.unwrap_or(&place.to_le_bytes()));
-        Choice { destination: self.on_trial(canary, weight, place, draw), why: Why::Carried { place } }
+        let draw = || stable_draw(canary.rollout.as_bytes(), key.unwrap_or(&bucket_ppm.to_le_bytes()));
+        Selection {
+            destination: self.canary_or_other(canary, weight, bucket_ppm, draw),
+            reason: SelectionReason::Inherited { bucket_ppm },
+        }
     }
 
-    /// The canary for those who stand below its weight; for the others, one of the rest by their relative weights.
-    fn on_trial(&self, canary: &Canary, weight: Fraction, place: u32, draw: impl FnOnce() -> u64) -> usize {
-        if place < weight.ppm() {
+    /// The canary if the bucket lies below its weight, else one of the other destinations in proportion to their weights.
+    fn canary_or_other(&self, canary: &Canary, weight: Fraction, bucket_ppm: u32, draw: impl FnOnce() -> u64) -> usize {
+        if bucket_ppm < weight.ppm() {
             return canary.destination;
         }
         let rest = Fraction::WHOLE.ppm() - self.weight(canary.destination).ppm();
-        let place = (u128::from(draw()) * u128::from(rest)) >> 64;
-        self.at(place as u32, Some(canary.destination))
+        let bucket_ppm = (u128::from(draw()) * u128::from(rest)) >> 64;
+        self.at(bucket_ppm as u32, Some(canary.destination))
     }
 
-    /// The destination whose share of the line, `except` one, covers `place`.
-    fn at(&self, place: u32, except: Option<usize>) -> usize {
+    /// The destination whose interval contains `bucket_ppm`, when the weights are laid side by side without `except`.
+    fn at(&self, bucket_ppm: u32, except: Option<usize>) -> usize {
         let mut end = 0;
         let mut last = 0;
         for (index, (_, weight)) in self.destinations.iter().enumerate() {
@@ -137,7 +145,7 @@ impl Split {
             }
             last = index;
             end += weight.ppm();
-            if place < end {
+            if bucket_ppm < end {
                 break;
             }
         }
@@ -151,6 +159,7 @@ mod tests {
     use super::super::stages::{Schedule, Stage};
     use super::*;
     use proptest::prelude::*;
+    use std::sync::Arc;
 
     fn split(weights: &[u32], canary: Option<usize>) -> Split {
         let destination = |name: usize| Destination {
@@ -164,16 +173,16 @@ mod tests {
                 .enumerate()
                 .map(|(name, percent)| (destination(name), Fraction::from_ppm(percent * 10_000)))
                 .collect(),
-            canary: canary.map(|destination| Canary {
-                destination,
-                rollout: "r".into(),
-                key: Vec::new(),
-                schedule: None,
-                max_requests: None,
-                exposed_word: "".into(),
-                judge: None,
-                shadow: false,
-                state_prefix: "".into(),
+            canary: canary.map(|destination| {
+                Arc::new(Canary {
+                    destination,
+                    rollout: "r".into(),
+                    key: Vec::new(),
+                    schedule: None,
+                    max_requests: None,
+                    judge: None,
+                    shadow: false,
+                })
             }),
         }
     }
@@ -213,18 +222,20 @@ mod tests {
         let mut split = split(&[60, 30, 10], Some(2));
         let stage = |percent: u32| Stage { weight: Fraction::from_ppm(percent * 10_000), duration: 10 };
         let stages = vec![stage(0), stage(40), stage(100)];
-        split.canary.as_mut().unwrap().schedule = Some(Schedule { start: UnixNanos::from_nanos(100), stages });
-        for (now, term, canary) in [
-            (99, Term::NotStarted, 0.0),
-            (100, Term::Stage(0), 0.0),
-            (110, Term::Stage(1), 0.4),
-            (120, Term::Stage(2), 1.0),
+        let schedule = Schedule { start: UnixNanos::from_nanos(100), stages };
+        Arc::get_mut(split.canary.as_mut().unwrap()).unwrap().schedule = Some(schedule);
+        for (now, source, canary) in [
+            (99, WeightSource::NotStarted, 0.0),
+            (100, WeightSource::Stage(0), 0.0),
+            (110, WeightSource::Stage(1), 0.4),
+            (120, WeightSource::Stage(2), 1.0),
         ] {
-            let share = split.canary.as_ref().unwrap().share(Fraction::NONE, || UnixNanos::from_nanos(now));
-            assert_eq!(share.term, term);
+            let effective =
+                split.canary.as_ref().unwrap().scheduled_weight(Fraction::NONE, || UnixNanos::from_nanos(now));
+            assert_eq!(effective.source, source);
             let mut counts = [0_u32; 3];
             for n in 0..30_000 {
-                counts[split.choose(share.weight, Some(format!("user-{n}").as_bytes()), || 0).destination] += 1;
+                counts[split.choose(effective.weight, Some(format!("user-{n}").as_bytes()), || 0).destination] += 1;
             }
             let expected = [(1.0 - canary) * 2.0 / 3.0, (1.0 - canary) / 3.0, canary];
             for (count, expected) in counts.into_iter().zip(expected) {
@@ -254,11 +265,11 @@ mod tests {
     fn a_hop_follows_what_was_decided_and_chooses_the_others_by_its_own_weights() {
         let split = split(&[60, 30, 10], Some(2));
         let mut counts = [0_u32; 3];
-        for place in 0..100_000 {
-            let carried = Decided { place: place * 10, weight: Fraction::from_ppm(400_000) };
-            let choice = split.follow(carried, carried.weight, None);
-            assert_eq!(choice.destination == 2, carried.place < 400_000, "{carried:?}");
-            assert_eq!(choice, split.follow(carried, carried.weight, None));
+        for bucket in 0..100_000 {
+            let inherited = CohortAssignment { bucket_ppm: bucket * 10, weight: Fraction::from_ppm(400_000) };
+            let choice = split.follow(inherited, inherited.weight, None);
+            assert_eq!(choice.destination == 2, inherited.bucket_ppm < 400_000, "{inherited:?}");
+            assert_eq!(choice, split.follow(inherited, inherited.weight, None));
             counts[choice.destination] += 1;
         }
         assert!((counts[0] as i32 - 40_000).abs() < 600, "{counts:?}");

@@ -1,42 +1,87 @@
-//! The cap on exposure: how many requests a rollout may ever send to its canary, all workers together.
+//! The cap on exposure: how many requests a rollout may ever send to its canary, counted over all workers.
 //!
-//! The count is one shared word that only compare-and-swap moves on, so no interleaving of workers lets one request
-//! too many through. A word that cannot be read admits nobody, nor does one that cannot be written: the others serve then.
+//! The count is one record, which only a compare-and-swap increases, so no interleaving of workers admits a request past
+//! the cap. A record that cannot be read or written admits no request; the other destinations serve it then.
 
-use crate::host::{Change, Conflict, SharedData, update};
+use crate::host::SharedData;
+use crate::shared_data::{Change, Contended, Record, SharedCell, Stored};
 
-/// The first byte of the word, to be changed with the layout.
-const SCHEMA: u8 = 1;
+/// How many requests a rollout has sent to its canary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ExposureCount {
+    /// The hash of the rollout's name; 0 in a record of the first schema.
+    pub rollout: u64,
+    pub count: u64,
+}
 
-/// Counts one more request into `word`, if there were fewer than `most` before; whether there were.
+impl Record for ExposureCount {
+    const SCHEMA: u8 = 2;
+
+    fn encode(&self, bytes: &mut Vec<u8>) {
+        bytes.extend_from_slice(&self.rollout.to_le_bytes());
+        bytes.extend_from_slice(&self.count.to_le_bytes());
+    }
+
+    /// The first schema had the count alone, under the name of the rollout.
+    fn decode(schema: u8, bytes: &[u8]) -> Option<ExposureCount> {
+        let (rollout, count) = match (schema, bytes.as_chunks::<8>()) {
+            (1, ([count], [])) => (0, count),
+            (Self::SCHEMA, ([rollout, count], [])) => (u64::from_le_bytes(*rollout), count),
+            _ => return None,
+        };
+        Some(ExposureCount { rollout, count: u64::from_le_bytes(*count) })
+    }
+}
+
+/// Whether a request may be sent to the canary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Exposure {
+    /// The request was counted. `is_last`: it has reached the cap.
+    Admitted {
+        is_last: bool,
+    },
+    CapReached,
+}
+
+/// Counts a request, if `rollout` has sent fewer than `cap` requests to its canary.
 ///
 /// # Errors
-/// [`Conflict`] if the word could not be written; nothing was counted.
-pub fn expose(store: &impl SharedData, word: &str, most: u64) -> Result<bool, Conflict> {
-    update(store, word, |found| match found.map_or(Some(0), decode) {
-        Some(count) if count < most => Change::Write(encode(count + 1), true),
-        _ => Change::Keep(false),
+/// [`Contended`] if the record could not be written; the request was not counted.
+pub(super) fn try_expose(
+    cell: &SharedCell<ExposureCount>,
+    rollout: u64,
+    cap: u64,
+    store: &impl SharedData,
+) -> Result<Exposure, Contended> {
+    cell.update(store, |stored| {
+        let count = match stored {
+            Stored::Absent => 0,
+            Stored::Record(record) if record.rollout == rollout => record.count,
+            Stored::Record(_) | Stored::Garbage => return Change::Keep(Exposure::CapReached),
+        };
+        if count >= cap {
+            return Change::Keep(Exposure::CapReached);
+        }
+        let count = count + 1;
+        Change::Write(ExposureCount { rollout, count }, Exposure::Admitted { is_last: count == cap })
     })
-}
-
-fn encode(count: u64) -> Vec<u8> {
-    [&[SCHEMA], &count.to_le_bytes()[..]].concat()
-}
-
-fn decode(word: &[u8]) -> Option<u64> {
-    let (&SCHEMA, count) = word.split_first()? else { return None };
-    <[u8; 8]>::try_from(count).ok().map(u64::from_le_bytes)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::Version;
     use crate::host::sim::Sim;
+    use crate::host::{Conflict, Version};
     use crate::shared_data::SharedDataProblem;
     use proptest::prelude::*;
     use std::cell::{Cell, RefCell};
     use std::sync::Mutex;
+
+    /// Whether a request of rollout 7 is admitted.
+    fn expose(store: &impl SharedData, key: &str, cap: u64) -> Result<bool, Contended> {
+        let exposure = try_expose(&SharedCell::new(key), 7, cap, store)?;
+        Ok(exposure != Exposure::CapReached)
+    }
 
     #[test]
     fn the_cap_is_met_exactly_and_a_higher_one_goes_on_from_there() {
@@ -47,8 +92,9 @@ mod tests {
     }
 
     #[test]
-    fn a_neighbours_garbage_exposes_nobody() {
-        for garbage in [&b""[..], b"\x01", b"\x02\0\0\0\0\0\0\0\0", b"\x01\0\0\0\0\0\0\0\0\0"] {
+    fn garbage_and_another_rollouts_count_admit_no_request() {
+        let another = [&[2], &8_u64.to_le_bytes()[..], &[0; 8]].concat();
+        for garbage in [&b""[..], b"\x01", b"\x02\0\0\0\0\0\0\0\0", b"\x01\0\0\0\0\0\0\0\0\0", &another] {
             let host = Sim::new(1);
             host.set("w", garbage, Version::ABSENT).unwrap();
             assert!(!expose(&host, "w", 10).unwrap(), "{garbage:?}");

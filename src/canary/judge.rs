@@ -1,52 +1,53 @@
-//! The judge: whether the canary fails more than the others do, as soon as the answers tell.
+//! The judge: whether the canary fails more than the other destinations, found as early as the answers allow it.
 //!
 //! # The test
 //!
-//! Every request of the route goes to the canary with probability *w*, its weight. If the canary fails no more often
-//! than the others, then a failure, wherever it came from, lies in the canary with a probability of at most *w*; if its
-//! failures are *r* times as likely, with probability *w·r / (1 + w·(r - 1))*. So a failure in the canary multiplies the
-//! likelihood of "*r* times" over that of "no more often" by *r / (1 + w·(r - 1))*, and a failure elsewhere by
-//! *1 / (1 + w·(r - 1))*. With *h* failures in the canary, and *n* in all while the weight was *w*, the logarithm of the
-//! product is
+//! Every request of the route goes to the canary with probability *w*, its weight. If the canary fails no more often than
+//! the others, then a failure is the canary's with a probability of at most *w*. If the canary's failures are *r* times as
+//! likely, that probability is *w·r / (1 + w·(r - 1))*. So a failure of the canary multiplies the likelihood ratio of
+//! "*r* times" to "no more often" by *r / (1 + w·(r - 1))*, and a failure of the others by *1 / (1 + w·(r - 1))*. With *h*
+//! failures of the canary, and *n* failures of all destinations while the weight was *w*, the logarithm of the product is
 //!
-//! > h · ln r - Σ n · ln(1 + w·(r - 1))          (the sum over all weights there were)
+//! > h · ln r - Σ n · ln(1 + w·(r - 1))          (the sum over all weights of the rollout)
 //!
 //! and the *evidence* is the mean of the product over a fixed set of ratios *r*. While the canary is no worse, the
-//! expectation of each factor is at most 1, whatever came before. The evidence is then a nonnegative supermartingale
-//! that begins at 1, and by Ville's inequality the probability that it *ever* reaches 1/α is at most α. Hence one may
-//! look after every answer and act on what one sees. (Lindon and Malek, "Anytime-valid inference for multinomial count
+//! expectation of each factor is at most 1, whatever came before. The evidence is then a nonnegative supermartingale that
+//! begins at 1, and by Ville's inequality the probability that it *ever* reaches 1/α is at most α. So the judge may
+//! evaluate after every answer and act on the result. (Lindon and Malek, "Anytime-valid inference for multinomial count
 //! data", NeurIPS 2022, arXiv 2205.14762; there the mixture is a Dirichlet distribution, here it is a handful of points,
-//! which takes no gamma function.) The formula asks for counts only. Workers add to the same counters, in any order.
+//! which need no gamma function.) The formula uses counts only, which workers can add up in any order.
 //!
-//! # One test, three questions, two answers each
+//! # One test, three criteria, two conclusions each
 //!
 //! - *Errors*: the canary against the others. The tolerance is a handicap: of the successes of the others, the given
-//!   share is drawn at random and counted as failures. What is then tested is whether the canary fails in more than
-//!   *p + t·(1 - p)* of its requests, *p* being the failure rate of the others and *t* the tolerance.
-//! - *Slowness*: the same with slow answers in place of failures. Those of the others are slow past an edge near their
-//!   99th percentile, those of the canary past the edge plus the tolerance.
+//!   share is drawn at random and counted as failures. The test is then whether the canary fails in more than
+//!   *p + t·(1 - p)* of its requests, where *p* is the failure rate of the others and *t* the tolerance.
+//! - *Slowness*: the same with slow answers in place of failures. An answer of the others is slow above a threshold near
+//!   their 99th percentile, an answer of the canary above that threshold plus the tolerance.
 //! - *Limit*: the canary against a fixed rate. Each request of the canary is a trial, which fails with a probability of
-//!   at most that rate; *r* is the ratio of the odds. It is the same formula with the rate in the place of *w* and the
-//!   requests in that of the failures.
+//!   at most that rate; *r* is the ratio of the odds. The formula is the same with the rate in place of *w* and the
+//!   requests in place of the failures.
 //!
-//! The ratios above 1 speak against the canary and those below 1 for it: that it fails *less* than the tolerance allows
-//! (for errors, than a tolerance of at least [`LEAST_MARGIN`], since nothing can be shown to be no worse at all; for
-//! slowness, less than the others or than in one of a hundred answers, which is what a 99th percentile means: the
-//! evidence is the mean of both). To fail one question is to fail, so against each of *k* questions 1/α is needed *k*
-//! times over; to pass, all have to be passed. Neither: the evidence is insufficient, and the judge says so.
+//! The ratios above 1 are evidence that the canary is worse. The ratios below 1 are evidence that it fails *less* than the
+//! tolerance allows. (For errors that tolerance is at least [`LEAST_MARGIN`], since no finite evidence shows that a canary
+//! is no worse at all. For slowness the canary has to be slow less often than the others, or in less than one of a hundred
+//! answers, which is the meaning of a 99th percentile: the evidence is the mean of both.) A canary fails if it fails one
+//! criterion, so with *k* criteria the evidence has to be *k* times 1/α; it passes if it passes all of them. Otherwise the
+//! verdict is that the evidence is insufficient.
 //!
-//! # What was and what is
+//! # The whole rollout and its recent part
 //!
-//! Counts since the beginning hold every success in a canary's favour, so one that served well for an hour and then broke
-//! would be let fail for long. Half of the evidence against it is therefore taken from [`super::Recent`], which begins
-//! the same test again and again.
+//! WeightCounts since the beginning contain all earlier successes of the canary, so a canary that breaks after an hour of good
+//! service would fail late. Half of the evidence that it is worse is therefore taken from [`super::restarted_test`], which
+//! begins the same test again and again.
 //!
-//! # What it rests on
+//! # Assumptions
 //!
-//! That requests are alike on both sides and fail independently of each other. A few heavy users who stick to the canary
-//! make its real share differ from its weight, so of the two the one is used that is worse for the claim: the greater
-//! against the canary, the smaller for it. That only lowers the evidence, so the bound on false alarms stands. One user
-//! whose every request fails, on whichever side the cohort has put them, still weighs as many users.
+//! Requests are alike on both sides and fail independently of each other. A few heavy users of the canary make its real
+//! share differ from its weight. The judge therefore uses the one of the two that makes the claim harder: the greater one
+//! for the claim that the canary is worse, the smaller one for the claim that it is not. That only lowers the evidence, so
+//! the bound on false alarms holds. One user whose every request fails still counts as many users, on whichever side the
+//! cohort has put this user.
 
 use super::logarithm::{exp, ln};
 use crate::units::Fraction;
@@ -54,26 +55,27 @@ use crate::units::Fraction;
 /// The `judge` block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Judge {
-    /// By how much the canary's failure rate may exceed that of the others.
+    /// By how much the canary's failure rate may exceed the rate of the others.
     pub tolerance: Fraction,
-    /// The rate that the canary's failures may not exceed in any case.
+    /// The failure rate that the canary may not exceed, whatever the rate of the others.
     pub limit: Option<Fraction>,
-    /// By how many nanoseconds the canary's 99th percentile may exceed that of the others.
+    /// By how many nanoseconds the canary's 99th percentile may exceed the percentile of the others.
     pub p99_increase: Option<u64>,
     pub confidence: Fraction,
-    /// Whether a canary that failed gets no more requests. Otherwise it is only reported, and enters no further stage.
+    /// Whether a canary that failed gets no more requests. Otherwise the failure is only reported, and no further stage
+    /// begins.
     pub rolls_back: bool,
-    /// Whether a stage is entered only after the canary has passed, not already if it has not failed.
-    pub holds: bool,
+    /// Whether the next stage begins only after the canary has passed. Otherwise it begins unless the canary has failed.
+    pub waits_for_pass: bool,
 }
 
-/// What a canary is shown to be within, in its failure rate, before it passes.
+/// The least margin of the failure rate within which a canary has to be shown to be.
 const LEAST_MARGIN: Fraction = Fraction::from_ppm(10_000);
 
-/// What is past a 99th percentile.
+/// The share of answers above a 99th percentile.
 const PAST_P99: f64 = 0.01;
 
-/// What is known of one side while the canary had one weight.
+/// The answers of one side while the canary had one weight.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Arm {
     pub requests: u64,
@@ -81,19 +83,19 @@ pub struct Arm {
     pub slow: u64,
 }
 
-/// What is known of both sides while the canary had one weight.
+/// The answers of both sides while the canary had one weight.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
+pub struct WeightCounts {
     pub weight: Fraction,
     pub canary: Arm,
     pub others: Arm,
-    /// Successes of the others that count as failures, one for each request that [`Judge::tolerance`] includes.
+    /// Successes of the others that count as failures: those that the draw for [`Judge::tolerance`] has chosen.
     pub handicap: u64,
-    /// The same for [`Judge::margin`].
+    /// Successes of the others that the draw for [`Judge::margin`] has chosen.
     pub margin: u64,
 }
 
-/// What the judge says.
+/// The conclusion about a canary.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Verdict {
     /// The evidence is insufficient.
@@ -103,52 +105,52 @@ pub enum Verdict {
     Fail,
 }
 
-/// What is asked of a canary. The number is its place in `Levels`.
+/// A criterion that a canary is judged by. Its number is its index in [`LogLikelihoodRatios`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Question {
+pub enum Criterion {
     Errors,
     Limit,
     Slowness,
 }
 
-/// A verdict, and the evidence for it.
+/// A verdict, and its evidence.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Finding {
+pub struct Analysis {
     pub verdict: Verdict,
-    /// The question that the canary does worst in.
-    pub question: Question,
-    /// The natural logarithm of the evidence against the canary, divided by the number of questions.
-    pub against: f64,
-    /// The natural logarithm of the evidence for the canary in the question that is least clear.
-    pub favour: f64,
+    /// The criterion with the most evidence that the canary is worse.
+    pub criterion: Criterion,
+    /// The natural logarithm of the evidence that the canary is worse, divided by the number of criteria.
+    pub log_evidence_worse: f64,
+    /// The natural logarithm of the evidence that the canary is not worse, in the criterion with the least.
+    pub log_evidence_not_worse: f64,
     pub canary: Arm,
     pub others: Arm,
 }
 
-/// The natural logarithm of the likelihood of each of [`WORSE`], in each question.
-pub type Levels = [[f64; WORSE.len()]; 3];
+/// For each criterion the natural logarithm of the likelihood ratio of each of [`DEGRADED_RATIOS`].
+pub type LogLikelihoodRatios = [[f64; DEGRADED_RATIOS.len()]; 3];
 
-/// How many times as likely a failure might be.
-const WORSE: [f64; 8] = [1.5, 2.0, 3.0, 5.0, 8.0, 16.0, 32.0, 64.0];
-const BETTER: [f64; 6] = [1.0 / 1.5, 1.0 / 2.0, 1.0 / 3.0, 1.0 / 5.0, 1.0 / 16.0, 1.0 / 64.0];
+/// The ratios of the hypotheses that the canary is worse: how many times as likely its failures are.
+const DEGRADED_RATIOS: [f64; 8] = [1.5, 2.0, 3.0, 5.0, 8.0, 16.0, 32.0, 64.0];
+/// The ratios of the hypotheses that the canary is not worse.
+const IMPROVED_RATIOS: [f64; 6] = [1.0 / 1.5, 1.0 / 2.0, 1.0 / 3.0, 1.0 / 5.0, 1.0 / 16.0, 1.0 / 64.0];
 
 impl Judge {
-    /// What the canary's failure rate is shown to be within before it passes.
+    /// The margin of the failure rate within which the canary has to be shown to be before it passes.
     pub fn margin(&self) -> Fraction {
         self.tolerance.max(LEAST_MARGIN)
     }
 
-    /// The natural logarithm of the evidence that decides.
+    /// The natural logarithm of the evidence that a verdict needs.
     pub fn needed(&self) -> f64 {
         let alpha = Fraction::WHOLE.ppm().saturating_sub(self.confidence.ppm()).max(1);
         ln(1_000_000.0 / f64::from(alpha))
     }
 
-    /// Judges from everything that is known; `counts` has one entry for each weight there was. `timed`: how many answers
-    /// of the canary have come since it is known which are slow. `lately`: what speaks most against it, wherever one
-    /// begins.
-    pub fn judge(&self, counts: &[Counts], timed: u64, lately: Option<Levels>) -> Finding {
-        let sum = |side: fn(&Counts) -> Arm| {
+    /// Judges a canary. `counts` has one entry for each weight of the rollout. `timed` is the number of the canary's answers
+    /// that were compared with the latency threshold. `recent` are the likelihood ratios of the restarted test.
+    pub fn judge(&self, counts: &[WeightCounts], timed: u64, recent: Option<LogLikelihoodRatios>) -> Analysis {
+        let sum = |side: fn(&WeightCounts) -> Arm| {
             counts.iter().map(side).fold(Arm::default(), |sum, arm| Arm {
                 requests: sum.requests.saturating_add(arm.requests),
                 failures: sum.failures.saturating_add(arm.failures),
@@ -156,79 +158,93 @@ impl Judge {
             })
         };
         let (canary, others) = (sum(|counts| counts.canary), sum(|counts| counts.others));
-        let mut finding = Finding {
+        let mut analysis = Analysis {
             verdict: Verdict::Insufficient,
-            question: Question::Errors,
-            against: f64::NEG_INFINITY,
-            favour: f64::INFINITY,
+            criterion: Criterion::Errors,
+            log_evidence_worse: f64::NEG_INFINITY,
+            log_evidence_not_worse: f64::INFINITY,
             canary,
             others,
         };
-        let whole = self.levels(counts);
-        let mut questions = 0_u32;
-        let mut take = |question: Question, favour: f64| {
-            let of = |levels: &Levels| levels.get(question as usize).map_or(f64::NEG_INFINITY, |levels| mean(levels));
-            finding.take(question, mean(&[of(&whole), lately.as_ref().map_or(f64::NEG_INFINITY, of)]), favour);
-            questions += 1;
+        let whole = self.log_likelihood_ratios(counts);
+        let mut criteria = 0_u32;
+        let mut add = |criterion: Criterion, not_worse: f64| {
+            let of =
+                |ratios: &LogLikelihoodRatios| ratios.get(criterion as usize).map_or(f64::NEG_INFINITY, |of| mean(of));
+            analysis.add(criterion, mean(&[of(&whole), recent.as_ref().map_or(f64::NEG_INFINITY, of)]), not_worse);
+            criteria += 1;
         };
-        let better = |hits: u64, trials: &[(u64, f64)]| mean(&likelihoods(&BETTER, hits, trials));
-        take(
-            Question::Errors,
-            better(canary.failures, &sides(counts, |c| c.failures().saturating_add(c.margin), Counts::least)),
+        let not_worse = |hits: u64, trials: &[(u64, f64)]| mean(&likelihoods(&IMPROVED_RATIOS, hits, trials));
+        add(
+            Criterion::Errors,
+            not_worse(
+                canary.failures,
+                &arm_totals(counts, |c| c.failures().saturating_add(c.margin), WeightCounts::least),
+            ),
         );
         if let Some(limit) = self.limit {
-            take(Question::Limit, better(canary.failures, &[(canary.requests, limit.as_part())]));
+            add(Criterion::Limit, not_worse(canary.failures, &[(canary.requests, limit.as_part())]));
         }
         if self.p99_increase.is_some() {
-            let than_others = better(canary.slow, &sides(counts, Counts::slow, Counts::least));
-            let than_one_in_a_hundred = better(canary.slow, &[(timed, PAST_P99)]);
-            take(Question::Slowness, mean(&[than_others, than_one_in_a_hundred]));
+            let than_others = not_worse(canary.slow, &arm_totals(counts, WeightCounts::slow, WeightCounts::least));
+            let than_one_in_a_hundred = not_worse(canary.slow, &[(timed, PAST_P99)]);
+            add(Criterion::Slowness, mean(&[than_others, than_one_in_a_hundred]));
         }
-        finding.against -= ln(f64::from(questions));
-        if finding.against >= self.needed() {
-            finding.verdict = Verdict::Fail;
-        } else if finding.favour >= self.needed() {
-            finding.verdict = Verdict::Pass;
+        analysis.log_evidence_worse -= ln(f64::from(criteria));
+        if analysis.log_evidence_worse >= self.needed() {
+            analysis.verdict = Verdict::Fail;
+        } else if analysis.log_evidence_not_worse >= self.needed() {
+            analysis.verdict = Verdict::Pass;
         }
-        finding
+        analysis
     }
 
-    /// What `counts` say against the canary; nothing where that is not asked.
-    pub(super) fn levels(&self, counts: &[Counts]) -> Levels {
-        let sum = |of: fn(&Counts) -> u64| counts.iter().map(of).fold(0, u64::saturating_add);
+    /// The likelihood ratios that the canary is worse, given `counts`; zeros for a criterion that the judge does not have.
+    pub(super) fn log_likelihood_ratios(&self, counts: &[WeightCounts]) -> LogLikelihoodRatios {
+        let sum = |of: fn(&WeightCounts) -> u64| counts.iter().map(of).fold(0, u64::saturating_add);
         let failures = sum(|counts| counts.canary.failures);
-        let limit = self.limit.map(|limit| (Counts::canary_requests(counts), limit.as_part()));
+        let limit = self.limit.map(|limit| (WeightCounts::canary_requests(counts), limit.as_part()));
         [
-            likelihoods(&WORSE, failures, &sides(counts, |c| c.failures().saturating_add(c.handicap), Counts::most)),
-            limit.map_or_else(Default::default, |trials| likelihoods(&WORSE, failures, &[trials])),
+            likelihoods(
+                &DEGRADED_RATIOS,
+                failures,
+                &arm_totals(counts, |c| c.failures().saturating_add(c.handicap), WeightCounts::most),
+            ),
+            limit.map_or_else(Default::default, |trials| likelihoods(&DEGRADED_RATIOS, failures, &[trials])),
             match self.p99_increase {
-                Some(_) => {
-                    likelihoods(&WORSE, sum(|counts| counts.canary.slow), &sides(counts, Counts::slow, Counts::most))
-                }
+                Some(_) => likelihoods(
+                    &DEGRADED_RATIOS,
+                    sum(|counts| counts.canary.slow),
+                    &arm_totals(counts, WeightCounts::slow, WeightCounts::most),
+                ),
                 None => Default::default(),
             },
         ]
     }
 }
 
-/// The hits of both sides at each weight, and the canary's share.
+/// The hits of both sides at each weight, and the canary's share of the requests.
 #[inline(never)]
-fn sides(counts: &[Counts], hits: fn(&Counts) -> u64, share: fn(&Counts) -> f64) -> Vec<(u64, f64)> {
+fn arm_totals(
+    counts: &[WeightCounts],
+    hits: fn(&WeightCounts) -> u64,
+    share: fn(&WeightCounts) -> f64,
+) -> Vec<(u64, f64)> {
     counts.iter().map(|counts| (hits(counts), share(counts))).collect()
 }
 
-impl Finding {
-    fn take(&mut self, question: Question, against: f64, favour: f64) {
-        if against > self.against {
-            (self.question, self.against) = (question, against);
+impl Analysis {
+    fn add(&mut self, criterion: Criterion, worse: f64, not_worse: f64) {
+        if worse > self.log_evidence_worse {
+            (self.criterion, self.log_evidence_worse) = (criterion, worse);
         }
-        self.favour = self.favour.min(favour);
+        self.log_evidence_not_worse = self.log_evidence_not_worse.min(not_worse);
     }
 }
 
-impl Counts {
-    /// The canary's answers at all weights together.
-    pub fn canary_requests(all: &[Counts]) -> u64 {
+impl WeightCounts {
+    /// The number of the canary's answers at all weights.
+    pub fn canary_requests(all: &[WeightCounts]) -> u64 {
         all.iter().fold(0, |sum, counts| sum.saturating_add(counts.canary.requests))
     }
 
@@ -240,12 +256,12 @@ impl Counts {
         self.canary.slow.saturating_add(self.others.slow)
     }
 
-    /// The canary's share at least: its weight, or what it really got.
+    /// The smaller one of the canary's weight and its real share of the requests.
     fn least(&self) -> f64 {
         self.weight().min(self.share())
     }
 
-    /// The canary's share at most.
+    /// The greater one of the canary's weight and its real share of the requests.
     fn most(&self) -> f64 {
         self.weight().max(self.share())
     }
@@ -266,8 +282,8 @@ fn part(of: u64, whole: u64) -> f64 {
     of as f64 / whole as f64
 }
 
-/// The natural logarithm of how much likelier each of `ratios` makes it that there were `hits` among trials that each
-/// hit with the probability beside their number.
+/// The natural logarithm of the likelihood ratio of each of `ratios`, given `hits` hits. `trials` are numbers of trials,
+/// each with the probability of a hit under the null hypothesis.
 #[inline(never)]
 fn likelihoods<const N: usize>(ratios: &[f64; N], hits: u64, trials: &[(u64, f64)]) -> [f64; N] {
     ratios.map(|ratio| {
@@ -279,15 +295,15 @@ fn likelihoods<const N: usize>(ratios: &[f64; N], hits: u64, trials: &[(u64, f64
     })
 }
 
-/// The logarithm of the mean of what has these natural logarithms.
+/// The natural logarithm of the mean of the numbers with these natural logarithms.
 fn mean(logarithms: &[f64]) -> f64 {
-    // The greatest is taken out so that no exponential overflows.
+    // Dividing by the greatest number first prevents an overflow of the exponentials.
     let greatest = logarithms.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let sum: f64 = logarithms.iter().map(|logarithm| exp(logarithm - greatest)).sum();
     greatest + ln(sum / logarithms.len() as f64)
 }
 
-/// Evidence as people weigh it: ten times its decimal logarithm. A likelihood of 100 to 1 is 20 decibans.
+/// Evidence in decibans: ten times its decimal logarithm. A likelihood ratio of 100 to 1 is 20 decibans.
 pub fn decibans(logarithm: f64) -> u64 {
     const DECIBAN: f64 = std::f64::consts::LN_10 / 10.0;
     (logarithm.max(0.0) / DECIBAN + 0.5) as u64
@@ -295,8 +311,8 @@ pub fn decibans(logarithm: f64) -> u64 {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use super::super::restarted_test::RestartedTest;
     use super::*;
-    use crate::canary::Recent;
     use crate::random::split_mix;
     use proptest::prelude::*;
 
@@ -307,15 +323,15 @@ pub(super) mod tests {
         p99_increase: None,
         confidence: Fraction::from_ppm(990_000),
         rolls_back: true,
-        holds: false,
+        waits_for_pass: false,
     };
 
     /// One stream of requests, drawn from a seed.
     struct Run {
         judge: Judge,
         state: u64,
-        counts: Vec<Counts>,
-        recent: Recent,
+        counts: Vec<WeightCounts>,
+        recent: RestartedTest,
     }
 
     impl Run {
@@ -324,8 +340,8 @@ pub(super) mod tests {
             Run {
                 judge,
                 state: seed << 20,
-                counts: vec![Counts { weight, ..Counts::default() }],
-                recent: Recent::default(),
+                counts: vec![WeightCounts { weight, ..WeightCounts::default() }],
+                recent: RestartedTest::default(),
             }
         }
 
@@ -333,8 +349,8 @@ pub(super) mod tests {
             chance.includes(split_mix(&mut self.state))
         }
 
-        /// One request; a finding where it could have changed for the worse.
-        fn step(&mut self, stable: Fraction, trial: Fraction) -> Option<Finding> {
+        /// One request; a analysis where it could have changed for the worse.
+        fn step(&mut self, stable: Fraction, trial: Fraction) -> Option<Analysis> {
             let weight = self.counts.last().unwrap().weight;
             let on_trial = self.draw(weight);
             let failed = self.draw(if on_trial { trial } else { stable });
@@ -351,7 +367,8 @@ pub(super) mod tests {
             if on_trial && let Some(next) = self.recent.next(&judge, &self.counts) {
                 self.recent = next;
             }
-            (on_trial && failed).then(|| judge.judge(&self.counts, 0, self.recent.levels(&judge, &self.counts)))
+            (on_trial && failed)
+                .then(|| judge.judge(&self.counts, 0, self.recent.log_likelihood_ratios(&judge, &self.counts)))
         }
 
         fn requests(&self) -> u64 {
@@ -369,10 +386,10 @@ pub(super) mod tests {
             let mut run = Run::new(judge, seed, weights[0]);
             for weight in weights {
                 if *weight != weights[0] {
-                    run.counts.push(Counts { weight: ppm(weight * 10_000), ..Counts::default() });
+                    run.counts.push(WeightCounts { weight: ppm(weight * 10_000), ..WeightCounts::default() });
                 }
                 for _ in 0..requests / weights.len() as u32 {
-                    if run.step(rate, rate).is_some_and(|finding| finding.verdict == Verdict::Fail) {
+                    if run.step(rate, rate).is_some_and(|analysis| analysis.verdict == Verdict::Fail) {
                         return true;
                     }
                 }
@@ -407,7 +424,7 @@ pub(super) mod tests {
             .map(|seed| {
                 let mut run = Run::new(judge, seed + 1_000, 10);
                 while run.requests() < 20_000 {
-                    if run.step(stable, trial).is_some_and(|finding| finding.verdict == Verdict::Fail) {
+                    if run.step(stable, trial).is_some_and(|analysis| analysis.verdict == Verdict::Fail) {
                         return run.requests();
                     }
                 }
@@ -439,7 +456,7 @@ pub(super) mod tests {
                 }
                 let before = run.requests();
                 while run.requests() < before + 5_000 {
-                    if run.step(ppm(10_000), ppm(trial)).is_some_and(|finding| finding.verdict == Verdict::Fail) {
+                    if run.step(ppm(10_000), ppm(trial)).is_some_and(|analysis| analysis.verdict == Verdict::Fail) {
                         return run.requests() - before;
                     }
                 }
@@ -480,7 +497,8 @@ pub(super) mod tests {
                 for _ in 0..requests {
                     run.step(ppm(1_000), ppm(trial));
                 }
-                JUDGE.judge(&run.counts, 0, run.recent.levels(&JUDGE, &run.counts)).verdict == Verdict::Pass
+                JUDGE.judge(&run.counts, 0, run.recent.log_likelihood_ratios(&JUDGE, &run.counts)).verdict
+                    == Verdict::Pass
             };
             (0..50).filter(passes).count()
         };
@@ -494,7 +512,7 @@ pub(super) mod tests {
     fn verdict_on_slowness(timed: u64, stable: u64, trial: u64) -> Verdict {
         let side = |requests: u64, every: u64| Arm { requests, failures: 0, slow: requests / every };
         let (canary, others) = (side(2_000, trial), side(18_000, stable));
-        let counts = Counts { weight: ppm(100_000), canary, others, handicap: 0, margin: 180 };
+        let counts = WeightCounts { weight: ppm(100_000), canary, others, handicap: 0, margin: 180 };
         Judge { p99_increase: Some(1), ..JUDGE }.judge(&[counts], timed, None).verdict
     }
 
@@ -522,7 +540,7 @@ pub(super) mod tests {
                 arm.slow += u64::from(ppm(10_000).includes(split_mix(&mut state)));
                 // Nothing else stands in the way.
                 let margin = 100_000;
-                let counts = Counts { weight: ppm(100_000), canary, others, handicap: 0, margin };
+                let counts = WeightCounts { weight: ppm(100_000), canary, others, handicap: 0, margin };
                 (canary.requests + others.requests) % 16 == 0
                     && judge.judge(&[counts], canary.requests, None).verdict == Verdict::Pass
             })
@@ -537,9 +555,9 @@ pub(super) mod tests {
         for weight in [1, 100, 10_000, 500_000] {
             for limit in [None, Some(ppm(1))] {
                 let canary = Arm { requests: 1, failures: 1, slow: 0 };
-                let counts = Counts { weight: ppm(weight), canary, ..Counts::default() };
-                let finding = Judge { limit, ..JUDGE }.judge(&[counts], 0, None);
-                assert_eq!(finding.verdict, Verdict::Insufficient, "at {weight} ppm: {finding:?}");
+                let counts = WeightCounts { weight: ppm(weight), canary, ..WeightCounts::default() };
+                let analysis = Judge { limit, ..JUDGE }.judge(&[counts], 0, None);
+                assert_eq!(analysis.verdict, Verdict::Insufficient, "at {weight} ppm: {analysis:?}");
             }
         }
     }
@@ -547,9 +565,13 @@ pub(super) mod tests {
     #[test]
     fn a_heavy_user_in_the_canary_is_no_evidence_against_it() {
         let side = |requests| Arm { requests, failures: requests / 50, slow: 0 };
-        let counts = Counts { weight: ppm(50_000), canary: side(4_000), others: side(6_000), ..Counts::default() };
-        let finding = JUDGE.judge(&[counts], 0, None);
-        assert!(finding.against < 0.0, "40 % of the requests and of the failures, at a weight of 5 %: {finding:?}");
+        let counts =
+            WeightCounts { weight: ppm(50_000), canary: side(4_000), others: side(6_000), ..WeightCounts::default() };
+        let analysis = JUDGE.judge(&[counts], 0, None);
+        assert!(
+            analysis.log_evidence_worse < 0.0,
+            "40 % of the requests and of the failures, at a weight of 5 %: {analysis:?}"
+        );
     }
 
     #[test]
@@ -558,8 +580,8 @@ pub(super) mod tests {
         assert_eq!(decibans(f64::NEG_INFINITY), 0);
         assert_eq!(decibans(f64::NAN), 0);
         // By hand: 3 of 3 failures in a canary of 10 %, at each ratio r the cube of r / (1 + 0.1 (r - 1)).
-        let by_hand: f64 = WORSE.iter().map(|r| (r / (1.0 + 0.1 * (r - 1.0))).powi(3)).sum::<f64>() / 8.0;
-        assert!((mean(&likelihoods(&WORSE, 3, &[(3, 0.1)])) - by_hand.ln()).abs() < 1e-12);
+        let by_hand: f64 = DEGRADED_RATIOS.iter().map(|r| (r / (1.0 + 0.1 * (r - 1.0))).powi(3)).sum::<f64>() / 8.0;
+        assert!((mean(&likelihoods(&DEGRADED_RATIOS, 3, &[(3, 0.1)])) - by_hand.ln()).abs() < 1e-12);
     }
 
     proptest! {
@@ -571,29 +593,29 @@ pub(super) mod tests {
             let arm = |[requests, failures, slow]: [u64; 3]| Arm {
                 requests, failures, slow,
             };
-            let counts: Vec<Counts> = arms.iter().map(|(canary, others, weight)| Counts {
+            let counts: Vec<WeightCounts> = arms.iter().map(|(canary, others, weight)| WeightCounts {
                 weight: ppm(*weight), canary: arm(*canary), others: arm(*others), handicap: 3, margin: 5,
             }).collect();
             let judge = Judge { limit: Some(ppm(0)), p99_increase: Some(1), ..JUDGE };
-            let finding = judge.judge(&counts, timed, None);
-            let _ = (decibans(finding.against), decibans(finding.favour));
+            let analysis = judge.judge(&counts, timed, None);
+            let _ = (decibans(analysis.log_evidence_worse), decibans(analysis.log_evidence_not_worse));
         }
 
         #[test]
         fn how_the_workers_shared_the_counting_does_not_matter(failures in 0..50_u64, more in 0..50_u64) {
-            let counts = |canary: u64, others: u64| Counts {
+            let counts = |canary: u64, others: u64| WeightCounts {
                 weight: ppm(100_000),
                 canary: Arm { requests: 100, failures: canary, slow: 0 },
                 others: Arm { requests: 900, failures: others, slow: 0 },
-                ..Counts::default()
+                ..WeightCounts::default()
             };
-            let whole = JUDGE.judge(&[Counts {
+            let whole = JUDGE.judge(&[WeightCounts {
                 canary: Arm { requests: 200, failures: failures + more, slow: 0 },
                 others: Arm { requests: 1_800, failures: failures + more, slow: 0 },
                 ..counts(0, 0)
             }], 0, None);
             let parts = JUDGE.judge(&[counts(failures, more), counts(more, failures)], 0, None);
-            prop_assert!((whole.against - parts.against).abs() < 1e-9);
+            prop_assert!((whole.log_evidence_worse - parts.log_evidence_worse).abs() < 1e-9);
         }
     }
 }

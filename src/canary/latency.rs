@@ -1,28 +1,28 @@
-//! How slow is slow: an edge near the 99th percentile of answers that are not on trial.
+//! The latency threshold above which an answer is slow: a value near the 99th percentile of the other destinations.
 //!
-//! The edge has to stand before anything is counted against it, so it is taken from the first answers that one worker
-//! sees and then stays. A histogram with eight buckets to every doubling finds it to within an eighth.
+//! The threshold has to be fixed before answers are compared with it. It is therefore computed from the first answers of
+//! one worker, and never changes. The histogram has eight buckets for every doubling, so the error is at most one eighth.
 
-/// So many answers settle the edge.
+/// The number of answers that the threshold is computed from.
 const ENOUGH: u32 = 500;
 
 /// Buckets begin at this power of two of nanoseconds: 65 µs.
 const SHIFT: u32 = 16;
 
-/// Eight to every doubling; the last begins past 100 seconds.
+/// Eight buckets for every doubling; the last one begins above 100 seconds.
 const BUCKETS: usize = 160;
 
-/// What one worker has seen so far.
+/// The latencies that one worker has measured.
 #[derive(Clone, Debug, Default)]
-pub struct Latencies {
+pub(super) struct LatencyHistogram {
     /// Empty until the first answer.
     buckets: Vec<u32>,
     answers: u32,
 }
 
-impl Latencies {
-    /// Adds an answer that took so many nanoseconds. The edge, once enough are known.
-    pub fn add(&mut self, latency: u64) -> Option<u64> {
+impl LatencyHistogram {
+    /// Adds a latency in nanoseconds. Returns the threshold once there are enough latencies.
+    pub(super) fn add(&mut self, latency: u64) -> Option<u64> {
         self.buckets.resize(BUCKETS, 0);
         if let Some(bucket) = self.buckets.get_mut(bucket(latency)) {
             *bucket = bucket.saturating_add(1);
@@ -31,7 +31,7 @@ impl Latencies {
         (self.answers >= ENOUGH).then(|| self.p99())
     }
 
-    /// The upper edge of the bucket that the 99th percentile is in.
+    /// The upper bound of the bucket that contains the 99th percentile.
     fn p99(&self) -> u64 {
         let mut above = self.answers / 100;
         let highest = self.buckets.iter().enumerate().rev().find(|(_, count)| {
@@ -39,7 +39,7 @@ impl Latencies {
             above = above.saturating_sub(**count);
             is_it
         });
-        upper_edge(highest.map_or(0, |(index, _)| index))
+        upper_bound(highest.map_or(0, |(index, _)| index))
     }
 }
 
@@ -50,7 +50,7 @@ fn bucket(latency: u64) -> usize {
     usize::try_from(index).unwrap_or(BUCKETS).min(BUCKETS - 1)
 }
 
-fn upper_edge(bucket: usize) -> u64 {
+fn upper_bound(bucket: usize) -> u64 {
     let next = bucket as u64 + 1;
     let units = match (next >> 3).checked_sub(1) {
         Some(octave) => (8 + (next & 7)) << octave,
@@ -67,31 +67,31 @@ mod tests {
     const MILLISECOND: u64 = 1_000_000;
 
     #[test]
-    fn the_edge_is_where_one_in_a_hundred_is_slower() {
-        let mut latencies = Latencies::default();
-        let mut edge = None;
+    fn one_in_a_hundred_answers_is_slower_than_the_threshold() {
+        let mut latencies = LatencyHistogram::default();
+        let mut threshold = None;
         for n in 0..ENOUGH {
-            assert_eq!(edge, None);
+            assert_eq!(threshold, None);
             // Ten in a thousand take 300 ms, all others up to 90 ms.
-            edge = latencies.add(if n % 100 == 7 { 300 } else { u64::from(n % 90) + 1 } * MILLISECOND);
+            threshold = latencies.add(if n % 100 == 7 { 300 } else { u64::from(n % 90) + 1 } * MILLISECOND);
         }
-        let edge = edge.unwrap();
-        assert!((90 * MILLISECOND..=102 * MILLISECOND).contains(&edge), "{edge}");
+        let threshold = threshold.unwrap();
+        assert!((90 * MILLISECOND..=102 * MILLISECOND).contains(&threshold), "{threshold}");
     }
 
     #[test]
-    fn an_hour_is_only_very_slow() {
-        let mut latencies = Latencies::default();
-        let edge = (0..ENOUGH).filter_map(|_| latencies.add(u64::MAX)).last().unwrap();
-        assert!(edge >= 60_000 * MILLISECOND);
+    fn a_very_long_latency_is_counted_in_the_last_bucket() {
+        let mut latencies = LatencyHistogram::default();
+        let threshold = (0..ENOUGH).filter_map(|_| latencies.add(u64::MAX)).last().unwrap();
+        assert!(threshold >= 60_000 * MILLISECOND);
         assert_eq!(latencies.buckets.len(), BUCKETS);
     }
 
     proptest! {
         #[test]
-        fn an_edge_is_above_and_near(latency in 1_000_000..60_000_000_000_u64) {
-            let edge = upper_edge(bucket(latency));
-            prop_assert!(edge > latency && edge - latency <= latency / 8 + (1 << SHIFT), "{} {}", latency, edge);
+        fn the_bound_of_a_bucket_is_above_its_latencies_and_near_them(latency in 1_000_000..60_000_000_000_u64) {
+            let threshold = upper_bound(bucket(latency));
+            prop_assert!(threshold > latency && threshold - latency <= latency / 8 + (1 << SHIFT), "{} {}", latency, threshold);
         }
     }
 }

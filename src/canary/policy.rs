@@ -1,27 +1,29 @@
-//! A route's destinations, and how its traffic is split between them.
+//! The destinations of a route, and how its traffic is split between them: the compiled form of `route` and `canary`.
 
 use super::judge::Judge;
 use super::stages::Schedule;
 use crate::key::KeySource;
 use crate::units::Fraction;
+use std::sync::Arc;
 
-/// Where a request can be sent: Istio's `Destination`, and what the steering header says for it.
+/// Where a request can be sent: the `Destination` of Istio's VirtualService, and the steering header's value for it.
 #[derive(Debug)]
 pub struct Destination {
     pub host: Box<str>,
+    /// Empty if the destination has no subset.
     pub subset: Box<str>,
-    /// The value of the steering header, its template filled in.
+    /// The value of the steering header, after its template was filled in.
     pub steering: Box<str>,
 }
 
 impl Destination {
-    /// The subset, or the host where there is none: what metrics and people call it.
+    /// The name of the destination in metrics and in messages: the subset, or the host if there is no subset.
     pub fn label(&self) -> &str {
         if self.subset.is_empty() { &self.host } else { &self.subset }
     }
 }
 
-/// How a chosen destination reaches the router.
+/// The steering header, which names the chosen destination to the proxy's router.
 #[derive(Debug)]
 pub struct Steering {
     pub header: Box<str>,
@@ -32,49 +34,41 @@ pub struct Steering {
 #[derive(Debug)]
 pub struct Split {
     pub destinations: Vec<(Destination, Fraction)>,
-    pub canary: Option<Canary>,
+    pub canary: Option<Arc<Canary>>,
 }
 
-/// One destination on trial, with a cohort that sticks to it.
+/// The `canary` block: one destination that is tried on a cohort of users.
 #[derive(Debug)]
 pub struct Canary {
-    /// Which of the split's destinations is on trial.
+    /// An index into the split's destinations.
     pub destination: usize,
-    /// The identity of the rollout, which salts the cohort.
+    /// The name of the rollout, which salts the cohort.
     pub rollout: Box<str>,
-    /// The first source that the request shows is its key; none, or no key: a draw for each request.
+    /// The sources of the cohort's key; the first one that the request has is used. A request without a key is drawn at
+    /// random.
     pub key: Vec<KeySource>,
-    /// What its weight is and when; none: the weight of the route.
+    /// The stages; `None` if the canary has the weight of the route.
     pub schedule: Option<Schedule>,
-    /// How many requests may ever be sent to it.
+    /// How many requests the rollout may ever send to the canary.
     pub max_requests: Option<u64>,
-    /// The shared word that counts them.
-    pub exposed_word: Box<str>,
     pub judge: Option<Judge>,
-    /// Stages, cap and judge decide and are counted, and the weight of the route stands.
+    /// Whether stages, cap and judge only count what they would do. Requests are then split by the weights of the route.
     pub shadow: bool,
-    /// What the keys of all shared words start with.
-    pub state_prefix: Box<str>,
 }
 
 impl Canary {
-    /// Whether others have to serve some of those whom the route's weight would send to the canary.
+    /// Whether other destinations may have to serve requests that the weight of the route gives to the canary.
     pub(super) fn may_be_refused(&self) -> bool {
         self.schedule.is_some() || self.is_exclusive()
     }
 
-    /// Whether what is shared between workers is kept under the rollout's name, which then stands for one route only.
+    /// Whether only one route may have this rollout, because its cap and its verdict are kept under its name.
     pub fn is_exclusive(&self) -> bool {
         self.max_requests.is_some() || self.judge.is_some()
     }
 
-    /// The key of the shared word for `what`.
-    pub fn word(&self, what: &str) -> String {
-        format!("{}{what}/{}", self.state_prefix, self.rollout)
-    }
-
-    /// Every weight that requests may be sent to it by, each once; `route` is the weight of the route.
-    pub fn weights(&self, route: Fraction) -> Vec<Fraction> {
+    /// The weights that the canary may have in the course of the rollout, each once; `route` is the weight of the route.
+    pub(super) fn weights(&self, route: Fraction) -> Vec<Fraction> {
         let mut weights: Vec<Fraction> = match &self.schedule {
             Some(schedule) if !self.shadow => schedule.stages.iter().map(|stage| stage.weight).collect(),
             _ => vec![route],

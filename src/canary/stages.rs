@@ -1,17 +1,16 @@
 //! Stages: how the canary's weight grows with the wall clock.
 //!
-//! The stage is a function of the policy and the time and of nothing else, so every proxy whose clock is right is in
-//! the same one, without a push, a restart or a word between them. Only where a stage is to wait for evidence, each
-//! proxy keeps its own [`Progress`], because each has its own evidence.
+//! The stage is a function of the policy and the time alone, so all proxies with correct clocks are in the same stage,
+//! without a configuration update, a restart or a message. The exception are stages that wait for evidence: each proxy
+//! records its own [`Progress`], because each proxy has its own evidence.
 
-use crate::host::{Change, Conflict, SharedData, update};
 use crate::units::{Fraction, UnixNanos};
 
 /// The `stages` of a rollout, from its `startTime` on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Schedule {
     pub start: UnixNanos,
-    /// Never empty. The weights never go down, so that a cohort only grows.
+    /// Never empty. The weights never decrease, so that a cohort only grows.
     pub stages: Vec<Stage>,
 }
 
@@ -19,12 +18,12 @@ pub struct Schedule {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stage {
     pub weight: Fraction,
-    /// In nanoseconds. The last stage stays, whatever stands here.
+    /// In nanoseconds. The last stage has no end, whatever its duration.
     pub duration: u64,
 }
 
 impl Schedule {
-    /// The stage at `now`, an index; `None` before the start.
+    /// The stage at `now`, an index into [`Schedule::stages`]; `None` before the start.
     pub fn stage(&self, now: UnixNanos) -> Option<usize> {
         let mut left = now.checked_since(self.start)?;
         let last = self.stages.len().saturating_sub(1);
@@ -37,63 +36,38 @@ impl Schedule {
         Some(last)
     }
 
-    /// The canary's weight in `stage`: nothing before the first.
+    /// The canary's weight in `stage`; before the first stage it is zero.
     pub fn weight(&self, stage: Option<usize>) -> Fraction {
         stage.and_then(|stage| self.stages.get(stage)).map_or(Fraction::NONE, |stage| stage.weight)
     }
 }
 
-/// How far a proxy has come whose stages wait for evidence.
+/// The stage of a proxy whose stages wait for evidence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
     pub stage: usize,
     pub entered: UnixNanos,
 }
 
-/// The first byte of the word that keeps the progress, to be changed with its layout.
-const SCHEMA: u8 = 1;
-
 impl Schedule {
-    /// When the stage after `progress` is due, at the earliest. `None` in the last.
-    pub fn due(&self, progress: Progress) -> Option<UnixNanos> {
+    /// The earliest instant at which the stage after `progress` may begin. `None` in the last stage.
+    pub(super) fn due(&self, progress: Progress) -> Option<UnixNanos> {
         let stage = self.stages.get(progress.stage).filter(|_| progress.stage + 1 < self.stages.len())?;
         Some(progress.entered.saturating_add(stage.duration))
     }
 
-    /// How far the workers have come together, kept under `word`: one stage further, if it is due at `now` and
-    /// `may_enter`. Every stage takes at least as long as it is written.
+    /// The stage that a proxy is in whose stages wait for evidence; `known` is what it has recorded.
+    pub(super) fn progress(&self, known: Option<Progress>) -> Progress {
+        let progress = known.unwrap_or(Progress { stage: 0, entered: self.start });
+        Progress { stage: progress.stage.min(self.stages.len().saturating_sub(1)), ..progress }
+    }
+
+    /// The progress after the next stage has begun. `None` if that stage is not due at `now`.
     ///
-    /// # Errors
-    /// [`Conflict`] if the word could not be written.
-    pub fn advance(
-        &self,
-        store: &impl SharedData,
-        word: &str,
-        now: UnixNanos,
-        mut may_enter: impl FnMut() -> bool,
-    ) -> Result<Progress, Conflict> {
-        update(store, word, |found| {
-            let known = found.and_then(Progress::decode);
-            let mut progress = known.unwrap_or(Progress { stage: 0, entered: self.start });
-            progress.stage = progress.stage.min(self.stages.len().saturating_sub(1));
-            if self.due(progress).is_some_and(|due| now >= due) && may_enter() {
-                progress = Progress { stage: progress.stage + 1, entered: now };
-            }
-            if known == Some(progress) { Change::Keep(progress) } else { Change::Write(progress.encode(), progress) }
-        })
-    }
-}
-
-impl Progress {
-    fn encode(self) -> Vec<u8> {
-        let stage = u8::try_from(self.stage).unwrap_or(u8::MAX);
-        [&[SCHEMA, stage], &self.entered.to_le_bytes()[..]].concat()
-    }
-
-    fn decode(word: &[u8]) -> Option<Progress> {
-        let ([SCHEMA, stage], entered) = word.split_first_chunk::<2>()? else { return None };
-        let entered = <[u8; 8]>::try_from(entered).ok().map(UnixNanos::from_le_bytes)?;
-        Some(Progress { stage: usize::from(*stage), entered })
+    /// No stage is skipped, and each stage lasts at least as long as its duration.
+    pub(super) fn enter_next(&self, progress: Progress, now: UnixNanos) -> Option<Progress> {
+        let is_due = self.due(progress).is_some_and(|due| now >= due);
+        is_due.then_some(Progress { stage: progress.stage + 1, entered: now })
     }
 }
 
@@ -134,32 +108,24 @@ mod tests {
     }
 
     #[test]
-    fn where_stages_wait_each_takes_its_time_and_none_is_skipped() {
-        use crate::host::sim::Sim;
-        let (host, schedule) = (Sim::new(1), schedule(&[100, 200, 0]));
-        let stage = |now: u64, may: bool| schedule.advance(&host, "w", at(now), || may).unwrap().stage;
-        assert_eq!(stage(1_000, true), 0);
-        assert_eq!(stage(1_099, true), 0);
-        assert_eq!(stage(5_000, false), 0, "held");
-        assert_eq!(stage(5_000, true), 1, "one stage, however late it is");
-        assert_eq!(stage(5_199, true), 1);
-        assert_eq!(stage(5_200, true), 2);
-        assert_eq!(stage(9_000, true), 2, "the last one stays");
-        assert_eq!(schedule.advance(&host, "w", at(1_000), || false).unwrap().stage, 2, "nothing goes back");
+    fn stages_that_wait_last_their_duration_and_are_not_skipped() {
+        let schedule = schedule(&[100, 200, 0]);
+        let mut known = None;
+        let mut stage = |schedule: &Schedule, now: u64, may: bool| {
+            let progress = schedule.progress(known);
+            known = if may { schedule.enter_next(progress, at(now)) } else { None }.or(Some(progress));
+            schedule.progress(known).stage
+        };
+        assert_eq!(stage(&schedule, 1_000, true), 0);
+        assert_eq!(stage(&schedule, 1_099, true), 0);
+        assert_eq!(stage(&schedule, 5_000, false), 0, "held");
+        assert_eq!(stage(&schedule, 5_000, true), 1, "one stage, however late it is");
+        assert_eq!(stage(&schedule, 5_199, true), 1);
+        assert_eq!(stage(&schedule, 5_200, true), 2);
+        assert_eq!(stage(&schedule, 9_000, true), 2, "the last one stays");
+        assert_eq!(stage(&schedule, 1_000, false), 2, "nothing goes back");
         let shorter = Schedule { stages: schedule.stages[..2].to_vec(), ..schedule.clone() };
-        assert_eq!(shorter.advance(&host, "w", at(9_000), || true).unwrap().stage, 1);
-    }
-
-    #[test]
-    fn a_neighbours_garbage_is_no_progress() {
-        use crate::host::Version;
-        use crate::host::sim::Sim;
-        for garbage in [&b""[..], b"\x01", b"\x02\x01\0\0\0\0\0\0\0\0", b"\x01\x01\0"] {
-            let host = Sim::new(1);
-            host.set("w", garbage, Version::ABSENT).unwrap();
-            let progress = schedule(&[100, 0]).advance(&host, "w", at(1_050), || true).unwrap();
-            assert_eq!(progress, Progress { stage: 0, entered: at(1_000) });
-        }
+        assert_eq!(stage(&shorter, 9_000, true), 1);
     }
 
     proptest! {

@@ -1,7 +1,7 @@
 //! Limits at work in one worker: the proxy's own, those of a fleet, and the requests that wait for a word from there.
 
 use super::{Decision, Exchange, Filter, Verdict};
-use crate::canary::{Choice, Decided, Share};
+use crate::canary::{CohortAssignment, EffectiveWeight, Selection};
 use crate::host::{CallId, GrpcAnswer, Host};
 use crate::key::Scene;
 use crate::policy::Route;
@@ -29,7 +29,7 @@ pub struct Waiting {
     pub(super) inquiry: Box<Inquiry>,
     pub(super) exchange: Exchange,
     /// Where the limits come after the choice.
-    pub(super) chosen: Option<(Choice, Option<Share>, Option<Decided>)>,
+    pub(super) chosen: Option<(Selection, Option<EffectiveWeight>, Option<CohortAssignment>)>,
 }
 
 /// What is remembered of a route's limits.

@@ -24,6 +24,7 @@ pub struct Sim {
     grpc_calls: RefCell<Vec<SentCall>>,
     next_call: Cell<u32>,
     problems: RefCell<Vec<SharedDataProblem>>,
+    reads: Cell<u64>,
 }
 
 /// A gRPC call that was sent.
@@ -61,6 +62,7 @@ impl Sim {
             grpc_calls: RefCell::default(),
             next_call: Cell::new(1),
             problems: RefCell::default(),
+            reads: Cell::new(0),
         }
     }
 
@@ -110,6 +112,11 @@ impl Sim {
         self.problems.borrow().clone()
     }
 
+    /// How often shared data was read.
+    pub fn reads(&self) -> u64 {
+        self.reads.get()
+    }
+
     /// How many writes of shared words have succeeded.
     pub fn writes(&self) -> u64 {
         u64::from(self.version.get())
@@ -137,6 +144,7 @@ impl Sim {
 
 impl SharedData for Sim {
     fn get(&self, key: &str) -> Option<(Vec<u8>, Version)> {
+        self.reads.set(self.reads.get() + 1);
         self.words.borrow().get(key).cloned()
     }
 

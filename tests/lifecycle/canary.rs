@@ -323,14 +323,14 @@ pub fn garbage_is_no_verdict(start: Start) {
     let judged = trial("r", &format!(r#"{STAGES}, "maxRequests": 1000, "judge": {{"onInsufficient": "hold"}}"#));
     for garbage in [&b""[..], b"\x01\x02\xff", b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"] {
         let mut proxy = start(&judged);
-        for word in ["verdict", "stage", "edge", "recent"] {
-            proxy.write_shared(&format!("trimtab/1/p/{word}/r"), garbage);
+        for record in ["state", "counts", "restarted"] {
+            proxy.write_shared(&format!("trimtab/1/p/rollout/default/0/{record}"), garbage);
         }
         proxy.update(&judged).unwrap();
         proxy.advance(Duration::from_secs(60));
         let exposed = send(&mut *proxy, 0..400, "200");
         assert!((25..=55).contains(&exposed), "10 %: {exposed}");
-        proxy.write_shared("trimtab/1/p/exposed/r", garbage);
+        proxy.write_shared("trimtab/1/p/rollout/default/0/exposed", garbage);
         assert_eq!(send(&mut *proxy, 0..400, "200"), 0, "who cannot count exposes nobody");
     }
 }

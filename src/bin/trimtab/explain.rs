@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::path::PathBuf;
 use trimtab::breaker::BreakerPolicy;
-use trimtab::canary::{Choice, Destination, Split, Term, Why};
+use trimtab::canary::{Destination, Selection, SelectionReason, Split, WeightSource};
 use trimtab::decimal::Decimal;
 use trimtab::document::quoted;
 use trimtab::fault::{Abort, Delay, Draw, DrawnFrom, Fault, Guard, Status, Withheld};
@@ -232,7 +232,7 @@ impl Story<'_> {
         let by_trace_id = |fault: &Fault| self.dice(fault).iter().all(|dice| dice.place.is_some());
         let is_drawn = self.reasons.withheld != Some(Withheld::NotAimed);
         self.reasons.trace.is_some()
-            || matches!(self.reasons.choice, Some(Choice { why: Why::Drawn { .. }, .. }))
+            || matches!(self.reasons.choice, Some(Selection { reason: SelectionReason::Drawn { .. }, .. }))
             || self.route().and_then(|route| route.fault.as_ref()).is_some_and(|fault| is_drawn && !by_trace_id(fault))
     }
 
@@ -422,11 +422,11 @@ impl Story<'_> {
         let trial = split.canary.as_ref().zip(self.reasons.share).and_then(|(canary, share)| {
             let (destination, _) = split.destinations.get(canary.destination)?;
             let weight = if canary.shadow { split.weight(canary.destination) } else { share.weight };
-            let when = match share.term {
-                Term::NotStarted => " until its start time",
-                Term::Stage(_) => " in this stage",
-                Term::Carried => " there",
-                Term::Route | Term::Exhausted | Term::Held | Term::RolledBack => "",
+            let when = match share.source {
+                WeightSource::NotStarted => " until its start time",
+                WeightSource::Stage(_) => " in this stage",
+                WeightSource::Inherited => " there",
+                WeightSource::Route | WeightSource::CapReached | WeightSource::Held | WeightSource::RolledBack => "",
             };
             Some(format!("{} has those below {weight}{when}", destination.label()))
         });
@@ -436,20 +436,20 @@ impl Story<'_> {
             };
             split.destinations.iter().map(share).collect::<Vec<_>>().join(", ")
         };
-        let why = match choice.why {
-            Why::Only => "the only one".to_owned(),
-            Why::Cohort { place } => {
+        let why = match choice.reason {
+            SelectionReason::OnlyDestination => "the only one".to_owned(),
+            SelectionReason::Cohort { bucket_ppm: place } => {
                 let (source, value) = self.cohort_key(split).unwrap_or_default();
                 let rollout = split.canary.as_ref().map_or("", |canary| &canary.rollout);
                 let place = Fraction::from_ppm(place);
                 format!("{source} {} stands at {place} of {rollout}; {}", quoted(&value), trial.unwrap_or_default())
             }
-            Why::Drawn { place } => {
+            SelectionReason::Drawn { bucket_ppm: place } => {
                 let absent = if split.canary.is_some() { "no key, so it was " } else { "" };
                 let place = Fraction::from_ppm(place);
                 format!("{absent}drawn at {place}; {}", trial.unwrap_or_else(shares))
             }
-            Why::Carried { place } => {
+            SelectionReason::Inherited { bucket_ppm: place } => {
                 let rollout = split.canary.as_ref().map_or("", |canary| &canary.rollout);
                 let place = Fraction::from_ppm(place);
                 format!("an earlier hop found it at {place} of {rollout}; {}", trial.unwrap_or_default())
@@ -652,11 +652,11 @@ impl Story<'_> {
         let split = self.route()?.split.as_ref()?;
         let choice = self.reasons.choice?;
         let (destination, weight) = split.destinations.get(choice.destination)?;
-        let (why, place) = match choice.why {
-            Why::Only => ("only", None),
-            Why::Cohort { place } => ("cohort", Some(place)),
-            Why::Drawn { place } => ("drawn", Some(place)),
-            Why::Carried { place } => ("carried", Some(place)),
+        let (why, place) = match choice.reason {
+            SelectionReason::OnlyDestination => ("only", None),
+            SelectionReason::Cohort { bucket_ppm: place } => ("cohort", Some(place)),
+            SelectionReason::Drawn { bucket_ppm: place } => ("drawn", Some(place)),
+            SelectionReason::Inherited { bucket_ppm: place } => ("carried", Some(place)),
         };
         let key = self.cohort_key(split).map(|(source, value)| json!({"source": source, "value": value}));
         Some(json!({
