@@ -24,7 +24,7 @@
 //! [`canary`]'s cohort, judge and cohort header, [`ratelimit`]'s GCRA, table and leases, [`fault`]'s guard and budget,
 //! [`trace`]'s formats and bridge, [`outlier`]'s window, table of hosts and reading of Envoy's admin endpoint. What a
 //! worker does about a feature with a host at hand, and keeps from one request to the next, stands beside the filter:
-//! `filter/limiter.rs`, `filter/trial.rs` for canaries, `filter/injection.rs` and `filter/watch.rs` for faults and their
+//! `filter/limiter.rs`, `filter/injection.rs` and `filter/watch.rs` for faults and their
 //! guard, `filter/circuit.rs` for the breaker.
 //!
 //! [`document`] and [`diagnostic`] read strictly and tell all errors at once; [`policy`] puts the blocks together.

@@ -69,12 +69,15 @@ impl Canary {
 
     /// The weights that the canary may have in the course of the rollout, each once; `route` is the weight of the route.
     pub(super) fn weights(&self, route: Fraction) -> Vec<Fraction> {
-        let mut weights: Vec<Fraction> = match &self.schedule {
-            Some(schedule) if !self.shadow => schedule.stages.iter().map(|stage| stage.weight).collect(),
-            _ => vec![route],
+        let Some(schedule) = self.schedule.as_ref().filter(|_| !self.shadow) else {
+            return if route > Fraction::NONE { vec![route] } else { Vec::new() };
         };
-        weights.dedup();
-        weights.retain(|weight| *weight > Fraction::NONE);
+        let mut weights = Vec::new();
+        for stage in &schedule.stages {
+            if stage.weight > Fraction::NONE && weights.last() != Some(&stage.weight) {
+                weights.push(stage.weight);
+            }
+        }
         weights
     }
 }

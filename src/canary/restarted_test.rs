@@ -26,7 +26,7 @@ const MAX_WEIGHTS: usize = 32;
 /// The test, as all workers share it.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct RestartedTest {
-    /// The hash of the rollout's name; 0 in a record of the first schema.
+    /// The hash of the rollout's name.
     pub rollout: u64,
     /// How often the test has begun.
     restarts: u32,
@@ -111,65 +111,55 @@ impl RestartedTest {
     }
 }
 
-/// The second schema begins with the rollout. The first one had the rest, under the name of the rollout; its counts are
-/// dropped, because they were totals of other counters.
+/// The second schema. The first one had no rollout, and belonged to counts that were kept in metrics; it is not read.
 impl Record for RestartedTest {
     const SCHEMA: u8 = 2;
 
     fn encode(&self, bytes: &mut Vec<u8>) {
         let JudgeTerms { tolerance, limit, p99_increase } = self.terms;
-        bytes.extend(self.rollout.to_le_bytes());
-        bytes.extend(self.restarts.to_le_bytes());
-        bytes.extend(tolerance.to_le_bytes());
-        bytes.extend(limit.to_le_bytes());
-        bytes.extend(p99_increase.to_le_bytes());
-        self.ratios.as_flattened().iter().for_each(|ratio| bytes.extend(ratio.to_le_bytes()));
+        bytes.extend_from_slice(&self.rollout.to_le_bytes());
+        bytes.extend_from_slice(&self.restarts.to_le_bytes());
+        bytes.extend_from_slice(&tolerance.to_le_bytes());
+        bytes.extend_from_slice(&limit.to_le_bytes());
+        bytes.extend_from_slice(&p99_increase.to_le_bytes());
+        self.ratios.as_flattened().iter().for_each(|ratio| bytes.extend_from_slice(&ratio.to_le_bytes()));
         for counts in &self.counts {
-            bytes.extend(u64::from(counts.weight.ppm()).to_le_bytes());
-            counts.numbers().iter().for_each(|number| bytes.extend(number.to_le_bytes()));
+            bytes.extend_from_slice(&u64::from(counts.weight.ppm()).to_le_bytes());
+            counts.numbers().iter().for_each(|number| bytes.extend_from_slice(&number.to_le_bytes()));
         }
     }
 
     fn decode(schema: u8, bytes: &[u8]) -> Option<RestartedTest> {
-        let (rollout, bytes) = match schema {
-            1 => (0, bytes),
-            Self::SCHEMA => bytes.split_first_chunk().map(|(rollout, rest)| (u64::from_le_bytes(*rollout), rest))?,
-            _ => return None,
+        if schema != Self::SCHEMA {
+            return None;
+        }
+        let (rollout, bytes) = bytes.split_first_chunk()?;
+        let (restarts, rest) = bytes.split_first_chunk()?;
+        let (tolerance, rest) = rest.split_first_chunk()?;
+        let (limit, rest) = rest.split_first_chunk()?;
+        let terms = (u32::from_le_bytes(*tolerance), u32::from_le_bytes(*limit));
+        let ([p99_increase, numbers @ ..], []) = rest.as_chunks::<8>() else { return None };
+        let mut test = RestartedTest {
+            rollout: u64::from_le_bytes(*rollout),
+            restarts: u32::from_le_bytes(*restarts),
+            terms: JudgeTerms { tolerance: terms.0, limit: terms.1, p99_increase: u64::from_le_bytes(*p99_increase) },
+            ..RestartedTest::default()
         };
-        let mut test = decode_test(bytes)?;
-        test.rollout = rollout;
-        if schema == 1 {
-            test.counts.clear();
+        let ratios = test.ratios.as_flattened_mut();
+        let (known, numbers) = numbers.split_at_checked(ratios.len())?;
+        for (ratio, number) in ratios.iter_mut().zip(known) {
+            *ratio = Some(f64::from_le_bytes(*number)).filter(|ratio| ratio.is_finite())?;
+        }
+        let (counts, []) = numbers.as_chunks::<8>() else { return None };
+        if counts.len() > MAX_WEIGHTS {
+            return None;
+        }
+        for entry in counts {
+            let [weight, numbers @ ..] = entry.map(u64::from_le_bytes);
+            test.counts.push(WeightCounts::new(Fraction::from_ppm(u32::try_from(weight).ok()?), numbers));
         }
         Some(test)
     }
-}
-
-fn decode_test(bytes: &[u8]) -> Option<RestartedTest> {
-    let (restarts, rest) = bytes.split_first_chunk()?;
-    let (tolerance, rest) = rest.split_first_chunk()?;
-    let (limit, rest) = rest.split_first_chunk()?;
-    let terms = (u32::from_le_bytes(*tolerance), u32::from_le_bytes(*limit));
-    let ([p99_increase, numbers @ ..], []) = rest.as_chunks::<8>() else { return None };
-    let mut test = RestartedTest {
-        restarts: u32::from_le_bytes(*restarts),
-        terms: JudgeTerms { tolerance: terms.0, limit: terms.1, p99_increase: u64::from_le_bytes(*p99_increase) },
-        ..RestartedTest::default()
-    };
-    let ratios = test.ratios.as_flattened_mut();
-    let (known, numbers) = numbers.split_at_checked(ratios.len())?;
-    for (ratio, number) in ratios.iter_mut().zip(known) {
-        *ratio = Some(f64::from_le_bytes(*number)).filter(|ratio| ratio.is_finite())?;
-    }
-    let (counts, []) = numbers.as_chunks::<8>() else { return None };
-    if counts.len() > MAX_WEIGHTS {
-        return None;
-    }
-    for entry in counts {
-        let [weight, numbers @ ..] = entry.map(u64::from_le_bytes);
-        test.counts.push(WeightCounts::new(Fraction::from_ppm(u32::try_from(weight).ok()?), numbers));
-    }
-    Some(test)
 }
 
 impl WeightCounts {
@@ -284,10 +274,8 @@ mod tests {
             }
             let mut bytes = Vec::new();
             recent.encode(&mut bytes);
-            prop_assert_eq!(RestartedTest::decode(2, &bytes), Some(recent.clone()));
+            prop_assert_eq!(RestartedTest::decode(2, &bytes), Some(recent));
             prop_assert_eq!(RestartedTest::decode(2, &bytes[..bytes.len() - 1]), None);
-            let first = RestartedTest { rollout: 0, counts: Vec::new(), ..recent };
-            prop_assert_eq!(RestartedTest::decode(1, &bytes[8..]), Some(first));
         }
 
         #[test]

@@ -151,7 +151,6 @@ impl Rollout {
             slot.open_exposed(state_prefix, rollout_name, host);
         }
         let evidence = canary.judge.map(|judge| {
-            slot.open_restarted(state_prefix, rollout_name, host);
             let weights = canary.weights(split.weight(canary.destination));
             // The record may have rows of a rollout that had the slot before.
             let key = |weight: &Fraction| slot.rollout & !0xf_ffff | u64::from(weight.ppm());
@@ -663,15 +662,18 @@ impl Evidence {
     fn analyse(&self, restarted: &SharedCell<RestartedTest>, rollout: u64, store: &impl SharedData) -> Analysis {
         let counts = self.weight_counts();
         let timed = (0..self.weights.len()).filter_map(|row| self.counts.totals(row).get(TIMED)).sum();
-        let test = restarted.update(store, |stored| {
+        let ratios = restarted.update(store, |stored| {
             let known = stored.record().filter(|test| test.rollout == rollout);
             let known = known.unwrap_or_else(|| RestartedTest::default().of(rollout));
-            match known.next(&self.judge, &counts) {
-                Some(next) => Change::Write(next.clone(), next),
-                None => Change::Keep(known),
+            let next = known.next(&self.judge, &counts);
+            let ratios = next.as_ref().unwrap_or(&known).log_likelihood_ratios(&self.judge, &counts);
+            match next {
+                Some(next) => Change::Write(next, ratios),
+                None => Change::Keep(ratios),
             }
         });
-        let recent = test.unwrap_or_default().log_likelihood_ratios(&self.judge, &counts);
+        // If the update is given up, the whole rollout is evidence, and its recent part is not.
+        let recent = ratios.unwrap_or_default();
         self.judge.judge(&counts, timed, recent)
     }
 }

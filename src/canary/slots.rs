@@ -13,8 +13,8 @@
 //! | `rollout/ROUTE/SLOT/counts` | the judge's counts; the hash is in the key of each row |
 //! | `rollout/ROUTE/SLOT/restarted` | [`RestartedTest`](super::restarted_test::RestartedTest) |
 //!
-//! Earlier versions kept records under the rollout's name. These are read once, when the rollout finds no record in its
-//! slot.
+//! Earlier versions kept verdict, stage, latency threshold and exposed requests under the rollout's name. These are read
+//! once, when the rollout finds no record in its slot. The evidence of earlier versions was in metrics, and is not read.
 
 use super::exposure::ExposureCount;
 use super::restarted_test::RestartedTest;
@@ -26,53 +26,56 @@ use xxhash_rust::xxh64::xxh64;
 /// How many rollouts of a route are remembered.
 const SLOTS: usize = 8;
 
-/// The rollouts of a route that have a slot, the one that was claimed last at the front.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// The rollouts of a route that have a slot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Directory {
-    /// The hash of each rollout, and its slot.
-    entries: Vec<(u64, u8)>,
+    /// For each slot the hash of its rollout and the number of the claim; 0 if the slot is free.
+    slots: [(u64, u32); SLOTS],
 }
 
 impl Record for Directory {
     const SCHEMA: u8 = 1;
 
     fn encode(&self, bytes: &mut Vec<u8>) {
-        for (rollout, slot) in &self.entries {
+        for (rollout, claim) in &self.slots {
             bytes.extend_from_slice(&rollout.to_le_bytes());
-            bytes.push(*slot);
+            bytes.extend_from_slice(&claim.to_le_bytes());
         }
     }
 
     fn decode(schema: u8, bytes: &[u8]) -> Option<Directory> {
-        let (entries, []) = bytes.as_chunks::<9>() else { return None };
         let mut directory = Directory::default();
-        for [rollout @ .., slot] in entries {
-            let is_known = directory.entries.iter().any(|(_, known)| known == slot);
-            if usize::from(*slot) >= SLOTS || is_known {
-                return None;
-            }
-            directory.entries.push((u64::from_le_bytes(*rollout), *slot));
+        let (slots, rest) = bytes.as_chunks::<12>();
+        if schema != Self::SCHEMA || slots.len() != SLOTS || !rest.is_empty() {
+            return None;
         }
-        (schema == Self::SCHEMA).then_some(directory)
+        for (slot, bytes) in directory.slots.iter_mut().zip(slots) {
+            let (rollout, claim) = bytes.split_first_chunk()?;
+            *slot = (u64::from_le_bytes(*rollout), u32::from_le_bytes(*claim.first_chunk()?));
+        }
+        Some(directory)
     }
 }
 
 impl Directory {
-    /// Moves `rollout` to the front, and returns its slot.
-    fn claim(&mut self, rollout: u64) -> u8 {
-        let known = self.entries.iter().position(|(known, _)| *known == rollout);
-        let (_, slot) = match known {
-            Some(at) => self.entries.remove(at),
-            None if self.entries.len() < SLOTS => (rollout, self.unused()),
-            None => self.entries.pop().unwrap_or_default(),
-        };
-        self.entries.insert(0, (rollout, slot));
-        slot
-    }
-
-    fn unused(&self) -> u8 {
-        let is_unused = |slot: &u8| self.entries.iter().all(|(_, used)| used != slot);
-        (0..SLOTS as u8).find(is_unused).unwrap_or_default()
+    /// Claims a slot for `rollout`. Returns the slot, and whether another rollout has claimed a slot last.
+    fn claim(&mut self, rollout: u64) -> (usize, bool) {
+        let (mut last, mut found, mut oldest) = (0, None, (0, u32::MAX));
+        for (slot, (known, claim)) in self.slots.iter().enumerate() {
+            last = last.max(*claim);
+            if *claim > 0 && *known == rollout {
+                found = Some((slot, *claim));
+            }
+            if *claim < oldest.1 {
+                oldest = (slot, *claim);
+            }
+        }
+        let (slot, claim) = found.unwrap_or((oldest.0, 0));
+        let is_switched = claim == 0 || claim < last;
+        if is_switched && let Some(claimed) = self.slots.get_mut(slot) {
+            *claimed = (rollout, last.saturating_add(1));
+        }
+        (slot, is_switched)
     }
 }
 
@@ -99,9 +102,8 @@ impl RolloutSlot {
         let hash = xxh64(rollout.as_bytes(), 0);
         let claimed = SharedCell::<Directory>::new(&*directory_key).update(store, |stored| {
             let mut directory = stored.record().unwrap_or_default();
-            let is_switched = directory.entries.first().is_none_or(|(first, _)| *first != hash);
-            let slot = directory.claim(hash);
-            if is_switched { Change::Write(directory, (slot, true)) } else { Change::Keep((slot, false)) }
+            let claimed = directory.claim(hash);
+            if claimed.1 { Change::Write(directory, claimed) } else { Change::Keep(claimed) }
         });
         let (slot, is_switched) = claimed.unwrap_or_default();
         let prefix = [&*directory_key, "/", &slot.to_string(), "/"].concat();
@@ -167,21 +169,6 @@ impl RolloutSlot {
         let _ = self
             .exposed
             .update(store, |stored| if is_missing(&stored) { Change::Write(opened, ()) } else { Change::Keep(()) });
-    }
-
-    /// Takes over the restarted test of an earlier version, if the slot has none.
-    #[inline(never)]
-    pub(super) fn open_restarted(&self, state_prefix: &str, rollout: &str, store: &impl SharedData) {
-        let is_missing = |test: Option<RestartedTest>| test.is_none_or(|test| test.rollout != self.rollout);
-        if !is_missing(self.restarted.read(store).record()) {
-            return;
-        }
-        let earlier = SharedCell::<RestartedTest>::new([state_prefix, "recent/", rollout].concat());
-        let Some(test) = earlier.read(store).record() else { return };
-        let test = test.of(self.rollout);
-        let _ = self.restarted.update(store, |stored| {
-            if is_missing(stored.record()) { Change::Write(test.clone(), ()) } else { Change::Keep(()) }
-        });
     }
 }
 
@@ -256,7 +243,7 @@ mod tests {
 
     #[test]
     fn garbage_is_no_directory_and_no_state() {
-        for garbage in [&b""[..], b"\x01", b"\x01\0", b"\x02\0\0\0\0\0\0\0\0\x01", b"\x01\0\0\0\0\0\0\0\0\x08"] {
+        for garbage in [&b""[..], b"\x01", b"\x01\0", b"\x02\0\0\0\0\0\0\0\0\x01", &[2; 97], &[1; 96]] {
             let host = Sim::new(1);
             host.overwrite("t/rollout/default", garbage);
             host.overwrite("t/rollout/default/0/state", garbage);

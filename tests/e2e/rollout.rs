@@ -1,4 +1,4 @@
-//! Trials: what a canary may have, in all workers at once, and what becomes of one that fails.
+//! Rollouts in Envoy: caps and rollbacks hold in all workers at once.
 
 use crate::world::{Setup, World, listener, policy};
 use std::time::{Duration, SystemTime};
@@ -7,7 +7,7 @@ use trimtab_testbed::{Behaviour, Client, Request, Update, needs_envoy};
 
 const ROLLOUT: &str = "route.default.rollout";
 
-fn trial(rollout: &str, canary: &str) -> String {
+fn with_rollout(rollout: &str, canary: &str) -> String {
     policy(
         &format!(
             r#"{{"name": "default",
@@ -37,7 +37,8 @@ async fn flood(client: &Client, count: usize) {
 #[tokio::test]
 async fn a_cap_is_exact_with_four_workers() {
     needs_envoy!();
-    let world = World::with(&trial("r", r#""maxRequests": 100"#), Setup { workers: 4, ..Setup::default() }).await;
+    let world =
+        World::with(&with_rollout("r", r#""maxRequests": 100"#), Setup { workers: 4, ..Setup::default() }).await;
     flood(&world.spreading_client(), 800).await;
     assert_eq!(world.v2.count(), 100);
     assert_eq!(world.v1.count(), 700);
@@ -49,7 +50,7 @@ async fn a_failed_canary_gets_not_one_request_more() {
     needs_envoy!();
     for workers in [2, 4] {
         let setup = Setup { workers, dynamic: true, ..Setup::default() };
-        let judged = trial("r", r#""judge": {"errorRateMax": "5%", "p99Increase": "100ms"}"#);
+        let judged = with_rollout("r", r#""judge": {"errorRateMax": "5%", "p99Increase": "100ms"}"#);
         let mut world = World::with(&judged, setup).await;
         world.v2.set_behaviour(Behaviour::echo().status(503));
         let client = world.spreading_client();
@@ -69,7 +70,7 @@ async fn a_failed_canary_gets_not_one_request_more() {
         assert_eq!(world.envoy.update(&[listener(&judged)]).await, Update::Accepted);
         flood(&client, 64).await;
         assert_eq!(world.v2.count(), exposed, "an update changes nothing");
-        assert_eq!(world.envoy.update(&[listener(&trial("r.2", r#""judge": {}"#))]).await, Update::Accepted);
+        assert_eq!(world.envoy.update(&[listener(&with_rollout("r.2", r#""judge": {}"#))]).await, Update::Accepted);
         world.v2.set_behaviour(Behaviour::echo());
         flood(&client, 64).await;
         assert!(world.v2.count() > exposed, "a new rollout has a new chance");
@@ -78,16 +79,16 @@ async fn a_failed_canary_gets_not_one_request_more() {
 }
 
 #[tokio::test]
-async fn good_service_does_not_excuse_what_comes_after() {
+async fn a_canary_that_breaks_after_good_service_is_rolled_back() {
     needs_envoy!();
     for workers in [2, 4] {
         let setup = Setup { workers, ..Setup::default() };
-        let world = World::with(&trial("r", r#""judge": {"errorRateMax": "5%"}"#), setup).await;
+        let world = World::with(&with_rollout("r", r#""judge": {"errorRateMax": "5%"}"#), setup).await;
         let client = world.spreading_client();
         flood(&client, 3_200).await;
         let before = world.v2.count();
         assert!((1_400..=1_800).contains(&before), "half of the requests are the canary's: {before}");
-        // Everybody fails, so only the limit on errors speaks against the canary.
+        // Both versions fail, so only the limit on errors is evidence against the canary.
         world.v1.set_behaviour(Behaviour::echo().status(503));
         world.v2.set_behaviour(Behaviour::echo().status(503));
         let failed = format!("{ROLLOUT}.r.judge.failed");
@@ -101,9 +102,9 @@ async fn good_service_does_not_excuse_what_comes_after() {
 }
 
 #[tokio::test]
-async fn a_crowd_sends_no_more_than_it_had_under_way() {
+async fn concurrent_requests_expose_no_more_than_were_in_flight() {
     needs_envoy!();
-    let world = World::with(&trial("r", r#""judge": {}"#), Setup { workers: 4, ..Setup::default() }).await;
+    let world = World::with(&with_rollout("r", r#""judge": {}"#), Setup { workers: 4, ..Setup::default() }).await;
     world.v2.set_behaviour(Behaviour::reset());
     let client = world.spreading_client();
     flood(&client, 400).await;
@@ -114,9 +115,9 @@ async fn a_crowd_sends_no_more_than_it_had_under_way() {
 }
 
 #[tokio::test]
-async fn stages_go_by_the_clock_of_the_wall() {
+async fn stages_follow_the_wall_clock() {
     needs_envoy!();
-    // Two proxies that know nothing of each other are in the same stage.
+    // Two proxies without a connection to each other are in the same stage.
     let since = |ago: Duration| {
         let seconds = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap() - ago;
         let (days, second) = (seconds.as_secs() / 86_400, seconds.as_secs() % 86_400);
@@ -132,7 +133,7 @@ async fn stages_go_by_the_clock_of_the_wall() {
     let stages = r#""stages": [{"weight": 0, "duration": "10m"}, {"weight": 100, "duration": "10m"}, {"weight": 100}]"#;
     for (ago, canaries) in [(60, 0), (660, 20)] {
         let start = since(Duration::from_secs(ago));
-        let policy = trial("r", &format!(r#""startTime": "{start}", {stages}"#));
+        let policy = with_rollout("r", &format!(r#""startTime": "{start}", {stages}"#));
         for _ in 0..2 {
             let world = World::start(&policy).await;
             for _ in 0..20 {

@@ -1,4 +1,4 @@
-//! Trials: stages, the cap on exposure, and the judge.
+//! Rollouts: stages, the cap on exposure, the judge, and the cohort header.
 
 use crate::proxy::{Outcome, Proxy, exchange, get, value};
 use crate::{Start, policy, subset};
@@ -10,7 +10,7 @@ const STAGES: &str = r#""startTime": "2025-01-01T00:01:00Z",
 
 const METRICS: &str = "trimtab.policy.p.route.default.rollout";
 
-fn trial(rollout: &str, canary: &str) -> String {
+fn with_rollout(rollout: &str, canary: &str) -> String {
     policy(
         &format!(
             r#"{{"name": "default",
@@ -36,7 +36,7 @@ fn send(proxy: &mut dyn Proxy, users: std::ops::Range<usize>, canary: &str) -> u
 }
 
 pub fn stages_follow_the_wall_clock(start: Start) {
-    let mut proxy = start(&trial("r", STAGES));
+    let mut proxy = start(&with_rollout("r", STAGES));
     let share = |proxy: &mut dyn Proxy| send(proxy, 0..400, "200");
     assert_eq!(share(&mut *proxy), 0, "before the start");
     proxy.advance(Duration::from_millis(59_999));
@@ -53,20 +53,20 @@ pub fn stages_follow_the_wall_clock(start: Start) {
 }
 
 pub fn a_cap_on_exposure_is_exact(start: Start) {
-    let capped = trial("r", r#""maxRequests": 25"#);
+    let capped = with_rollout("r", r#""maxRequests": 25"#);
     let mut proxy = start(&capped);
     assert_eq!(send(&mut *proxy, 0..300, "200"), 25);
     proxy.update(&capped).unwrap();
     assert_eq!(send(&mut *proxy, 0..300, "200"), 0, "an update does not open it again");
     assert!(proxy.metric(&format!("{METRICS}.r.capped")) > 100);
-    proxy.update(&trial("r", r#""maxRequests": 30"#)).unwrap();
+    proxy.update(&with_rollout("r", r#""maxRequests": 30"#)).unwrap();
     assert_eq!(send(&mut *proxy, 0..300, "200"), 5, "a higher cap goes on from there");
-    proxy.update(&trial("another", r#""maxRequests": 25"#)).unwrap();
+    proxy.update(&with_rollout("another", r#""maxRequests": 25"#)).unwrap();
     assert_eq!(send(&mut *proxy, 0..300, "200"), 25);
 }
 
 pub fn a_failing_canary_is_rolled_back_in_all_workers_for_good(start: Start) {
-    let judged = trial("r", r#""judge": {}"#);
+    let judged = with_rollout("r", r#""judge": {}"#);
     let mut proxy = start(&judged);
     // Half of all requests are the canary's, and all of those fail: each doubles the evidence, at the most.
     let exposed = send(&mut *proxy, 0..300, "503");
@@ -78,14 +78,14 @@ pub fn a_failing_canary_is_rolled_back_in_all_workers_for_good(start: Start) {
     proxy.advance(Duration::from_secs(3_600));
     proxy.update(&judged).unwrap();
     assert_eq!(send(&mut *proxy, 0..300, "200"), 0, "an update changes nothing");
-    proxy.update(&trial("r.2", r#""judge": {}"#)).unwrap();
+    proxy.update(&with_rollout("r.2", r#""judge": {}"#)).unwrap();
     assert!(send(&mut *proxy, 0..300, "200") > 100, "a new rollout has a new chance");
     proxy.update(&judged).unwrap();
     assert_eq!(send(&mut *proxy, 0..300, "200"), 0, "the old one has not");
 }
 
-pub fn good_service_does_not_excuse_what_comes_after(start: Start) {
-    let judged = trial("r", r#""judge": {}"#);
+pub fn a_canary_that_breaks_after_good_service_is_rolled_back(start: Start) {
+    let judged = with_rollout("r", r#""judge": {}"#);
     let mut proxy = start(&judged);
     let failed = format!("{METRICS}.r.judge.failed");
     // Half of all requests are the canary's. One in fifty fails, and then all of the canary's.
@@ -104,11 +104,11 @@ pub fn good_service_does_not_excuse_what_comes_after(start: Start) {
         }
     }
     assert_eq!(proxy.metric(&failed), 1);
-    assert!((5..=40).contains(&exposed), "{exposed} failed requests, where one who had no past needs 7");
+    assert!((5..=40).contains(&exposed), "{exposed} failed requests; a canary without a past needs 7");
 }
 
-pub fn the_worker_that_saw_the_last_failure_sends_no_other(start: Start) {
-    let mut proxy = start(&trial("r", r#""judge": {}"#));
+pub fn no_worker_sends_another_request_after_the_last_failure(start: Start) {
+    let mut proxy = start(&with_rollout("r", r#""judge": {}"#));
     let failed = format!("{METRICS}.r.judge.failed");
     for n in 0..500 {
         let user = [("x-user", format!("user-{n}"))];
@@ -128,12 +128,12 @@ pub fn the_worker_that_saw_the_last_failure_sends_no_other(start: Start) {
     assert_eq!(proxy.metric(&failed), 1);
 }
 
-pub fn what_is_no_fault_of_the_canary_is_no_evidence(start: Start) {
+pub fn limits_aborts_and_own_faults_are_no_evidence(start: Start) {
     let requests = format!("{METRICS}.r.judge.weight.500000.canary.requests");
     let failures = format!("{METRICS}.r.judge.weight.500000.canary.failures");
-    let mut proxy = start(&trial("r", r#""judge": {}"#));
+    let mut proxy = start(&with_rollout("r", r#""judge": {}"#));
     send(&mut *proxy, 0..100, "429");
-    assert_eq!(proxy.metric(&requests), 0, "somebody's limit");
+    assert_eq!(proxy.metric(&requests), 0, "answers of a limit");
     for user in 0..100 {
         let (stream, _) = get(&mut *proxy, 0, "/", &[("x-user", &format!("user-{user}"))]);
         proxy.end(stream);
@@ -143,7 +143,7 @@ pub fn what_is_no_fault_of_the_canary_is_no_evidence(start: Start) {
     assert!(proxy.metric(&requests) > 0, "an answer");
     assert_eq!(proxy.metric(&failures), 0, "and no failure");
 
-    let faulted = trial("r", r#""judge": {}"#)
+    let faulted = with_rollout("r", r#""judge": {}"#)
         .replace(r#""canary""#, r#""fault": {"abort": {"percentage": {"value": 100}, "httpStatus": 503}}, "canary""#);
     let mut proxy = start(&faulted);
     for user in 0..100 {
@@ -154,7 +154,7 @@ pub fn what_is_no_fault_of_the_canary_is_no_evidence(start: Start) {
 }
 
 pub fn grpc_failures_are_evidence(start: Start) {
-    let mut proxy = start(&trial("r", r#""judge": {}"#));
+    let mut proxy = start(&with_rollout("r", r#""judge": {}"#));
     let mut exposed = 0;
     for user in 0..100 {
         let user = format!("user-{user}");
@@ -170,7 +170,7 @@ pub fn grpc_failures_are_evidence(start: Start) {
 }
 
 pub fn a_reported_failure_keeps_its_weight_and_enters_no_stage(start: Start) {
-    let mut proxy = start(&trial("r", &format!(r#"{STAGES}, "judge": {{"onFail": "report"}}"#)));
+    let mut proxy = start(&with_rollout("r", &format!(r#"{STAGES}, "judge": {{"onFail": "report"}}"#)));
     proxy.advance(Duration::from_secs(60));
     let before = send(&mut *proxy, 0..400, "500");
     assert!((25..=55).contains(&before), "10 %: {before}");
@@ -181,7 +181,7 @@ pub fn a_reported_failure_keeps_its_weight_and_enters_no_stage(start: Start) {
 }
 
 pub fn a_stage_may_wait_for_evidence(start: Start) {
-    let mut proxy = start(&trial("r", &format!(r#"{STAGES}, "judge": {{"onInsufficient": "hold"}}"#)));
+    let mut proxy = start(&with_rollout("r", &format!(r#"{STAGES}, "judge": {{"onInsufficient": "hold"}}"#)));
     proxy.advance(Duration::from_secs(60));
     let first = send(&mut *proxy, 0..400, "200");
     assert!((25..=55).contains(&first), "10 %: {first}");
@@ -243,7 +243,7 @@ pub fn a_decision_is_carried_and_followed(start: Start) {
     assert_eq!(service.metric("trimtab.policy.p.cohort.stale"), 1);
 }
 
-pub fn a_canary_that_failed_here_is_not_followed_into(start: Start) {
+pub fn a_failed_canary_overrides_an_inherited_assignment(start: Start) {
     let mut edge = start(&carrying(100 - 1, "", ""));
     let mut service = start(&carrying(50, r#", "judge": {}, "maxRequests": 1000000"#, ""));
     send(&mut *service, 0..400, "500");
@@ -254,7 +254,7 @@ pub fn a_canary_that_failed_here_is_not_followed_into(start: Start) {
     for (_, carried) in canaries {
         let (version, passed_on) = cohort(&mut *service, &[("x-trimtab-cohort", &carried)]);
         assert_eq!(version.as_deref(), Some("v1"), "{carried}");
-        assert!(passed_on.contains(";weight=0;"), "later hops are told what was done: {passed_on}");
+        assert!(passed_on.contains(";weight=0;"), "later hops get the weight of the rollback: {passed_on}");
     }
 }
 
@@ -273,7 +273,7 @@ pub fn a_decision_at_another_weight_is_no_evidence(start: Start) {
     }
 }
 
-pub fn an_application_that_loses_the_decision_gets_it_back(start: Start) {
+pub fn the_bridge_restores_a_dropped_assignment(start: Start) {
     let bridge = r#", "trace": {"direction": "DIRECTION", "bridge": {"carry": ["x-trimtab-cohort"]}}"#;
     let mut proxy = start(&carrying(40, "", &bridge.replace("DIRECTION", "inbound")));
     let outbound = carrying(5, "", &bridge.replace("DIRECTION", "outbound"));
@@ -289,10 +289,10 @@ pub fn an_application_that_loses_the_decision_gets_it_back(start: Start) {
 }
 
 pub fn in_shadow_nothing_changes(start: Start) {
-    let plain = trial("r", r#""mode": "enforce""#);
+    let plain = with_rollout("r", r#""mode": "enforce""#);
     let mut proxy = start(&plain);
     let expected = send(&mut *proxy, 0..300, "500");
-    let shadowed = trial("r", r#""mode": "shadow", "maxRequests": 200, "judge": {}"#);
+    let shadowed = with_rollout("r", r#""mode": "shadow", "maxRequests": 200, "judge": {}"#);
     let mut proxy = start(&shadowed);
     assert_eq!(send(&mut *proxy, 0..300, "500"), expected);
     assert_eq!(proxy.metric(&format!("{METRICS}.r.judge.failed")), 1, "it would have been rolled back");
@@ -302,8 +302,8 @@ pub fn in_shadow_nothing_changes(start: Start) {
 
 pub fn slowness_is_evidence(start: Start) {
     let slower = |by: u64| {
-        let mut proxy = start(&trial("r", r#""judge": {"p99Increase": "50ms"}"#));
-        // Before the edge is known, and after.
+        let mut proxy = start(&with_rollout("r", r#""judge": {"p99Increase": "50ms"}"#));
+        // Before the latency threshold is known, and after.
         for n in 0..3_000_u64 {
             let (stream, outcome) = get(&mut *proxy, 0, "/", &[("x-user", &format!("user-{n}"))]);
             let is_canary = subset(outcome).as_deref() == Some("v2");
@@ -315,12 +315,12 @@ pub fn slowness_is_evidence(start: Start) {
         assert!((98_000..=113_000).contains(&edge), "{edge}");
         ["failed", "passed"].map(|verdict| proxy.metric(&format!("{METRICS}.r.judge.{verdict}")))
     };
-    assert_eq!(slower(10), [0, 1], "failed, passed: nobody is past the edge");
+    assert_eq!(slower(10), [0, 1], "failed, passed: no answer is past the threshold");
     assert_eq!(slower(100), [1, 0], "failed, passed");
 }
 
 pub fn garbage_is_no_verdict(start: Start) {
-    let judged = trial("r", &format!(r#"{STAGES}, "maxRequests": 1000, "judge": {{"onInsufficient": "hold"}}"#));
+    let judged = with_rollout("r", &format!(r#"{STAGES}, "maxRequests": 1000, "judge": {{"onInsufficient": "hold"}}"#));
     for garbage in [&b""[..], b"\x01\x02\xff", b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"] {
         let mut proxy = start(&judged);
         for record in ["state", "counts", "restarted"] {
@@ -331,11 +331,11 @@ pub fn garbage_is_no_verdict(start: Start) {
         let exposed = send(&mut *proxy, 0..400, "200");
         assert!((25..=55).contains(&exposed), "10 %: {exposed}");
         proxy.write_shared("trimtab/1/p/rollout/default/0/exposed", garbage);
-        assert_eq!(send(&mut *proxy, 0..400, "200"), 0, "who cannot count exposes nobody");
+        assert_eq!(send(&mut *proxy, 0..400, "200"), 0, "without a count no request is exposed");
     }
 }
 
-pub fn what_is_forged_is_counted_when_it_is_refused_too(start: Start) {
+pub fn forged_assignments_of_refused_requests_are_counted(start: Start) {
     let limited = r#""rateLimits": [{"name": "l", "limit": {"requestsPerUnit": 1, "unit": "hour"}}], "canary": "#;
     let mut proxy = start(&carrying(40, "", "").replacen(r#""canary": "#, limited, 1));
     let forged = [("x-user", "ann"), ("x-trimtab-cohort", "\"r\";place=1;weight=1000000;issued=1735689600;sig=\"00\"")];

@@ -17,13 +17,14 @@ use breaker::{
     garbage_opens_nothing, half_open_lets_exactly_so_many_through, own_answers_do_not_open_a_breaker,
 };
 use canary::{
-    a_canary_that_failed_here_is_not_followed_into, a_cap_on_exposure_is_exact,
+    a_canary_that_breaks_after_good_service_is_rolled_back, a_cap_on_exposure_is_exact,
     a_decision_at_another_weight_is_no_evidence, a_decision_is_carried_and_followed,
-    a_failing_canary_is_rolled_back_in_all_workers_for_good, a_reported_failure_keeps_its_weight_and_enters_no_stage,
-    a_stage_may_wait_for_evidence, an_application_that_loses_the_decision_gets_it_back, garbage_is_no_verdict,
-    good_service_does_not_excuse_what_comes_after, grpc_failures_are_evidence, in_shadow_nothing_changes,
-    slowness_is_evidence, stages_follow_the_wall_clock, the_worker_that_saw_the_last_failure_sends_no_other,
-    what_is_forged_is_counted_when_it_is_refused_too, what_is_no_fault_of_the_canary_is_no_evidence,
+    a_failed_canary_overrides_an_inherited_assignment, a_failing_canary_is_rolled_back_in_all_workers_for_good,
+    a_reported_failure_keeps_its_weight_and_enters_no_stage, a_stage_may_wait_for_evidence,
+    forged_assignments_of_refused_requests_are_counted, garbage_is_no_verdict, grpc_failures_are_evidence,
+    in_shadow_nothing_changes, limits_aborts_and_own_faults_are_no_evidence,
+    no_worker_sends_another_request_after_the_last_failure, slowness_is_evidence, stages_follow_the_wall_clock,
+    the_bridge_restores_a_dropped_assignment,
 };
 use fault::{
     a_delay_is_drawn_from_its_distribution, a_fault_of_another_hop_is_no_failure,
@@ -166,9 +167,9 @@ cases![
     stages_follow_the_wall_clock,
     a_cap_on_exposure_is_exact,
     a_failing_canary_is_rolled_back_in_all_workers_for_good,
-    good_service_does_not_excuse_what_comes_after,
-    the_worker_that_saw_the_last_failure_sends_no_other,
-    what_is_no_fault_of_the_canary_is_no_evidence,
+    a_canary_that_breaks_after_good_service_is_rolled_back,
+    no_worker_sends_another_request_after_the_last_failure,
+    limits_aborts_and_own_faults_are_no_evidence,
     grpc_failures_are_evidence,
     a_reported_failure_keeps_its_weight_and_enters_no_stage,
     a_stage_may_wait_for_evidence,
@@ -195,10 +196,10 @@ cases![
     in_shadow_a_global_limit_only_counts,
     an_update_does_not_lose_who_waits,
     a_decision_is_carried_and_followed,
-    what_is_forged_is_counted_when_it_is_refused_too,
-    a_canary_that_failed_here_is_not_followed_into,
+    forged_assignments_of_refused_requests_are_counted,
+    a_failed_canary_overrides_an_inherited_assignment,
     a_decision_at_another_weight_is_no_evidence,
-    an_application_that_loses_the_decision_gets_it_back,
+    the_bridge_restores_a_dropped_assignment,
     hostile_requests_are_routed_like_any_other,
 ];
 
