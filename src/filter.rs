@@ -18,7 +18,7 @@ use crate::canary::{Carried, Choice, Decided, Destination, Share, Term, Why};
 use crate::fault::{Injection, MARK, Slot, Withheld};
 use crate::host::{Change, Host, update};
 use crate::http::{HeaderMutation, LocalReply, Request, http_from_grpc};
-use crate::key::Scene;
+use crate::key::KeyContext;
 use crate::outlier::{answer, is_failure, is_outage};
 use crate::policy::{Policy, Route, TargetId};
 use crate::ratelimit::service::{Calls, Inquiry, Outcome};
@@ -348,10 +348,10 @@ impl WorkerState {
 
         // Limits before anything is chosen or injected: a refused request costs its upstream and the experiment
         // nothing. Only where a limit counts by subset they have to come after the choice.
-        let mut scene = Scene { request, route: &route.name, subset: None, properties: host };
+        let mut context = KeyContext { request, route: &route.name, subset: None, properties: host };
         if route.has_limits()
             && !route.limits_read_subset
-            && !limiter.admits((index, route), meters, &scene, heard.take(), host, decision)
+            && !limiter.admits((index, route), meters, &context, heard.take(), host, decision)
         {
             return;
         }
@@ -391,8 +391,8 @@ impl WorkerState {
             split.destinations.get(choice.destination)
         });
         if route.limits_read_subset {
-            scene.subset = destination.map(|(destination, _)| &*destination.subset).filter(|name| !name.is_empty());
-            if !limiter.admits((index, route), meters, &scene, heard, host, decision) {
+            context.subset = destination.map(|(destination, _)| &*destination.subset).filter(|name| !name.is_empty());
+            if !limiter.admits((index, route), meters, &context, heard, host, decision) {
                 return;
             }
         }

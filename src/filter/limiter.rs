@@ -3,7 +3,7 @@
 use super::{Decision, Exchange, Filter, Verdict};
 use crate::canary::{Choice, Decided, Share};
 use crate::host::{CallId, GrpcAnswer, Host};
-use crate::key::Scene;
+use crate::key::KeyContext;
 use crate::policy::Route;
 use crate::ratelimit::service::{Asker, Calls, Event, Inquiry, Outcome, Rest, Settled, give_back};
 use crate::ratelimit::{Admission, Held, Leases, Secret, Told, admit, take_back};
@@ -50,7 +50,7 @@ impl Limiter {
         &mut self,
         (index, route): (usize, &Route),
         meters: &RouteMeters,
-        scene: &Scene<'_, '_>,
+        context: &KeyContext<'_, '_>,
         heard: Option<(Box<Inquiry>, Outcome)>,
         host: &impl Host,
         decision: &mut Decision<'_>,
@@ -58,7 +58,7 @@ impl Limiter {
         let has_services = !route.global_limits.is_empty();
         if heard.is_none() && !route.limits.is_empty() {
             let (secret, leases) = (&self.secret, &mut self.leases);
-            let mut admission = admit(&route.limits, !has_services, secret, leases, scene, host.now(), host);
+            let mut admission = admit(&route.limits, !has_services, secret, leases, context, host.now(), host);
             meters.count_admission(&admission, host);
             let Decision { exchange, reasons, .. } = &mut *decision;
             if admission.told.is_some() || !admission.held.is_empty() {
@@ -77,7 +77,7 @@ impl Limiter {
             }
         }
         // Those of a fleet after the proxy's own, which cost nothing to ask and can be given back.
-        !has_services || self.ask_services((index, route), meters, scene, heard, host, decision)
+        !has_services || self.ask_services((index, route), meters, context, heard, host, decision)
     }
 
     /// Asks the global limits of a route about a request that its own limits have admitted. Where one refuses, what was
@@ -87,7 +87,7 @@ impl Limiter {
         &mut self,
         (index, route): (usize, &Route),
         meters: &RouteMeters,
-        scene: &Scene<'_, '_>,
+        context: &KeyContext<'_, '_>,
         heard: Option<(Box<Inquiry>, Outcome)>,
         host: &impl Host,
         decision: &mut Decision<'_>,
@@ -104,14 +104,14 @@ impl Limiter {
         let mut inquiry = Box::<Inquiry>::default();
         if let Some((found, outcome)) = heard {
             inquiry = found;
-            asker.hear(&mut inquiry, outcome, scene, now, host);
+            asker.hear(&mut inquiry, outcome, context, now, host);
         }
         let Decision { verdict, exchange, reasons, .. } = &mut *decision;
-        if let Some(call) = asker.ask(&mut inquiry, scene, now, host) {
+        if let Some(call) = asker.ask(&mut inquiry, context, now, host) {
             *verdict = Verdict::Wait(Box::new(Waiting {
                 call,
                 route: index,
-                has_body: scene.request.has_body(),
+                has_body: context.request.has_body(),
                 admission: reasons.admission.take(),
                 inquiry,
                 exchange: std::mem::take(exchange),

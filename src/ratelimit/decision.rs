@@ -5,7 +5,7 @@ use super::lease::Leases;
 use super::policy::{Keyspace, Limit, OnMissing, Rate, Secret};
 use super::table::{Bucket, Place, Reservation, Standing};
 use crate::host::{Change, Conflict, SharedData, update};
-use crate::key::Scene;
+use crate::key::KeyContext;
 use crate::units::MonotonicInstant;
 use std::hash::Hasher;
 
@@ -129,14 +129,14 @@ pub fn admit(
     is_last: bool,
     secret: &Secret,
     leases: &mut Leases,
-    scene: &Scene<'_, '_>,
+    context: &KeyContext<'_, '_>,
     now: MonotonicInstant,
     store: &impl SharedData,
 ) -> Admission {
     let mut admission = Admission::default();
     let mut candidates_from = usize::MAX;
     for (index, limit) in limits.iter().enumerate() {
-        let key = limit.key_of(secret, scene);
+        let key = limit.key_of(secret, context);
         let Key { fingerprint, exception, .. } = key;
         let mut told = Told { limit: index, exception, ..Told::default() };
         if key.is_incomplete {
@@ -154,7 +154,7 @@ pub fn admit(
                 }
             }
         }
-        let cost = limit.cost.of(scene.request);
+        let cost = limit.cost.of(context.request);
         if cost == 0 {
             continue;
         }
@@ -393,7 +393,7 @@ impl Keyspace {
 impl Limit {
     /// What stands for the request's key, and which override is for it. Parts are told apart by their lengths, and a
     /// missing one from an empty one.
-    fn key_of(&self, secret: &Secret, scene: &Scene<'_, '_>) -> Key {
+    fn key_of(&self, secret: &Secret, context: &KeyContext<'_, '_>) -> Key {
         let mut key = Key { fingerprint: 0, exception: None, is_incomplete: false };
         if self.key.is_empty() {
             return key;
@@ -401,7 +401,7 @@ impl Limit {
         let mut hasher = secret.hasher();
         let mut matching = u64::MAX;
         for (place, source) in self.key.iter().enumerate() {
-            let part = source.find(scene);
+            let part = source.extract(context);
             match &part {
                 Some(part) => {
                     hasher.write_u64(part.len() as u64);
@@ -464,8 +464,8 @@ mod tests {
     ) -> Admission {
         let block = encode_headers(headers);
         let request = &Request::parse(&block, names);
-        let scene = Scene { request, route: "r", subset: None, properties: host };
-        admit(limits, true, &SECRET, leases, &scene, host.now(), host)
+        let context = KeyContext { request, route: "r", subset: None, properties: host };
+        admit(limits, true, &SECRET, leases, &context, host.now(), host)
     }
 
     /// Which limit refused, and for how many nanoseconds.

@@ -143,9 +143,51 @@ pub fn some_keys_have_limits_of_their_own(start: Start) {
         assert_eq!(found, expected, "{user} of tier {tier:?}");
     }
     assert_eq!(admitted(&mut *proxy, 20, &[("x-tier", "premium")], "200"), 5, "* is any, and none at all");
-    assert_eq!(proxy.metric("trimtab.policy.p.route.r.limit.each.incomplete"), 20);
+    assert_eq!(proxy.metric("trimtab.policy.p.route.r.limit.each.incomplete"), 40, "an empty value is absent");
     proxy.update(&each("")).unwrap();
     assert_eq!(admitted(&mut *proxy, 5, &[("x-tier", "premium"), ("x-user", "ann")], "200"), 0, "spent is spent");
+}
+
+pub fn a_key_has_one_spelling(start: Start) {
+    let statuses = |key: &str, requests: &[(&str, &[(&str, &str)])]| {
+        let mut proxy = start(&limited(&format!(
+            r#"{{"name": "a", "limit": {{"requestsPerUnit": 1, "unit": "hour"}}, "key": [{key}]}}"#
+        )));
+        let status = |(n, (path, headers)): (usize, &(&str, &[(&str, &str)]))| {
+            let (stream, outcome) = get(&mut *proxy, n % 2, path, headers);
+            proxy.end(stream);
+            if let Outcome::Answered(reply) = outcome { reply.status } else { 200 }
+        };
+        requests.iter().enumerate().map(status).collect::<Vec<_>>()
+    };
+    let query =
+        ["/?api_key=abc", "/?api_key=abc", "/?api_key=%61bc", "/?%61pi_k%65y=a%62c"].map(|path| (path, &[][..]));
+    assert_eq!(statuses(r#"{"queryParam": "api_key"}"#, &query), [200, 429, 429, 429]);
+    let paths = ["/u/abc", "/u/%61bc", "/u/abd"].map(|path| (path, &[][..]));
+    assert_eq!(statuses(r#"{"pathSegment": 1}"#, &paths), [200, 429, 200]);
+    let cookies = [[("cookie", "k=a@b")], [("cookie", "k=a%40b")], [("cookie", "k=\"a%40b\"")], [("cookie", "k=a@c")]];
+    let cookies: Vec<_> = cookies.iter().map(|headers| ("/", &headers[..])).collect();
+    assert_eq!(statuses(r#"{"cookie": "k"}"#, &cookies), [200, 429, 429, 200]);
+    let headers: [&[(&str, &str)]; 4] = [
+        &[("x-api-key", "abc")],
+        &[("x-api-key", "abc"), ("x-api-key", "1")],
+        &[("x-api-key", "abc"), ("x-api-key", "2"), ("x-api-key", "3")],
+        &[("x-api-key", "1"), ("x-api-key", "abc")],
+    ];
+    assert_eq!(statuses(r#"{"header": "x-api-key"}"#, &headers.map(|headers| ("/", headers))), [200, 429, 429, 200]);
+    let empty: [&[(&str, &str)]; 2] = [&[], &[("x-api-key", "")]];
+    assert_eq!(statuses(r#"{"header": "x-api-key"}"#, &empty.map(|headers| ("/", headers))), [200, 429]);
+}
+
+pub fn cookie_lines_are_matched_as_one_value(start: Start) {
+    let mut proxy = start(&policy(
+        r#"{"name": "gold", "match": [{"headers": {"cookie": {"exact": "a=1; tier=gold"}}}],
+            "rateLimits": [{"name": "a", "limit": {"requestsPerUnit": 1, "unit": "hour"}}]}"#,
+        "",
+    ));
+    for cookies in [&[("cookie", "a=1; tier=gold")][..], &[("cookie", "a=1"), ("cookie", "tier=gold")]] {
+        assert_eq!(admitted(&mut *proxy, 1, cookies, "200"), usize::from(cookies.len() == 1), "{cookies:?}");
+    }
 }
 
 pub fn costs_are_fixed_or_the_requests_own(start: Start) {

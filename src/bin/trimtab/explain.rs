@@ -21,7 +21,7 @@ use trimtab::filter::{Decision, Filter, Reasons, Verdict};
 use trimtab::host::Properties;
 use trimtab::host::sim::Sim;
 use trimtab::http::{HeaderMutation, LocalReply, Request};
-use trimtab::key::{KeySource, Scene};
+use trimtab::key::{KeyContext, KeySource};
 use trimtab::matcher::Condition;
 use trimtab::policy::{Policy, Route};
 use trimtab::ratelimit::service::Outcome::Admitted;
@@ -163,9 +163,9 @@ impl Story<'_> {
     }
 
     /// What the keys are taken from.
-    fn scene(&self) -> Scene<'_, '_> {
+    fn key_context(&self) -> KeyContext<'_, '_> {
         let destination = self.reasons.destination(self.policy);
-        Scene {
+        KeyContext {
             request: &self.request,
             route: self.route().map_or("", |route| &route.name),
             subset: destination.map(|destination| &*destination.subset).filter(|subset| !subset.is_empty()),
@@ -175,7 +175,7 @@ impl Story<'_> {
 
     /// A key's source in words, and its value.
     fn key_part(&self, source: &KeySource) -> (String, Option<String>) {
-        let value = source.find(&self.scene());
+        let value = source.extract(&self.key_context());
         (source.describe(&self.policy.header_names), value.map(|value| String::from_utf8_lossy(&value).into_owned()))
     }
 
@@ -380,7 +380,7 @@ impl Story<'_> {
         for global in &route.global_limits {
             let service = &global.service;
             let verdict = if admission.refused.is_some() { "not asked" } else { "asked, and taken to admit it" };
-            let entries = global.descriptor(&self.scene());
+            let entries = global.descriptor(&self.key_context());
             let entries: Vec<String> = entries.iter().map(|(key, value)| format!("{key}={}", quoted(value))).collect();
             table.row(
                 &*global.limit.name,
@@ -631,7 +631,7 @@ impl Story<'_> {
             })
         });
         let global_limits = route.global_limits.iter().map(|global| {
-            let entries = global.descriptor(&self.scene());
+            let entries = global.descriptor(&self.key_context());
             let entries = entries.iter().map(|(key, value)| json!({"key": key, "value": value}));
             json!({
                 "name": &*global.limit.name,

@@ -9,7 +9,7 @@ use super::policy::{GlobalLimit, OnFailure, Service};
 use super::quota::{Found, Known};
 use crate::host::{CallId, GrpcClient, SharedData};
 use crate::http::LocalReply;
-use crate::key::{KeySource, Scene};
+use crate::key::{KeyContext, KeySource};
 use crate::ratelimit::{self, Admission, Leases, Reason, Remark, Secret, Told, admit};
 use crate::units::MonotonicInstant;
 use std::borrow::Cow;
@@ -87,14 +87,14 @@ impl Asker<'_> {
         &mut self,
         inquiry: &mut Inquiry,
         outcome: Outcome,
-        scene: &Scene<'_, '_>,
+        context: &KeyContext<'_, '_>,
         now: MonotonicInstant,
         store: &impl SharedData,
     ) {
         let Some(limit) = self.limits.get(inquiry.next) else { return };
         match outcome {
             Outcome::Admitted(Some(until)) => {
-                let (_, fingerprint) = limit.subject(self.secret, scene);
+                let (_, fingerprint) = limit.subject(self.secret, context);
                 inquiry.spent.push((inquiry.next, fingerprint, until));
             }
             // It cannot be given back: nobody knows until when another could spend it.
@@ -107,7 +107,7 @@ impl Asker<'_> {
                     OnFailure::Deny => self.refuse(inquiry, limit, None),
                     OnFailure::Local => {
                         let limits = std::slice::from_ref(&limit.limit);
-                        let local = admit(limits, true, self.secret, self.leases, scene, now, store);
+                        let local = admit(limits, true, self.secret, self.leases, context, now, store);
                         self.count_local(inquiry.next, &local);
                         if let Some(refusal) = local.refused {
                             let wait = if let Reason::TooEarly(wait) = refusal.reason { Some(wait) } else { None };
@@ -147,14 +147,14 @@ impl Asker<'_> {
     pub fn ask(
         &mut self,
         inquiry: &mut Inquiry,
-        scene: &Scene<'_, '_>,
+        context: &KeyContext<'_, '_>,
         now: MonotonicInstant,
         host: &(impl SharedData + GrpcClient),
     ) -> Option<CallId> {
         while inquiry.refused.is_none() {
             let index = inquiry.next;
             let limit = self.limits.get(index)?;
-            let (message, fingerprint) = limit.subject(self.secret, scene);
+            let (message, fingerprint) = limit.subject(self.secret, context);
             let outcome = match limit.spend(fingerprint, now, host) {
                 Err(_) => {
                     (self.count)(index, Event::Contended);
@@ -181,7 +181,7 @@ impl Asker<'_> {
                     }
                 }
             };
-            self.hear(inquiry, outcome, scene, now, host);
+            self.hear(inquiry, outcome, context, now, host);
         }
         None
     }
@@ -231,14 +231,14 @@ impl Inquiry {
 
 impl GlobalLimit {
     /// The entries of the descriptor that the service is asked about.
-    pub fn descriptor<'a>(&'a self, scene: &Scene<'_, 'a>) -> Vec<(&'a str, Cow<'a, str>)> {
+    pub fn descriptor<'a>(&'a self, context: &KeyContext<'_, 'a>) -> Vec<(&'a str, Cow<'a, str>)> {
         let GlobalLimit { limit, service } = self;
         let keys = service.descriptor_keys.iter().map(|key| &**key);
         if limit.key.is_empty() {
             return keys.map(|key| (key, Cow::Borrowed(&*limit.name))).collect();
         }
         let value = |source: &'a KeySource| {
-            let part = text(source.find(scene));
+            let part = text(source.extract(context));
             // An IPv6 address without the brackets that its port needs, as Envoy's own remote_address.
             match (source, part.strip_prefix('[').and_then(|part| part.strip_suffix(']'))) {
                 (KeySource::SourceAddress, Some(address)) => Cow::Owned(address.to_owned()),
@@ -250,8 +250,8 @@ impl GlobalLimit {
 
     /// What the service is asked about the request, without hits, and what stands for it here.
     #[inline(never)]
-    fn subject(&self, secret: &Secret, scene: &Scene<'_, '_>) -> (Vec<u8>, u64) {
-        let message = encode(&self.service.domain, &self.descriptor(scene));
+    fn subject(&self, secret: &Secret, context: &KeyContext<'_, '_>) -> (Vec<u8>, u64) {
+        let message = encode(&self.service.domain, &self.descriptor(context));
         let mut hasher = secret.hasher();
         hasher.write(&message);
         (message, hasher.finish())
@@ -461,9 +461,9 @@ mod tests {
                 leases: &mut Leases::default(),
                 count: &|_, event| assert_eq!(event, Event::Sent),
             };
-            let scene = Scene { request: &request, route: "r", subset: None, properties: host };
+            let context = KeyContext { request: &request, route: "r", subset: None, properties: host };
             let mut inquiry = Inquiry::default();
-            match asker.ask(&mut inquiry, &scene, host.now(), host) {
+            match asker.ask(&mut inquiry, &context, host.now(), host) {
                 Some(call) => pending[worker].wait(call, 0, ()),
                 None if inquiry.refused.is_some() => admitted.refused += 1,
                 None => {
@@ -527,7 +527,8 @@ mod tests {
         host.set_property("source.address", b"[2001:db8::1]:4711");
         let block = encode_headers(&[(":path", "/users"), ("x-user", "[ann]")]);
         let request = Request::parse(&block, &names);
-        let found = limits[0].descriptor(&Scene { request: &request, route: "r", subset: None, properties: &host });
+        let found =
+            limits[0].descriptor(&KeyContext { request: &request, route: "r", subset: None, properties: &host });
         let found: Vec<(&str, &str)> = found.iter().map(|(key, value)| (*key, &**value)).collect();
         assert_eq!(
             found,
