@@ -329,8 +329,15 @@ impl Host for Envoy {
         drawn
     }
 
+    fn secret_bytes(&self) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        // SAFETY: the buffer is valid for its length.
+        unsafe { random_get(bytes.as_mut_ptr(), bytes.len()) };
+        bytes
+    }
+
     fn has_unpublished(&self) -> bool {
-        !self.metrics.is_empty()
+        !self.metrics.is_empty() || self.garbage.get() > 0 || self.contended.get() > 0
     }
 
     fn publish(&self) {
@@ -444,13 +451,15 @@ struct Root {
     plugin: Rc<Plugin>,
 }
 
-impl Context for Root {
-    /// Envoy ends the root context when the last stream of its configuration has ended.
-    fn on_done(&mut self) -> bool {
+impl Drop for Root {
+    /// Envoy deletes the root context after the last stream of its configuration has ended. This is not in `on_done`,
+    /// because Envoy would call that callback for each stream, too.
+    fn drop(&mut self) {
         self.plugin.with_worker(|worker, envoy| worker.on_shutdown(envoy));
-        true
     }
+}
 
+impl Context for Root {
     fn on_http_call_response(&mut self, call: u32, _: usize, size: usize, _: usize) {
         let body = || {
             fetch(|data, length| unsafe {
