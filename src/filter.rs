@@ -6,7 +6,6 @@
 
 mod hosts;
 mod injection;
-mod limiter;
 mod line;
 mod poll;
 mod report;
@@ -18,27 +17,26 @@ use crate::canary::{
     Sample, Selection, SelectionReason, TICK_PERIOD, WeightSource,
 };
 use crate::fault::{Injection, MARK, Slot, Withheld};
-use crate::host::{Change, Host, update};
+use crate::host::{CallId, GrpcAnswer, Host};
 use crate::http::{HeaderMutation, LocalReply, Request, http_from_grpc};
-use crate::key::Scene;
+use crate::key::KeyContext;
 use crate::outlier::{answer, is_failure, is_outage};
 use crate::policy::{Policy, Route, TargetId, label};
-use crate::ratelimit::service::{Calls, Inquiry, Outcome};
-use crate::ratelimit::{Admission, Leases, Remark, Secret, return_leases, settle};
+use crate::ratelimit::service::{CallOutcome, GlobalCheck, ServiceOutcome};
+use crate::ratelimit::{
+    LimitCheck, LimitDecision, LimitEvent, LocalCheck, RateLimiter, RateLimits, RouteLimitState, WorkerLimits,
+};
 use crate::shared_data::SharedDataProblem;
 use crate::telemetry::{Meters, Scope};
 use crate::trace::w3c::TraceContext;
 use crate::trace::{ForcedSampling, PropagatedContext, TracePropagator};
 use crate::units::{Fraction, MonotonicInstant};
 use hosts::Hosts;
-use limiter::Limiter;
 use poll::Poll;
 use report::Report;
-use std::borrow::Cow;
 use watch::{Post, Watch};
 
 pub use injection::{Hold, Replacement};
-pub use limiter::{Limited, Waiting};
 pub use report::Attempt;
 pub use watch::Experiment;
 
@@ -58,7 +56,9 @@ pub struct Filter {
 /// What a worker keeps from one request to the next.
 #[derive(Debug)]
 struct WorkerState {
-    limiter: Limiter,
+    limits: WorkerLimits,
+    /// For each route with limits, these limits.
+    limiters: Vec<Option<RateLimiter>>,
     /// For each route, a watch on each of its destinations; none where the route injects no fault.
     watches: Vec<Vec<Watch>>,
     /// In the order of the policy's targets, what is learned of their hosts; none where nobody asks.
@@ -126,10 +126,10 @@ pub struct Reasons {
     pub trace: Option<PropagatedContext>,
     /// An index into the policy's routes.
     pub route: Option<usize>,
-    /// What the limits said, where they did not just admit.
-    pub admission: Option<Box<Admission>>,
-    /// What rate limit services said.
-    pub inquiry: Option<Box<Inquiry>>,
+    /// What the proxy's own limits decided; `None` if they admitted the request without an event.
+    pub local_limits: Option<Box<LocalCheck>>,
+    /// What the global limits decided; `None` if they were not asked.
+    pub global_limits: Option<Box<GlobalCheck>>,
     pub choice: Option<Selection>,
     /// The canary's weight for the request, if the route has a canary.
     pub share: Option<EffectiveWeight>,
@@ -182,18 +182,34 @@ pub struct Exchange {
     pub is_grpc: bool,
     /// The trace that the client is told of; `None` where it is told nothing.
     pub trace: Option<TraceContext>,
-    /// What the route's limits want to know or to tell; `None` where that is nothing.
-    pub limited: Option<Box<Limited>>,
+    /// What the route's limits have acquired for the request, and the quota that the response announces; `None` if that is
+    /// nothing.
+    pub limits: Option<Box<RouteLimitState>>,
 }
 
 impl Exchange {
     fn is_awaited(&self) -> bool {
-        self.observed.is_some() || self.sample.is_some() || self.permit.is_some() || self.holds()
+        self.observed.is_some() || self.sample.is_some() || self.permit.is_some() || self.has_pending_charge()
     }
 
-    fn holds(&self) -> bool {
-        self.limited.as_ref().is_some_and(|limited| !limited.held.is_empty())
+    /// Whether a limit charges the request by its response.
+    fn has_pending_charge(&self) -> bool {
+        self.limits.as_ref().is_some_and(|limits| limits.is_pending())
     }
+}
+
+/// A request that waits for a call.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Waiting {
+    pub call: CallId,
+    /// An index into the policy's routes.
+    route: usize,
+    has_body: bool,
+    /// The check of the limits so far, and what it has acquired.
+    limits: LimitCheck,
+    exchange: Exchange,
+    /// The choice of the destination, if the limits come after it.
+    chosen: Option<(Selection, Option<EffectiveWeight>, Option<CohortAssignment>)>,
 }
 
 /// A message's header by its name.
@@ -204,7 +220,6 @@ impl Filter {
     pub fn new(policy: Policy, host: &impl Host) -> Filter {
         let meters = Meters::define(&policy, host);
         let trace = policy.trace.as_ref().map(|trace| TracePropagator::new(trace, &Scope::policy(&policy.name, host)));
-        let secret = agree_on_secret(&policy, host);
         let routes = policy.routes.iter().zip(&meters.routes);
         let watches = routes.map(|(route, meters)| watch::watches(&policy, route, meters, host)).collect();
         let cohort = policy.cohort.as_ref().map(|_| CohortMetrics::define(&Scope::policy(&policy.name, host)));
@@ -216,8 +231,9 @@ impl Filter {
             Some(CircuitBreaker::new(route.breaker.as_ref()?, &route.name, &scope, host))
         };
         let breakers = policy.routes.iter().map(breaker).collect();
-        let limiter = Limiter { secret, leases: Leases::default(), calls: Calls::default() };
-        let worker = WorkerState { limiter, watches, hosts, polls, breakers, rollouts };
+        let limits = WorkerLimits::new(&policy.state_prefix, host);
+        let limiters = rate_limiters(&policy, host);
+        let worker = WorkerState { limits, limiters, watches, hosts, polls, breakers, rollouts };
         let mut filter = Filter { policy, meters, trace, cohort, worker, period: None, held_period: None };
         filter.period = filter.period(false);
         filter.held_period = filter.period(true);
@@ -247,9 +263,9 @@ impl Filter {
         headers: &'p [u8],
         may_hold: bool,
         waiting: Box<Waiting>,
-        outcome: Outcome,
+        outcome: ServiceOutcome,
     ) -> Decision<'p> {
-        self.worker.limiter.calls.leave();
+        self.worker.limits.on_resume();
         self.decide(host, headers, waiting.has_body, may_hold, Some((waiting, outcome)))
     }
 
@@ -260,7 +276,7 @@ impl Filter {
         headers: &'p [u8],
         has_body: bool,
         may_hold: bool,
-        waited: Option<(Box<Waiting>, Outcome)>,
+        waited: Option<(Box<Waiting>, ServiceOutcome)>,
     ) -> Decision<'p> {
         let Filter { policy, meters, trace, cohort, worker, .. } = self;
         let (policy, trace): (&'p Policy, Option<&'p TracePropagator>) = (policy, trace.as_ref());
@@ -283,6 +299,7 @@ impl Filter {
         if !matches!(decision.verdict, Verdict::Continue | Verdict::Wait(_)) {
             worker.cancel_permit(&mut decision.exchange, host);
         }
+        worker.finish_limits(&mut decision, host);
         if let Verdict::Wait(_) = decision.verdict {
             return decision; // everything is done when it goes on
         }
@@ -324,10 +341,10 @@ impl WorkerState {
         meters: &Meters,
         host: &impl Host,
         Arrival { request, inbound, may_hold }: Arrival<'_>,
-        waited: Option<(Box<Waiting>, Outcome)>,
+        waited: Option<(Box<Waiting>, ServiceOutcome)>,
         decision: &mut Decision<'p>,
     ) {
-        let WorkerState { limiter, watches, rollouts, breakers, .. } = self;
+        let WorkerState { limits, limiters, watches, rollouts, breakers, .. } = self;
         decision.exchange.is_grpc = request.is_grpc();
 
         let Some((index, route)) = policy.route(request) else {
@@ -338,28 +355,30 @@ impl WorkerState {
         decision.reasons.route = Some(index);
         let Some(meters) = meters.routes.get(index) else { return };
 
-        // What was found of a request before it waited for a service stands.
-        let mut heard = waited.map(|(waiting, outcome)| {
-            let Waiting { admission, inquiry, exchange, chosen, .. } = *waiting;
+        // What was decided about a request before it waited for a service stays decided.
+        let mut resumed = waited.map(|(waiting, outcome)| {
+            let Waiting { limits, exchange, chosen, .. } = *waiting;
             let reasons = &mut decision.reasons;
-            (decision.exchange, reasons.admission) = (exchange, admission);
+            decision.exchange = exchange;
             if let Some((choice, share, decided)) = chosen {
                 (reasons.choice, reasons.share, reasons.decided) = (Some(choice), share, decided);
             }
             if let Some(sample) = &mut decision.exchange.sample {
                 sample.restart(|| host.now());
             }
-            (inquiry, outcome)
+            (limits, outcome)
         });
 
         // Limits before anything is chosen or injected: a refused request costs its upstream and the experiment
         // nothing. Only where a limit counts by subset they have to come after the choice.
-        let mut scene = Scene { request, route: &route.name, subset: None, properties: host };
-        if route.has_limits()
-            && !route.limits_read_subset
-            && !limiter.admits((index, route), meters, &scene, heard.take(), host, decision)
-        {
-            return;
+        let mut context = KeyContext { request, route: &route.name, subset: None, properties: host };
+        let limiter = limiters.get(index).and_then(Option::as_ref);
+        let reads_subset = route.limits.as_deref().is_some_and(RateLimits::reads_subset);
+        if let Some(limiter) = limiter.filter(|_| !reads_subset) {
+            let check = limiter.check(limits, &context, resumed.take(), host);
+            if !decision.apply(check, index, request.has_body()) {
+                return;
+            }
         }
 
         // The circuit breaker runs after the limits, so that a request that a limit refuses does not use up a probe. A
@@ -395,9 +414,10 @@ impl WorkerState {
             decision.reasons.choice = Some(choice);
             split.destinations.get(choice.destination)
         });
-        if route.limits_read_subset {
-            scene.subset = destination.map(|(destination, _)| &*destination.subset).filter(|name| !name.is_empty());
-            if !limiter.admits((index, route), meters, &scene, heard, host, decision) {
+        if let Some(limiter) = limiter.filter(|_| reads_subset) {
+            context.subset = destination.map(|(destination, _)| &*destination.subset);
+            let check = limiter.check(limits, &context, resumed, host);
+            if !decision.apply(check, index, request.has_body()) {
                 return;
             }
         }
@@ -439,10 +459,18 @@ impl WorkerState {
         } else {
             exchange.sample = None;
         }
-        if *verdict.last() != Verdict::Continue
-            && let Some(limited) = &mut exchange.limited
-        {
-            settle(&route.limits, &std::mem::take(&mut limited.held), None, host.now(), host);
+    }
+
+    /// Completes what the limits have charged, once everything else is decided. Nothing has been charged for a request
+    /// that the limits refused, and a request that waits keeps its charges until it goes on.
+    fn finish_limits(&mut self, decision: &mut Decision<'_>, host: &impl Host) {
+        let Decision { verdict, exchange, reasons, .. } = decision;
+        let Some(acquired) = &exchange.limits else { return };
+        let Some(Some(limiter)) = self.limiters.get(acquired.route()) else { return };
+        if reasons.broken {
+            limiter.refund(&mut self.limits, &mut exchange.limits, host);
+        } else {
+            limiter.commit(&mut exchange.limits, *verdict.last() == Verdict::Continue, host);
         }
     }
 }
@@ -459,6 +487,25 @@ impl WorkerState {
 }
 
 impl Decision<'_> {
+    /// Applies the check of the limits of the route with the index `route`. Whether they admit the request.
+    fn apply(&mut self, check: LimitCheck, route: usize, has_body: bool) -> bool {
+        let Decision { exchange, reasons, .. } = &mut *self;
+        if let LimitDecision::Pending(call) = check.decision {
+            let chosen = reasons.choice.map(|choice| (choice, reasons.share, reasons.decided));
+            let exchange = std::mem::take(exchange);
+            let waiting = Waiting { call, route, has_body, limits: check, exchange, chosen };
+            self.verdict = Verdict::Wait(Box::new(waiting));
+            return false;
+        }
+        let LimitCheck { decision, local, global, state } = check;
+        (reasons.local_limits, reasons.global_limits, exchange.limits) = (local, global, state);
+        if let LimitDecision::Refused(reply) = decision {
+            self.refuse(reply);
+            return false;
+        }
+        true
+    }
+
     /// Answers in the upstream's place, so that there is nothing to learn from.
     fn refuse(&mut self, reply: LocalReply) {
         self.verdict = Verdict::Answer(reply);
@@ -495,15 +542,36 @@ impl Filter {
         {
             change(mutation);
         }
-        if let Some(limited) = &mut exchange.limited
-            && let Some(told) = limited.told.take()
-            && let Some(limit) = self.policy.routes.get(limited.route).and_then(|route| route.limits.get(told.limit))
+        if let Some(limits) = &mut exchange.limits
+            && let Some(Some(limiter)) = self.worker.limiters.get(limits.route())
         {
-            limit.tell(&told, &mut |(name, value, is_list)| {
-                let value = Cow::Owned(value.into_bytes());
-                let add = if is_list { HeaderMutation::Add } else { HeaderMutation::Set };
-                change(add(name, value));
-            });
+            limiter.write_headers(limits, change);
+        }
+    }
+
+    /// Completes or gives back what an ended stream has acquired, except for the slot of its fault. Without a response the
+    /// request is charged if it reached an upstream.
+    pub fn on_end(&mut self, host: &impl Host, exchange: &mut Exchange, reached_upstream: bool) {
+        if let Some(mut limits) = exchange.limits.take()
+            && let Some(Some(limiter)) = self.worker.limiters.get(limits.route())
+        {
+            limiter.on_end(&mut limits, reached_upstream, host);
+        }
+        self.worker.cancel_permit(exchange, host);
+    }
+
+    /// Takes the answer to a call for which `waiting` requests wait. Each of them goes on with [`Filter::on_settled`].
+    /// Returns `None` if this filter has not sent the call.
+    pub fn on_answer(&mut self, host: &impl Host, answer: GrpcAnswer<'_>, waiting: usize) -> Option<CallOutcome> {
+        self.worker.limits.on_answer(&self.worker.limiters, answer, waiting, host)
+    }
+
+    /// Refunds what was charged for a request whose client left while it waited. `outcome` is the outcome of its call, if
+    /// the call is answered.
+    pub fn on_gone(&mut self, host: &impl Host, mut waiting: Waiting, outcome: Option<ServiceOutcome>) {
+        self.worker.cancel_permit(&mut waiting.exchange, host);
+        if let Some(Some(limiter)) = self.worker.limiters.get(waiting.route) {
+            limiter.on_cancel(&mut self.worker.limits, waiting.limits, outcome, host);
         }
     }
 
@@ -550,13 +618,13 @@ impl Filter {
         grpc_status: Option<u16>,
     ) {
         // What another hop injected tells nothing of the attempt.
-        if exchange.holds()
-            && let Some(limited) = &mut exchange.limited
-            && let Some(route) = self.policy.routes.get(limited.route)
+        if exchange.has_pending_charge()
+            && let Some(limits) = &mut exchange.limits
+            && let Some(Some(limiter)) = self.worker.limiters.get(limits.route())
         {
             let status = grpc_status.map_or(status, |code| http_from_grpc(u8::try_from(code).unwrap_or(u8::MAX)));
             let status = if header(MARK).is_some() { None } else { Some(status) };
-            settle(&route.limits, &std::mem::take(&mut limited.held), status, host.now(), host);
+            limiter.on_response(limits, status, host);
         }
         let failed = is_failure(status, grpc_status);
         // A fault of another Trimtab on the way, such as an upstream filter of this Envoy, is nobody's failure.
@@ -594,8 +662,7 @@ impl Filter {
     /// Lets the windows move on and the judges look, and gives back what was reserved in vain; to be called every
     /// [`Filter::tick_period`].
     pub fn on_tick(&mut self, host: &impl Host) {
-        let now = host.now();
-        return_leases(&mut self.worker.limiter.leases, |id| self.policy.rate(id), now, host);
+        self.worker.limits.on_tick(&self.worker.limiters, host);
         for (index, watches) in self.worker.watches.iter_mut().enumerate() {
             for (destination, watch) in watches.iter_mut().enumerate() {
                 if let Some(post) = Post::new(&self.policy, &self.meters, index, destination) {
@@ -608,15 +675,11 @@ impl Filter {
         self.worker.rollouts.iter_mut().flatten().for_each(|rollout| rollout.tick(host));
     }
 
-    /// Gives back what this worker has reserved. To be called when the configuration goes away.
+    /// Returns what this worker has reserved. To be called when the configuration goes away.
     pub fn on_shutdown(&mut self, host: &impl Host) {
         self.worker.breakers.iter_mut().flatten().for_each(|breaker| breaker.merge(host));
         self.worker.rollouts.iter_mut().flatten().for_each(|rollout| rollout.on_shutdown(host));
-    }
-
-    /// Gives back what an ended stream still has, except for the slot of its fault.
-    pub fn on_end(&mut self, exchange: &mut Exchange, host: &impl Host) {
-        self.worker.cancel_permit(exchange, host);
+        self.worker.limits.on_shutdown(&self.worker.limiters, host);
     }
 
     /// Counts problems with shared data.
@@ -645,7 +708,7 @@ impl Filter {
         worker.polls.iter().for_each(|poll| at_most(poll.period()));
         worker.breakers.iter().flatten().for_each(|breaker| at_most(breaker.period()));
         if self.policy.has_leases() {
-            at_most(Leases::TICK);
+            at_most(WorkerLimits::TICK);
         }
         if self.policy.routes.iter().filter_map(Route::canary).any(|canary| canary.judge.is_some()) {
             at_most(TICK_PERIOD);
@@ -657,11 +720,10 @@ impl Filter {
 /// Whether something was done to a request that its trace has to tell, whatever samplers say.
 fn is_forced(force: ForcedSampling, policy: &Policy, reasons: &Reasons, host: &impl Host) -> bool {
     let is_faulted = || !reasons.drawn.is_none() && reasons.withheld.is_none();
-    let is_limited = |admission: &Admission| {
-        let would_refuse = |remark: &Remark| matches!(remark, Remark::WouldRefuse(_));
-        admission.refused.is_some() || admission.remarks.iter().any(would_refuse)
+    let is_limited = |check: &LocalCheck| {
+        let would_refuse = |event: &LimitEvent| matches!(event, LimitEvent::WouldRefuse(_));
+        check.refusal.is_some() || check.events.iter().any(would_refuse)
     };
-    let is_limited_by_fleet = |inquiry: &Inquiry| inquiry.refused.is_some() || !inquiry.would_refuse.is_empty();
     let is_moved = || {
         let split = policy.routes.get(reasons.route?)?.split.as_ref()?;
         let canary = split.canary.as_ref().filter(|canary| !canary.shadow)?;
@@ -676,8 +738,8 @@ fn is_forced(force: ForcedSampling, policy: &Policy, reasons: &Reasons, host: &i
         Some(bucket_ppm < due.weight.ppm())
     };
     (force.fault && is_faulted())
-        || (force.rate_limit && reasons.admission.as_deref().is_some_and(is_limited))
-        || (force.rate_limit && reasons.inquiry.as_deref().is_some_and(is_limited_by_fleet))
+        || (force.rate_limit && reasons.local_limits.as_deref().is_some_and(is_limited))
+        || (force.rate_limit && reasons.global_limits.as_deref().is_some_and(GlobalCheck::is_over_limit))
         || (force.rollback && is_moved() == Some(true))
 }
 
@@ -696,16 +758,15 @@ fn rollouts(policy: &Policy, host: &impl Host) -> Vec<Option<Box<Rollout>>> {
     policy.routes.iter().enumerate().map(rollout).collect()
 }
 
-/// The secret in shared data, or a new one that all workers will find there.
-fn agree_on_secret(policy: &Policy, host: &impl Host) -> Secret {
-    let mut new = [0; 16];
-    for (bytes, word) in new.as_chunks_mut::<8>().0.iter_mut().zip([host.random(), host.random()]) {
-        *bytes = word.to_le_bytes();
-    }
-    let agreed =
-        update(host, &format!("{}secret", policy.state_prefix), |found| match found.and_then(<[u8]>::first_chunk) {
-            Some(known) => Change::Keep(*known),
-            None => Change::Write(new.to_vec(), new),
-        });
-    Secret(agreed.unwrap_or(new))
+/// For each route with limits, these limits.
+fn rate_limiters(policy: &Policy, host: &impl Host) -> Vec<Option<RateLimiter>> {
+    let scope = Scope::policy(&policy.name, host);
+    let limiter = |(index, route): (usize, &Route)| {
+        let limits = route.limits.as_ref()?;
+        // The breaker is the only feature that refuses a request after the limits.
+        let is_followed = route.breaker.is_some() && !limits.reads_subset();
+        let route = scope.within("route").within(&label(&route.name));
+        Some(RateLimiter::new(index, limits, is_followed, &route, &scope))
+    };
+    policy.routes.iter().enumerate().map(limiter).collect()
 }

@@ -220,12 +220,16 @@ impl<'a> Request<'a> {
         Fields::new(self.block).filter_map(|(name, _)| std::str::from_utf8(name).ok())
     }
 
-    /// All values of a header joined by commas: what Envoy matches when a header was sent more than once.
+    /// All values of a header, joined as Envoy joins the values of a repeated header before it matches them: by commas,
+    /// and the lines of `cookie` by "; " (RFC 9113, section 8.2.3).
     pub fn joined(&self, id: HeaderId) -> Option<Cow<'a, [u8]>> {
         match self.slot(id).values {
             0 => None,
             1 => self.first(id).map(Cow::Borrowed),
-            _ => Some(Cow::Owned(self.values(id).collect::<Vec<_>>().join(&b','))),
+            _ => {
+                let separator = if id == HeaderNames::COOKIE { &b"; "[..] } else { b"," };
+                Some(Cow::Owned(self.values(id).collect::<Vec<_>>().join(separator)))
+            }
         }
     }
 
@@ -250,12 +254,17 @@ impl<'a> Request<'a> {
 
     /// The first value of a query parameter, not decoded, as Envoy matches it.
     pub fn query_parameter(&self, name: &[u8]) -> Option<&'a [u8]> {
-        let target = self.first(HeaderNames::PATH)?;
-        let query = target.get(self.path.len()..)?.strip_prefix(b"?")?;
-        let query = query.split(|byte| *byte == b'#').next()?;
-        query.split(|byte| *byte == b'&').find_map(|parameter| {
-            let mut halves = parameter.splitn(2, |byte| *byte == b'=');
-            (halves.next() == Some(name)).then(|| halves.next().unwrap_or_default())
+        self.query_parameters().find(|(found, _)| *found == name).map(|(_, value)| value)
+    }
+
+    /// The names and values of the query parameters, not decoded. The value of a parameter without `=` is empty.
+    pub fn query_parameters(&self) -> impl Iterator<Item = (&'a [u8], &'a [u8])> + use<'a> {
+        let target = self.first(HeaderNames::PATH).unwrap_or_default();
+        let query = target.get(self.path.len()..).and_then(|query| query.strip_prefix(b"?")).unwrap_or_default();
+        let query = memchr(b'#', query).and_then(|end| query.get(..end)).unwrap_or(query);
+        query.split(|byte| *byte == b'&').map(|parameter| {
+            let end = memchr(b'=', parameter).unwrap_or(parameter.len());
+            (parameter.get(..end).unwrap_or_default(), parameter.get(end + 1..).unwrap_or_default())
         })
     }
 
@@ -460,6 +469,8 @@ mod tests {
         assert_eq!(request.query_parameter(b"x"), Some(&b"1"[..]));
         assert_eq!(request.query_parameter(b"y"), Some(&b""[..]));
         assert_eq!(request.query_parameter(b"z"), None);
+        let cookies = request.joined(HeaderNames::COOKIE);
+        assert_eq!(cookies.as_deref(), Some(&b"theme=dark; session=\"s1\"; late=1"[..]));
         assert_eq!(request.cookie(b"session"), Some(&b"s1"[..]));
         assert_eq!(request.cookie(b"late"), Some(&b"1"[..]));
         assert_eq!(request.cookie(b"heme"), None);

@@ -1,4 +1,11 @@
-//! What tells one client from another: where a cohort's and a limit's key come from.
+//! The keys that cohorts and limits are computed from, and the parts of a request that they are taken from.
+//!
+//! A key has one spelling, so that a client cannot have several cohorts or allowances by writing one key in several ways:
+//!
+//! - Query parameters, path segments and the values of cookies are percent-decoded, as Envoy decodes them ([`decode`]).
+//! - Of a header that is sent several times, the first value is the key, as in Envoy's rate limit filter. An application
+//!   that reads the last of several values can still be evaded.
+//! - An empty value counts as absent.
 
 use crate::address::Address;
 use crate::document::Value;
@@ -7,18 +14,20 @@ use crate::http::{HeaderId, HeaderNames, Request};
 use crate::matcher::read_header_name;
 use std::borrow::Cow;
 
-/// One place to take a key from.
+/// One part of a request that a key is taken from.
 #[derive(Debug)]
 pub enum KeySource {
-    /// All values of a header, joined by commas.
+    /// The first value of a header.
     Header(HeaderId),
+    /// The value of the first cookie with this name, percent-decoded.
     Cookie(Box<str>),
+    /// The first value of the query parameter with this name. Names and values are percent-decoded.
     QueryParameter(Box<str>),
-    /// Counted from 0.
+    /// The segment of the path with this index, counted from 0, percent-decoded.
     PathSegment(usize),
-    /// The client's address without its port, as Envoy worked it out from its trusted hops.
+    /// The client's address without its port, as Envoy determined it from its trusted hops.
     SourceAddress,
-    /// The client's address, or the network it is in.
+    /// The client's address, or a network that contains it.
     Network(Network),
     /// The name of the policy's route.
     Route,
@@ -28,37 +37,42 @@ pub enum KeySource {
     Subset,
 }
 
-/// Where a client's address is taken from, and how much of it.
+/// Where a client's address is taken from, and how many of its bits form the key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Network {
-    /// How many proxies in front of this one are trusted to have written what they saw into X-Forwarded-For, as in
-    /// Envoy's `xff_num_trusted_hops`; with `None` the header is not looked at.
+    /// The number of proxies in front of this one whose entries in X-Forwarded-For are trusted, as in Envoy's
+    /// `xff_num_trusted_hops`. With `None` the header is ignored.
     trusted_hops: Option<usize>,
     forwarded_for: HeaderId,
     v4_prefix: u32,
     v6_prefix: u32,
 }
 
-/// What keys are taken from.
+/// The request that keys are taken from, and what has been decided about it.
 #[derive(Clone, Copy)]
-pub struct Scene<'r, 'a> {
+pub struct KeyContext<'r, 'a> {
+    /// The request with its headers.
     pub request: &'r Request<'a>,
     /// The name of the policy's route.
     pub route: &'a str,
-    /// The subset that was chosen, where that has happened.
+    /// The subset of the destination; `None` before the destination is chosen.
     pub subset: Option<&'a str>,
+    /// The proxy's attributes of the request.
     pub properties: &'r dyn Properties,
 }
 
 impl KeySource {
-    /// The key that a request shows here, if any.
-    pub fn find<'a>(&self, scene: &Scene<'_, 'a>) -> Option<Cow<'a, [u8]>> {
-        let Scene { request, route, subset, properties } = *scene;
-        match self {
-            KeySource::Header(id) => request.joined(*id),
-            KeySource::Cookie(name) => request.cookie(name.as_bytes()).map(Cow::Borrowed),
-            KeySource::QueryParameter(name) => request.query_parameter(name.as_bytes()).map(Cow::Borrowed),
-            KeySource::PathSegment(index) => request.path_segment(*index).map(Cow::Borrowed),
+    /// The key that a request has here. `None` if this part of the request is absent or empty.
+    pub fn extract<'a>(&self, context: &KeyContext<'_, 'a>) -> Option<Cow<'a, [u8]>> {
+        let KeyContext { request, route, subset, properties } = *context;
+        let key = match self {
+            KeySource::Header(id) => request.first(*id).map(Cow::Borrowed),
+            KeySource::Cookie(name) => request.cookie(name.as_bytes()).map(decode),
+            KeySource::QueryParameter(name) => {
+                let is_it = |parameter: &(&[u8], &[u8])| *decode(parameter.0) == *name.as_bytes();
+                request.query_parameters().find(is_it).map(|(_, value)| decode(value))
+            }
+            KeySource::PathSegment(index) => request.path_segment(*index).map(decode),
             KeySource::SourceAddress => peer(properties).map(Cow::Owned),
             KeySource::Network(network) => {
                 network.find(request, properties).map(|network| Cow::Owned(network.into_bytes()))
@@ -69,10 +83,11 @@ impl KeySource {
                 properties.property(&path).map(Cow::Owned)
             }
             KeySource::Subset => subset.map(|subset| Cow::Borrowed(subset.as_bytes())),
-        }
+        };
+        key.filter(|key| !key.is_empty())
     }
 
-    /// The source in words.
+    /// A description of the source for people, such as "header x-user-id".
     pub fn describe(&self, names: &HeaderNames) -> String {
         match self {
             KeySource::Header(HeaderNames::METHOD) => "method".into(),
@@ -89,8 +104,8 @@ impl KeySource {
         }
     }
 
-    /// Reads a list of sources such as `[{cookie: session}, {sourceAddress: {}}]`. `is_for_cohort`: what they choose is
-    /// the subset.
+    /// Reads a list of sources such as `[{cookie: session}, {sourceAddress: {}}]`. `is_for_cohort` is true if the key
+    /// determines the subset, so that it cannot depend on the subset.
     pub fn read_list(value: &Value<'_>, is_for_cohort: bool, names: &mut HeaderNames) -> Vec<KeySource> {
         const MOST: usize = 8;
         let sources = value.array().unwrap_or_default();
@@ -127,7 +142,7 @@ impl KeySource {
                     "method" => Some(KeySource::Header(HeaderNames::METHOD)),
                     "route" => Some(KeySource::Route),
                     _ if is_for_cohort => {
-                        source.error("the cohort decides on the subset", "take the key from what the request brings");
+                        source.error("the cohort decides on the subset", "take the key from the request");
                         None
                     }
                     _ => Some(KeySource::Subset),
@@ -138,13 +153,13 @@ impl KeySource {
 }
 
 impl Network {
-    /// Whether a part of the address is left out.
+    /// Whether the key omits a part of the address.
     pub fn masks(&self) -> bool {
         self.v4_prefix < 32 || self.v6_prefix < 128
     }
 
-    /// The network of the address that the outermost trusted proxy saw, or where there is none, of whoever sent the
-    /// request to Envoy: entries further left in X-Forwarded-For are the client's own words.
+    /// The network of the address that the outermost trusted proxy has written. If there is no such address, the network
+    /// of the connection's peer: the client can forge the entries further left in X-Forwarded-For.
     fn find(&self, request: &Request<'_>, properties: &dyn Properties) -> Option<String> {
         let forwarded = || {
             let entries = request.joined(self.forwarded_for)?;
@@ -156,7 +171,32 @@ impl Network {
     }
 }
 
-/// The address of the connection's other end, as Envoy tells it, without the port.
+/// The percent-decoded `text`. Like Envoy's `PercentEncoding::decode`, it keeps a `%` that two hexadecimal digits do not
+/// follow, and a `+`.
+fn decode(text: &[u8]) -> Cow<'_, [u8]> {
+    if memchr::memchr(b'%', text).is_some() { Cow::Owned(decode_escapes(text)) } else { Cow::Borrowed(text) }
+}
+
+#[cold]
+#[inline(never)]
+fn decode_escapes(mut text: &[u8]) -> Vec<u8> {
+    let digit = |byte: u8| char::from(byte).to_digit(16);
+    let mut decoded = Vec::with_capacity(text.len());
+    while let Some((first, rest)) = text.split_first() {
+        text = rest;
+        if let (b'%', [high, low, after @ ..]) = (first, rest)
+            && let (Some(high), Some(low)) = (digit(*high), digit(*low))
+        {
+            decoded.push((high << 4 | low) as u8);
+            text = after;
+        } else {
+            decoded.push(*first);
+        }
+    }
+    decoded
+}
+
+/// The address of the connection's peer without the port, as Envoy reports it.
 fn peer(properties: &dyn Properties) -> Option<Vec<u8>> {
     let mut address = properties.property(&["source", "address"])?;
     let port = address.iter().rposition(|byte| *byte == b':')?;
@@ -185,7 +225,8 @@ fn read_source_address(value: &Value<'_>, names: &mut HeaderNames) -> Option<Key
     }))
 }
 
-/// Reads the path of an attribute: "connection.requested_server_name", or a list where a segment holds a dot.
+/// Reads the path of an attribute: a string such as "connection.requested_server_name", or a list of segments, which may
+/// contain dots.
 fn read_property(value: &Value<'_>) -> Option<KeySource> {
     let segments: Vec<Box<str>> = match value.as_string() {
         Some(path) => path.split('.').map(Box::from).collect(),
@@ -227,12 +268,72 @@ mod tests {
         let block =
             encode_headers(&[("x-user", "ann"), ("cookie", "s=1"), (":path", "/users/42?q=z"), (":method", "PUT")]);
         let request = &Request::parse(&block, &names);
-        let scene = Scene { request, route: "default", subset: Some("v2"), properties: &host };
-        let found: Vec<_> =
-            sources.iter().map(|source| String::from_utf8(source.find(&scene).unwrap().to_vec()).unwrap()).collect();
+        let context = KeyContext { request, route: "default", subset: Some("v2"), properties: &host };
+        let found: Vec<_> = sources
+            .iter()
+            .map(|source| String::from_utf8(source.extract(&context).unwrap().to_vec()).unwrap())
+            .collect();
         let expected =
             ["ann", "1", "z", "42", "[2001:db8::1]", "default", "claim", "claim", "PUT", "v2", "2001:db8::/32"];
         assert_eq!(found, expected);
+    }
+
+    /// The sources of a key, and the names of the headers that they read.
+    fn sources(text: &str) -> (Vec<KeySource>, HeaderNames) {
+        let node = Node::from_json(text.as_bytes()).unwrap();
+        let (report, mut names) = (Report::default(), HeaderNames::default());
+        let sources = KeySource::read_list(&Value::root(&node, &report), false, &mut names);
+        assert_eq!(report.into_diagnostics(), []);
+        (sources, names)
+    }
+
+    /// The key from the first source that the request has.
+    fn key(sources: &(Vec<KeySource>, HeaderNames), headers: &[(&str, &str)]) -> Option<String> {
+        let host = Sim::new(1);
+        let block = encode_headers(headers);
+        let request = &Request::parse(&block, &sources.1);
+        let context = KeyContext { request, route: "r", subset: None, properties: &host };
+        let key = sources.0.iter().find_map(|source| source.extract(&context))?;
+        Some(String::from_utf8_lossy(&key).into_owned())
+    }
+
+    #[test]
+    fn percent_encoded_keys_have_one_spelling() {
+        let sources = sources(r#"[{"queryParam": "key"}, {"cookie": "key"}, {"pathSegment": 1}]"#);
+        for path in ["/?key=abc", "/?key=%61bc", "/?key=a%62c", "/?k%65y=abc", "/?x=1&%6b%65%79=ab%63#f", "/u/a%62c"] {
+            assert_eq!(key(&sources, &[(":path", path)]).as_deref(), Some("abc"), "{path}");
+        }
+        for (sent, expected) in [("ann%40example.com", "ann@example.com"), ("\"a%3bb\"", "a;b"), ("a+b", "a+b")] {
+            let cookie = format!("other=1; key={sent}");
+            assert_eq!(key(&sources, &[(":path", "/"), ("cookie", &cookie)]).as_deref(), Some(expected));
+        }
+        // What is not an escape is kept, as Envoy keeps it.
+        for text in ["%", "%4", "%zz", "100%", "%+1", "a%%"] {
+            let path = format!("/?key={text}");
+            assert_eq!(key(&sources, &[(":path", &path)]).as_deref(), Some(text));
+        }
+        assert_eq!(key(&sources, &[(":path", "/?key=%2561")]).as_deref(), Some("%61"), "decoded once");
+    }
+
+    #[test]
+    fn the_first_value_of_a_repeated_header_is_the_key() {
+        let sources = sources(r#"[{"header": "x-api-key"}]"#);
+        for headers in [&[("x-api-key", "abc")][..], &[("x-api-key", "abc"), ("x-api-key", "n")]] {
+            assert_eq!(key(&sources, headers).as_deref(), Some("abc"), "{headers:?}");
+        }
+    }
+
+    #[test]
+    fn an_empty_value_is_absent() {
+        let sources = sources(
+            r#"[{"cookie": "k"}, {"queryParam": "k"}, {"header": "x-k"}, {"property": "a.b"}, {"method": {}}]"#,
+        );
+        for headers in [
+            &[(":method", "PUT"), (":path", "/?k="), ("cookie", "k="), ("x-k", "")][..],
+            &[(":method", "PUT"), (":path", "/?k"), ("cookie", "k=\"\"")],
+        ] {
+            assert_eq!(key(&sources, headers).as_deref(), Some("PUT"), "{headers:?}");
+        }
     }
 
     #[test]
@@ -249,7 +350,7 @@ mod tests {
             let headers: Vec<_> = forwarded.iter().map(|entry| ("x-forwarded-for", entry)).collect();
             let block = encode_headers(&headers);
             let request = &Request::parse(&block, &names);
-            let key = sources[0].find(&Scene { request, route: "", subset: None, properties: &host });
+            let key = sources[0].extract(&KeyContext { request, route: "", subset: None, properties: &host });
             key.map(|key| String::from_utf8(key.to_vec()).unwrap())
         };
         let peer = b"10.0.0.9:4711";
@@ -258,7 +359,7 @@ mod tests {
             (1, &["6.6.6.6, 192.0.2.1,10.0.0.1"], "192.0.2.1"),
             (1, &["6.6.6.6", "192.0.2.1", "10.0.0.1"], "192.0.2.1"),
             (1, &["[2001:DB8:0::1] ,\t10.0.0.1"], "2001:db8::1"),
-            // Fewer entries than trusted hops, or something else in their place: nobody trusted has written them.
+            // Fewer entries than trusted hops, or entries that are not addresses: no trusted proxy has written them.
             (2, &["6.6.6.6, 192.0.2.1"], "10.0.0.9"),
             (1, &["6.6.6.6, unknown, 10.0.0.1"], "10.0.0.9"),
             (1, &["6.6.6.6, 192.0.2.1:80, 10.0.0.1"], "10.0.0.9"),

@@ -8,8 +8,7 @@ use crate::fault::{Admin, Fault, Surroundings};
 use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
 use crate::matcher::{Condition, RequestMatch};
 use crate::outlier::Detection;
-use crate::ratelimit::service::{GlobalLimit, Place};
-use crate::ratelimit::{self, Keyspace, Limit, Rate};
+use crate::ratelimit::{self, RateLimits};
 use crate::route_table::RouteTable;
 use crate::slo::Slo;
 use crate::trace::TracePolicy;
@@ -55,11 +54,7 @@ pub struct Route {
     /// The target of each destination; where there are none, the route itself is the one target.
     pub targets: Vec<TargetId>,
     pub fault: Option<Fault>,
-    pub limits: Vec<Limit>,
-    /// The limits that a service keeps for a whole fleet.
-    pub global_limits: Vec<GlobalLimit>,
-    /// Whether a limit's key has to know the destination.
-    pub limits_read_subset: bool,
+    pub limits: Option<Arc<RateLimits>>,
     pub breaker: Option<Arc<BreakerPolicy>>,
     pub slo: Slo,
 }
@@ -208,25 +203,19 @@ impl Policy {
         self.routes.iter().filter_map(Route::canary).any(|canary| &*canary.rollout == rollout)
     }
 
-    /// The rate with the id `id`, and where its keys are kept.
-    pub fn rate(&self, id: usize) -> Option<(&Keyspace, &Rate)> {
-        let mut limits = self.routes.iter().flat_map(|route| &route.limits);
-        limits.find_map(|limit| Some((&limit.keyspace, limit.rates().find(|rate| rate.id == id)?)))
+    /// The rate limits of all routes.
+    fn limits(&self) -> impl Iterator<Item = &RateLimits> {
+        self.routes.iter().filter_map(|route| route.limits.as_deref())
     }
 
     /// Whether a service keeps one of the limits.
     pub fn has_services(&self) -> bool {
-        self.routes.iter().any(|route| !route.global_limits.is_empty())
-    }
-
-    /// The limit at `place` that a service keeps.
-    pub fn global_limit(&self, place: Place) -> Option<&GlobalLimit> {
-        self.routes.get(place.route)?.global_limits.get(place.limit)
+        self.limits().any(|limits| !limits.global.is_empty())
     }
 
     /// Whether a worker may reserve requests of a limit ahead.
     pub fn has_leases(&self) -> bool {
-        self.routes.iter().flat_map(|route| &route.limits).flat_map(Limit::rates).any(|rate| rate.lease > 0)
+        self.limits().flat_map(RateLimits::rates).any(|rate| rate.lease > 0)
     }
 
     /// The first route that matches.
@@ -237,11 +226,6 @@ impl Policy {
 }
 
 impl Route {
-    /// Whether anything limits its rate.
-    pub fn has_limits(&self) -> bool {
-        !self.limits.is_empty() || !self.global_limits.is_empty()
-    }
-
     /// The destination on trial.
     pub fn canary(&self) -> Option<&Canary> {
         self.split.as_ref()?.canary.as_deref()
@@ -372,13 +356,11 @@ impl Reading {
             };
             Fault::read(&value, around)
         });
-        let (limits, global_limits) = fields
-            .optional("rateLimits")
-            .map(|value| {
-                let first = self.routes.iter().flat_map(|route| &route.limits).flat_map(Limit::rates).count();
-                ratelimit::read(&value, first, &self.state_prefix, &label(name), &mut self.header_names)
-            })
-            .unwrap_or_default();
+        let limits = fields.optional("rateLimits").map(|value| {
+            let earlier = self.routes.iter().filter_map(|route| route.limits.as_deref());
+            let first = earlier.flat_map(RateLimits::rates).count();
+            ratelimit::read(&value, first, &self.state_prefix, &label(name), &mut self.header_names)
+        });
         let breaker = fields
             .optional("circuitBreaker")
             .and_then(|value| BreakerPolicy::read(&value, &self.state_prefix, &label(name)))
@@ -407,9 +389,7 @@ impl Reading {
                     .error("a second way to ask about one destination's hosts", "write one guard.admin.cluster");
             }
         }
-        let limits_read_subset =
-            limits.iter().chain(global_limits.iter().map(|global| &global.limit)).any(Limit::reads_subset);
-        if limits_read_subset && split.is_none() {
+        if limits.as_ref().is_some_and(RateLimits::reads_subset) && split.is_none() {
             fields.value().error("a limit by subset, and no destinations", "write the route's destinations");
         }
         Some(Route {
@@ -418,9 +398,7 @@ impl Reading {
             split,
             targets,
             fault,
-            limits,
-            global_limits,
-            limits_read_subset,
+            limits: limits.filter(|limits| !limits.is_empty()).map(Arc::new),
             breaker,
             slo,
         })

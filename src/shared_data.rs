@@ -16,6 +16,9 @@ pub trait Record: Sized {
     /// The number of the layout that [`Record::encode`] writes. Change it with the layout.
     const SCHEMA: u8;
 
+    /// The bytes that are allocated for a record, with its schema, before it is encoded.
+    const CAPACITY: usize = 32;
+
     /// Appends the record to `bytes`, without the schema.
     fn encode(&self, bytes: &mut Vec<u8>);
 
@@ -140,7 +143,8 @@ impl<R: Record> SharedCell<R> {
 
 /// The bytes of a record, with its schema.
 fn bytes<R: Record>(record: &R) -> Vec<u8> {
-    let mut bytes = vec![R::SCHEMA];
+    let mut bytes = Vec::with_capacity(R::CAPACITY);
+    bytes.push(R::SCHEMA);
     record.encode(&mut bytes);
     bytes
 }

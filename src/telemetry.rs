@@ -6,13 +6,11 @@
 //! metric is atomic and far cheaper than a shared word.
 
 mod fault;
-mod limit;
 mod target;
 
 use crate::host::{MetricId, Metrics};
 use crate::policy::{Policy, Route, label};
 use crate::shared_data::SharedDataProblem;
-use limit::{LimitMeters, ServiceMeters};
 
 pub use fault::{FaultMeters, HostMeters, ReportMeters};
 pub use target::{DestinationMeters, TargetMeters};
@@ -38,11 +36,6 @@ pub struct RouteMeters {
     pub faults: Option<FaultMeters>,
     /// Where they are aimed at hosts or attempts.
     pub report: Option<ReportMeters>,
-    /// In the order of the route's limits.
-    limits: Vec<LimitMeters>,
-    /// In the order of the route's global limits.
-    services: Vec<ServiceMeters>,
-    state: StateMeters,
 }
 
 /// The health of shared data.
@@ -50,8 +43,6 @@ pub struct RouteMeters {
 struct StateMeters {
     /// Words under our keys that were not ours.
     garbage: MetricId,
-    /// Limit keys that shared their full bucket's overflow time.
-    overflow: MetricId,
     /// Requests refused because a compare-and-swap was given up.
     contended: MetricId,
 }
@@ -96,11 +87,10 @@ impl Meters {
         let scope = Scope::policy(&policy.name, metrics);
         let targets: Vec<TargetMeters> =
             policy.targets.iter().map(|target| TargetMeters::define(target, &scope)).collect();
-        let state = StateMeters::define(&scope.within("state"));
         Meters {
             unmatched: scope.counter("unmatched"),
-            routes: policy.routes.iter().map(|route| RouteMeters::define(route, &targets, state, &scope)).collect(),
-            state,
+            routes: policy.routes.iter().map(|route| RouteMeters::define(route, &targets, &scope)).collect(),
+            state: StateMeters::define(&scope.within("state")),
             targets,
         }
     }
@@ -117,21 +107,12 @@ impl Meters {
 
 impl StateMeters {
     fn define(state: &Scope<'_, impl Metrics>) -> StateMeters {
-        StateMeters {
-            garbage: state.counter("garbage"),
-            overflow: state.counter("overflow"),
-            contended: state.counter("contended"),
-        }
+        StateMeters { garbage: state.counter("garbage"), contended: state.counter("contended") }
     }
 }
 
 impl RouteMeters {
-    fn define(
-        route: &Route,
-        targets: &[TargetMeters],
-        state: StateMeters,
-        policy: &Scope<'_, impl Metrics>,
-    ) -> RouteMeters {
+    fn define(route: &Route, targets: &[TargetMeters], policy: &Scope<'_, impl Metrics>) -> RouteMeters {
         let scope = policy.within("route").within(&label(&route.name));
         let mut targets = route.targets.iter().filter_map(|target| targets.get(target.0));
         let fault = route.fault.as_ref();
@@ -149,9 +130,6 @@ impl RouteMeters {
             destinations,
             faults: fault.map(|_| FaultMeters::define(&scope.within("fault"))),
             report: upstream.map(|target| ReportMeters::define(target, &scope.within("fault"))),
-            limits: route.limits.iter().map(|limit| LimitMeters::define(limit, &scope)).collect(),
-            services: route.global_limits.iter().map(|limit| ServiceMeters::define(&limit.limit, &scope)).collect(),
-            state,
         }
     }
 

@@ -16,12 +16,12 @@
 //! - [`Worker::on_end`] gives back whatever a stream still has: a place among the delayed streams, a slot of `maxActive`,
 //!   a request that waits for a service and what it has charged.
 
-use crate::fault::{DelayedStreams, Due, Slot};
+use crate::fault::{DelayedStreams, Due};
 use crate::filter::{Exchange, Experiment, Filter, Header, Hold, Reasons, Verdict, Waiting};
 use crate::host::{GrpcAnswer, Host};
 use crate::http::{HeaderMutation, LocalReply};
 use crate::policy::Policy;
-use crate::ratelimit::service::{Outcome, PendingStreams};
+use crate::ratelimit::service::{PendingStreams, ServiceOutcome};
 use crate::units::MonotonicInstant;
 use hashbrown::HashMap;
 use std::collections::VecDeque;
@@ -59,7 +59,7 @@ struct Pending {
 struct Answered {
     stream: u32,
     pending: Pending,
-    outcome: Outcome,
+    outcome: ServiceOutcome,
     at: MonotonicInstant,
 }
 
@@ -211,35 +211,34 @@ impl Worker {
 
     /// Gives back what an ended stream still has. To be called for each stream when it has ended, however it ended.
     pub fn on_end(&mut self, host: &impl Host, stream: &mut Stream) {
-        self.filter.on_end(&mut stream.exchange, host);
-        let held = if std::mem::take(&mut stream.is_held) { self.cancel(host, stream.id) } else { None };
+        let mut reached_upstream = true;
+        let mut held = None;
+        if std::mem::take(&mut stream.is_held) {
+            if let Some(exchange) = self.resumed.remove(&stream.id) {
+                stream.exchange = exchange;
+            }
+            if let Some(hold) = self.delayed.cancel(stream.id) {
+                (held, reached_upstream) = (hold.slot, false);
+            } else {
+                self.cancel(host, stream.id);
+            }
+        }
+        self.filter.on_end(host, &mut stream.exchange, reached_upstream);
         if let Some(slot) = held.or(stream.exchange.slot.take()) {
             self.filter.free(slot, host);
         }
     }
 
-    /// Removes a stream from wherever it is held, and returns the slot that it has.
+    /// Removes a stream that waits for a call, or whose call is answered.
     #[inline(never)]
-    fn cancel(&mut self, host: &impl Host, stream: u32) -> Option<Slot> {
-        if let Some(hold) = self.delayed.cancel(stream) {
-            return hold.slot.or_else(|| self.end_resumed(host, stream));
+    fn cancel(&mut self, host: &impl Host, stream: u32) {
+        if let Some(pending) = self.pending.cancel(stream) {
+            self.filter.on_gone(host, *pending.waiting, None);
+        } else if let Some(at) = self.answered.iter().position(|answered| answered.stream == stream)
+            && let Some(Answered { pending, outcome, .. }) = self.answered.remove(at)
+        {
+            self.filter.on_gone(host, *pending.waiting, Some(outcome));
         }
-        let answered = || {
-            let at = self.answered.iter().position(|answered| answered.stream == stream)?;
-            Some(self.answered.remove(at)?.pending)
-        };
-        if let Some(pending) = self.pending.cancel(stream).or_else(answered) {
-            self.filter.on_gone(host, *pending.waiting);
-            return None;
-        }
-        self.end_resumed(host, stream)
-    }
-
-    /// Ends a stream that waited for a call and has got no response.
-    fn end_resumed(&mut self, host: &impl Host, stream: u32) -> Option<Slot> {
-        let mut exchange = self.resumed.remove(&stream)?;
-        self.filter.on_end(&mut exchange, host);
-        exchange.slot
     }
 
     /// Takes the answer to a gRPC call, and releases streams that waited for it.
@@ -340,7 +339,7 @@ impl Worker {
         let Some(answered) = self.answered.pop_front() else { return false };
         let Answered { stream, pending: Pending { headers, waiting }, outcome, .. } = answered;
         if !streams.select(stream) {
-            self.filter.on_gone(host, *waiting);
+            self.filter.on_gone(host, *waiting, Some(outcome));
             return false;
         }
         let decision = self.filter.on_settled(host, &headers, self.delayed.has_room(), waiting, outcome);

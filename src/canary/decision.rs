@@ -5,7 +5,7 @@ use super::cohort_header::CohortAssignment;
 use super::policy::{Canary, Split};
 use crate::host::Properties;
 use crate::http::Request;
-use crate::key::Scene;
+use crate::key::KeyContext;
 use crate::units::{Fraction, UnixNanos, point};
 use std::borrow::Cow;
 
@@ -81,7 +81,7 @@ impl Split {
             .as_ref()?
             .key
             .iter()
-            .find_map(|source| source.find(&Scene { request, route, subset: None, properties }))
+            .find_map(|source| source.extract(&KeyContext { request, route, subset: None, properties }))
     }
 
     /// Chooses a destination for a request with `key`. `draw` returns a uniformly random number; it is called only if there

@@ -155,7 +155,10 @@ pub trait Host: SharedData + Metrics + Properties + HttpClient + GrpcClient {
     fn wall_now(&self) -> UnixNanos;
     /// A uniformly distributed number.
     fn random(&self) -> u64;
-    /// Whether [`Host::publish`] would publish something.
+    /// 16 bytes from the system's random source, for a secret. They must not come from the generator of [`Host::random`],
+    /// whose numbers are published as span ids.
+    fn secret_bytes(&self) -> [u8; 16];
+    /// Whether [`Host::publish`] would publish something, or [`Host::take_problems`] would return something.
     fn has_unpublished(&self) -> bool;
     /// Publishes what was added to metrics since the last time.
     fn publish(&self);

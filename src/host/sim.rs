@@ -250,6 +250,11 @@ impl Host for Sim {
         drawn
     }
 
+    /// From the seeded generator, so that a simulation can be repeated.
+    fn secret_bytes(&self) -> [u8; 16] {
+        (u128::from(self.random()) | u128::from(self.random()) << 64).to_le_bytes()
+    }
+
     /// Metrics are written at once.
     fn has_unpublished(&self) -> bool {
         false

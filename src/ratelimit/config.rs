@@ -1,12 +1,12 @@
-//! Reads `rateLimits`.
+//! Reads the `rateLimits` block of a route.
 
 use super::gcra::Gcra;
 use super::policy::{
-    ANSWER_EPOCH, Answer, Body, Candidate, Cost, DEFAULT_MAX_KEYS, Keyspace, Limit, MAX_OVERRIDES, OnMissing, Override,
-    Rate, Statuses, buckets,
+    CandidateRate, Cost, DEFAULT_MAX_KEYS, Keyspace, Limit, MAX_OVERRIDES, OnMissing, Override, PENDING_EPOCH, Rate,
+    RateLimits, RejectionBody, ResponseOptions, StatusRanges, buckets,
 };
-use super::service::{self, GlobalLimit, Service};
-use super::table::Terms;
+use super::service::{self, GlobalLimit, RateLimitService};
+use super::table::RateParams;
 use crate::document::{Value, quoted};
 use crate::http::HeaderNames;
 use crate::key::KeySource;
@@ -19,23 +19,17 @@ const UNITS: [(&str, (u64, &str)); 4] = [
     ("day", (86_400_000_000_000, "a day")),
 ];
 
-/// The most requests of a rate, of a burst, and that one request counts as.
-const MOST_REQUESTS: u64 = 1_000_000_000;
+/// The largest rate, burst and cost, in requests.
+const MAX_REQUESTS: u64 = 1_000_000_000;
 
-/// Reads the limits of the route called `route`: those that the proxy keeps, whose rates' ids begin at `first`, and those
-/// that a service does. `prefix` is what the policy's shared words start with.
-pub fn read(
-    value: &Value<'_>,
-    first: usize,
-    prefix: &str,
-    route: &str,
-    names: &mut HeaderNames,
-) -> (Vec<Limit>, Vec<GlobalLimit>) {
-    const MOST: usize = 16;
+/// Reads the limits of the route `route`. The ids of their rates begin at `first`. `prefix` is the prefix of the policy's
+/// shared-data keys.
+pub(crate) fn read(value: &Value<'_>, first: usize, prefix: &str, route: &str, names: &mut HeaderNames) -> RateLimits {
+    const MAX_ITEMS: usize = 16;
     let mut limits: Vec<Limit> = Vec::new();
     let mut global: Vec<GlobalLimit> = Vec::new();
     let mut next_id = first;
-    for item in &read_items(value, MOST) {
+    for item in &read_items(value, MAX_ITEMS) {
         let Some((mut limit, service)) = read_limit(item, prefix, route, names) else { continue };
         let mut known = limits.iter().chain(global.iter().map(|global| &global.limit));
         if known.any(|known| known.name == limit.name) {
@@ -46,7 +40,7 @@ pub fn read(
         }
         match service {
             Some(service) => {
-                // Its fallback leases nothing: a worker's leases are those of the limits that the proxy keeps.
+                // The fallback of a global limit is never leased: rates without an id of their own have no leases.
                 limit.rate.lease = 0;
                 global.push(GlobalLimit { limit, service });
             }
@@ -60,10 +54,10 @@ pub fn read(
             }
         }
     }
-    (limits, global)
+    RateLimits { local: limits, global }
 }
 
-/// The items of a list of at most `most`.
+/// The items of a list that has at most `most` items.
 fn read_items<'a>(value: &Value<'a>, most: usize) -> Vec<Value<'a>> {
     let items = value.array().unwrap_or_default();
     if items.len() > most {
@@ -78,7 +72,7 @@ fn read_limit(
     prefix: &str,
     route: &str,
     names: &mut HeaderNames,
-) -> Option<(Limit, Option<Service>)> {
+) -> Option<(Limit, Option<RateLimitService>)> {
     let mut fields = value.object()?;
     let name = fields.required("name").and_then(|value| value.name());
     let rate = fields.required("limit").and_then(|value| read_rate(&value));
@@ -99,12 +93,12 @@ fn read_limit(
     let cost = fields.optional("cost").and_then(|value| read_cost(&value, names));
     let counted = fields.optional("charge").and_then(|value| read_charge(&value));
     let candidates = fields.optional("candidates").map(|value| read_candidates(&value)).unwrap_or_default();
-    let answer = fields.optional("response").map(|value| read_answer(&value)).unwrap_or_default();
+    let response = fields.optional("response").map(|value| read_response(&value)).unwrap_or_default();
     if let Some(Some(_)) = service
-        && answer.tells()
+        && response.announces_quota()
     {
         value.error(
-            "a response that tells what is left of a limit that a service keeps",
+            "a response that announces the quota of a global limit",
             "remove enableXRatelimitHeaders and enableRateLimitFields",
         );
     }
@@ -116,7 +110,7 @@ fn read_limit(
         prefix.push_str("answers/");
     }
     let keyspace = |prefix: &str, longest| Keyspace { prefix: prefix.into(), buckets, longest };
-    let longest = overrides.iter().fold(rate.terms, |longest, other: &Override| Terms {
+    let longest = overrides.iter().fold(rate.params, |longest, other: &Override| RateParams {
         gcra: longest.gcra.longer(other.rate.gcra()),
         ..longest
     });
@@ -131,50 +125,50 @@ fn read_limit(
         candidates: candidates
             .into_iter()
             .map(|(name, rate)| {
-                let keyspace = keyspace(&format!("{prefix}candidate/{name}/"), rate.terms);
-                Candidate { name, rate: Rate { lease: 0, ..rate }, keyspace }
+                let keyspace = keyspace(&format!("{prefix}candidate/{name}/"), rate.params);
+                CandidateRate { name, rate: Rate { lease: 0, ..rate }, keyspace }
             })
             .collect(),
         counted,
         shadow: shadow.unwrap_or(false),
-        answer,
+        response,
     };
     let lowest = limit.rates().map(|rate| rate.gcra().burst()).min();
     if matches!(limit.cost, Cost::Fixed(cost) if lowest.is_some_and(|burst| u64::from(cost) > burst)) {
         value.error("a cost above the burst", "write a larger burst: no request would ever be admitted");
     }
-    limit.settle_terms();
+    limit.disable_leases_of_exact_limits();
     Some((limit, service))
 }
 
 impl Limit {
-    /// Leases none of a limit of which every request has to be known: what is told of it, and what is held of it, is
-    /// exact.
-    fn settle_terms(&mut self) {
-        let (is_counted, is_told) = (self.counted.is_some(), self.answer.tells());
+    /// Disables leases of limits that need exact numbers: those that announce the remaining quota, and those with pending
+    /// charges.
+    fn disable_leases_of_exact_limits(&mut self) {
+        let (is_counted, is_announced) = (self.counted.is_some(), self.response.announces_quota());
         let rates = std::iter::once(&mut self.rate)
             .chain(self.overrides.iter_mut().map(|other| &mut other.rate))
             .chain(self.candidates.iter_mut().map(|candidate| &mut candidate.rate));
         for rate in rates {
             if is_counted {
-                rate.terms.epoch = ANSWER_EPOCH;
+                rate.params.epoch = PENDING_EPOCH;
             }
-            if is_counted || is_told {
+            if is_counted || is_announced {
                 rate.lease = 0;
             }
         }
         let keyspaces = self.candidates.iter_mut().map(|candidate| &mut candidate.keyspace);
         for keyspace in keyspaces.chain([&mut self.keyspace]) {
-            keyspace.longest.epoch = self.rate.terms.epoch;
+            keyspace.longest.epoch = self.rate.params.epoch;
         }
     }
 }
 
 fn read_rate(value: &Value<'_>) -> Option<Rate> {
     let mut fields = value.object()?;
-    let requests = fields.required("requestsPerUnit").and_then(|value| value.integer(1..=MOST_REQUESTS));
+    let requests = fields.required("requestsPerUnit").and_then(|value| value.integer(1..=MAX_REQUESTS));
     let unit = fields.required("unit").and_then(|value| value.one_of(&UNITS));
-    let burst = fields.optional("burst").map(|value| value.integer(1..=MOST_REQUESTS));
+    let burst = fields.optional("burst").map(|value| value.integer(1..=MAX_REQUESTS));
     fields.end();
     let (requests, (nanoseconds, unit)) = (requests?, unit?);
     let burst = burst.unwrap_or(Some(requests))?;
@@ -188,7 +182,7 @@ fn read_rate(value: &Value<'_>) -> Option<Rate> {
 
 fn read_overrides(value: &Value<'_>, parts: usize) -> Vec<Override> {
     if parts == 0 {
-        value.error("overrides of a limit without a key", "write the key whose values they are for");
+        value.error("overrides of a limit without a key", "write the key that the overrides match");
     }
     read_items(value, MAX_OVERRIDES).iter().filter_map(|item| read_override(item, parts)).collect()
 }
@@ -212,18 +206,17 @@ fn read_override(value: &Value<'_>, parts: usize) -> Option<Override> {
 
 fn read_cost(value: &Value<'_>, names: &mut HeaderNames) -> Option<Cost> {
     let mut fields = value.object()?;
-    let number = fields
-        .optional("number")
-        .map(|value| value.integer(1..=MOST_REQUESTS).map(|number| Cost::Fixed(number as u32)));
+    let number =
+        fields.optional("number").map(|value| value.integer(1..=MAX_REQUESTS).map(|number| Cost::Fixed(number as u32)));
     let otherwise = fields.optional("default");
     let is_by_default = otherwise.is_some();
-    let otherwise = otherwise.and_then(|value| value.integer(0..=MOST_REQUESTS)).unwrap_or(1) as u32;
+    let otherwise = otherwise.and_then(|value| value.integer(0..=MAX_REQUESTS)).unwrap_or(1) as u32;
     let header = fields.optional("header").map(|value| {
         let id = read_header_name(&value, value.text()?, names)?;
         Some(Cost::Header { id, otherwise })
     });
     let bytes = fields.optional("bytesPerRequest").map(|value| {
-        let unit = value.integer(1..=MOST_REQUESTS)? as u32;
+        let unit = value.integer(1..=MAX_REQUESTS)? as u32;
         Some(Cost::ContentLength { id: read_header_name(&value, "content-length", names)?, unit, otherwise })
     });
     if number.is_some() && is_by_default {
@@ -237,7 +230,7 @@ fn read_cost(value: &Value<'_>, names: &mut HeaderNames) -> Option<Cost> {
     found.into_iter().next().flatten()
 }
 
-fn read_charge(value: &Value<'_>) -> Option<Statuses> {
+fn read_charge(value: &Value<'_>) -> Option<StatusRanges> {
     let mut fields = value.object()?;
     let statuses = fields.required("onResponse").and_then(|value| {
         let mut fields = value.object()?;
@@ -249,11 +242,11 @@ fn read_charge(value: &Value<'_>) -> Option<Statuses> {
     statuses
 }
 
-fn read_statuses(value: &Value<'_>) -> Option<Statuses> {
+fn read_statuses(value: &Value<'_>) -> Option<StatusRanges> {
     const CLASSES: [(&str, (u16, u16)); 4] =
         [("2xx", (200, 299)), ("3xx", (300, 399)), ("4xx", (400, 499)), ("5xx", (500, 599))];
-    const MOST: usize = 16;
-    let items = read_items(value, MOST);
+    const MAX_ITEMS: usize = 16;
+    let items = read_items(value, MAX_ITEMS);
     if items.is_empty() {
         value.unfit("expected statuses, such as [401, \"5xx\"]");
     }
@@ -261,13 +254,13 @@ fn read_statuses(value: &Value<'_>) -> Option<Statuses> {
         Some(_) => item.one_of(&CLASSES),
         None => item.integer(200..=599).map(|status| (status as u16, status as u16)),
     };
-    Some(Statuses(items.iter().filter_map(status).collect()))
+    Some(StatusRanges(items.iter().filter_map(status).collect()))
 }
 
 fn read_candidates(value: &Value<'_>) -> Vec<(Box<str>, Rate)> {
-    const MOST: usize = 8;
+    const MAX_ITEMS: usize = 8;
     let mut candidates: Vec<(Box<str>, Rate)> = Vec::new();
-    for item in &read_items(value, MOST) {
+    for item in &read_items(value, MAX_ITEMS) {
         let Some(mut fields) = item.object() else { continue };
         let name = fields.required("name").and_then(|value| value.name());
         let rate = fields.required("limit").and_then(|value| read_rate(&value));
@@ -281,9 +274,9 @@ fn read_candidates(value: &Value<'_>) -> Vec<(Box<str>, Rate)> {
     candidates
 }
 
-fn read_answer(value: &Value<'_>) -> Answer {
-    let Some(mut fields) = value.object() else { return Answer::default() };
-    let standard = Answer::default();
+fn read_response(value: &Value<'_>) -> ResponseOptions {
+    let Some(mut fields) = value.object() else { return ResponseOptions::default() };
+    let standard = ResponseOptions::default();
     let mut flag = |name, standard: bool| fields.optional(name).and_then(|value| value.bool()).unwrap_or(standard);
     let retry_after = flag("enableRetryAfterHeader", standard.retry_after);
     let x_envoy_ratelimited = !flag("disableXEnvoyRatelimitedHeader", !standard.x_envoy_ratelimited);
@@ -302,14 +295,14 @@ fn read_answer(value: &Value<'_>) -> Answer {
     fields.end();
     let own = body.and_then(|value| {
         let text = value.string()?;
-        if text.len() > MOST_BODY {
-            value.error(format!("{} bytes", text.len()), format!("a body has at most {MOST_BODY}"));
+        if text.len() > MAX_BODY {
+            value.error(format!("{} bytes", text.len()), format!("a body has at most {MAX_BODY}"));
         }
-        Some(Body::Own(text.into()))
+        Some(RejectionBody::Own(text.into()))
     });
-    Answer {
+    ResponseOptions {
         status: status.map_or(standard.status, |status| status as u16),
-        body: if is_problem { Body::Problem } else { own.unwrap_or_default() },
+        body: if is_problem { RejectionBody::Problem } else { own.unwrap_or_default() },
         content_type: content_type.and_then(|value| read_header_value(&value)),
         headers,
         x_ratelimit: x_ratelimit.unwrap_or(standard.x_ratelimit),
@@ -319,17 +312,17 @@ fn read_answer(value: &Value<'_>) -> Answer {
     }
 }
 
-/// The longest body of a refusal, in bytes: every refused request carries it.
-const MOST_BODY: usize = 4096;
+/// The longest body of a refusal, in bytes. Every refusal contains it.
+const MAX_BODY: usize = 4096;
 
 fn read_headers(value: &Value<'_>) -> Vec<(Box<str>, Box<str>)> {
-    const MOST: usize = 16;
+    const MAX_ITEMS: usize = 16;
     let entries = value.entries().unwrap_or_default();
-    if entries.len() > MOST {
-        value.error(format!("{} headers", entries.len()), format!("an answer has at most {MOST} of your own"));
+    if entries.len() > MAX_ITEMS {
+        value.error(format!("{} headers", entries.len()), format!("an answer has at most {MAX_ITEMS} of your own"));
     }
     let mut headers = Vec::new();
-    for (name, value) in entries.iter().take(MOST) {
+    for (name, value) in entries.iter().take(MAX_ITEMS) {
         let lower = name.to_ascii_lowercase();
         let is_ours = lower.starts_with(':')
             || lower.starts_with("grpc-")
@@ -346,7 +339,7 @@ fn read_headers(value: &Value<'_>) -> Vec<(Box<str>, Box<str>)> {
     headers
 }
 
-/// Reads a header's value: visible ASCII, blanks within.
+/// Reads the value of a header: visible ASCII characters, and blanks between them.
 fn read_header_value(value: &Value<'_>) -> Option<Box<str>> {
     let text = value.text()?;
     if text.len() > 1024 || text.trim().len() != text.len() || !text.bytes().all(|byte| (0x20..0x7f).contains(&byte)) {

@@ -1,407 +1,409 @@
-//! Whether one request is admitted.
+//! The decision whether the proxy's own limits admit a request.
+//!
+//! A [`LocalLimiter`] charges a request to each limit of its route in turn. If one limit refuses, the charges of the
+//! earlier ones are refunded. A charge is made in a worker's lease ([`super::lease`]), or in the bucket of the key
+//! ([`super::table`]). If a limit counts only some responses, its charge stays pending until the response is known.
 
-use super::gcra::Test;
+use super::gcra::Conformance;
 use super::lease::Leases;
 use super::policy::{Keyspace, Limit, OnMissing, Rate, Secret};
-use super::table::{Bucket, Place, Reservation, Standing};
-use crate::host::{Change, Conflict, SharedData, update};
-use crate::key::Scene;
+use super::table::{Bucket, EntryKind, RemainingQuota, Reservation};
+use crate::host::SharedData;
+use crate::key::KeyContext;
+use crate::shared_data::{Change, SharedCell};
 use crate::units::MonotonicInstant;
 use std::hash::Hasher;
 
-/// What the limits of a route say of a request. Limits are indices into the route's limits.
+/// What the proxy's own limits decided about a request. Limits are indices into [`super::RateLimits::local`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Admission {
-    pub refused: Option<Refusal>,
-    pub remarks: Vec<Remark>,
-    /// The limit that leaves the least, of those that tell.
-    pub told: Option<Told>,
-    /// What is held until the answer is known.
-    pub held: Vec<Held>,
-    /// Keys that found their bucket full and shared its overflow time.
+pub struct LocalCheck {
+    /// The limit that refused the request, if one did.
+    pub refusal: Option<Refusal>,
+    /// What else is counted.
+    pub events: Vec<LimitEvent>,
+    /// How many keys found their bucket full and were charged to the entry that its other keys share.
     pub overflows: u64,
-    /// Words that were not ours and were replaced.
-    pub garbage: u64,
-    /// Whether a compare-and-swap was given up; the request was refused then.
-    pub contended: bool,
-    /// What was charged, as far as somebody may yet refuse; nothing where a limit has.
-    charges: Vec<Charged>,
 }
 
-/// What else is to be counted. Limits are as in [`Admission`].
+/// An event of a limit that does not decide about the request. Limits are indices as in [`LocalCheck`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Remark {
-    /// This limit is in shadow and would have refused.
+pub enum LimitEvent {
+    /// This limit is in shadow mode and would have refused.
     WouldRefuse(usize),
     /// This candidate of a limit, an index into its candidates, would have refused.
     CandidateWouldRefuse(usize, usize),
     /// The request lacks a part of this limit's key.
-    Incomplete(usize),
+    IncompleteKey(usize),
 }
 
-/// Which limit refused, and why.
+/// The limit that refused a request, and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    pub reason: Reason,
-    pub told: Told,
+    /// Why the limit refused.
+    pub reason: RefusalReason,
+    /// The limit and its remaining quota.
+    pub quota: QuotaStatus,
 }
 
 /// Why a request was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reason {
-    /// It would be admitted in so many nanoseconds.
-    TooEarly(u64),
-    /// It costs more than the burst.
-    TooDear,
-    /// It lacks a part of the key.
-    Incomplete,
+pub enum RefusalReason {
+    /// The rate is exceeded. The request would be admitted in this number of nanoseconds.
+    RateExceeded(u64),
+    /// The request costs more than the burst.
+    CostExceedsBurst,
+    /// The request lacks a part of the key.
+    IncompleteKey,
 }
 
-/// What is left under one limit.
+/// The remaining quota of a key under one limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Told {
+pub struct QuotaStatus {
+    /// An index into the route's limits.
     pub limit: usize,
-    /// The override that matches the key.
-    pub exception: Option<usize>,
-    /// How many requests could follow at once.
+    /// The override that matches the key, an index into the limit's overrides.
+    pub override_index: Option<usize>,
+    /// The number of requests that could follow at once.
     pub remaining: u64,
-    /// Nanoseconds until the whole burst could follow; where nothing remains, until one request could.
+    /// Nanoseconds until the whole burst could follow. If nothing remains, nanoseconds until one request could follow.
     pub reset: u64,
 }
 
-/// Room that is kept for a request until it is known whether it counts.
+/// A charge for a request, until it is committed, settled or refunded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Held {
+pub(super) struct LocalCharge {
     limit: usize,
-    /// An index into the limit's candidates, where the room is one's.
+    /// An index into the limit's candidates if the charge is a candidate's.
     candidate: Option<usize>,
-    exception: Option<usize>,
+    override_index: Option<usize>,
     fingerprint: u64,
-    reservation: Reservation,
+    cost: u32,
+    location: ChargeLocation,
 }
 
-/// A request's key.
-struct Key {
+/// Where a charge was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum ChargeLocation {
+    /// In the requests that the worker had reserved.
+    Lease,
+    /// In an entry of the key's bucket.
+    Bucket(EntryKind),
+    /// Reserved in the key's bucket: only the response determines whether the request counts.
+    Pending(Reservation),
+}
+
+impl LocalCharge {
+    /// Whether the response determines if the request counts.
+    pub(super) fn is_pending(&self) -> bool {
+        matches!(self.location, ChargeLocation::Pending(_))
+    }
+}
+
+/// How the request of a pending charge ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ChargeOutcome {
+    /// With a response of this HTTP status, which may count.
+    Answered(u16),
+    /// Without a response from the upstream that it was sent to. It counts, because it may have failed.
+    Unanswered,
+    /// The upstream has not processed it, so it does not count.
+    NotAttempted,
+}
+
+/// A request's key under one limit.
+struct LimitKey {
     fingerprint: u64,
     /// The first override that matches.
-    exception: Option<usize>,
+    override_index: Option<usize>,
     is_incomplete: bool,
 }
 
-/// A charge that was made, to be taken back should somebody refuse later.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Charged {
-    limit: usize,
-    /// As in [`Held`].
-    candidate: Option<usize>,
-    exception: Option<usize>,
-    fingerprint: u64,
-    cost: u32,
-    booked: Booked,
-}
-
-/// A charge to be made.
+/// A charge that is to be made.
 #[derive(Clone, Copy)]
-struct Charge<'p> {
+struct ChargeRequest<'p> {
     keyspace: &'p Keyspace,
     rate: &'p Rate,
     fingerprint: u64,
     cost: u32,
-    /// Whether it is to be held until the answer is known.
-    is_held: bool,
-    /// Whether somebody wants to know what is left.
-    is_told: bool,
+    /// Whether the charge stays pending until the response is known.
+    is_pending: bool,
+    /// Whether the response announces the remaining quota.
+    is_announced: bool,
 }
 
-/// Where a charge was booked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Booked {
-    /// In what the worker had reserved.
-    Lease,
-    In(Place),
-    Held(Reservation),
+/// The proxy's own limits of a route, and what is needed to apply them.
+pub(super) struct LocalLimiter<'w, S> {
+    pub(super) limits: &'w [Limit],
+    pub(super) secret: &'w Secret,
+    pub(super) leases: &'w mut Leases,
+    pub(super) now: MonotonicInstant,
+    pub(super) store: &'w S,
 }
 
-/// Charges every limit, or none. `is_last`: nobody refuses after these limits, so that the last one's charge is never
-/// taken back.
-pub fn admit(
-    limits: &[Limit],
-    is_last: bool,
-    secret: &Secret,
-    leases: &mut Leases,
-    scene: &Scene<'_, '_>,
-    now: MonotonicInstant,
-    store: &impl SharedData,
-) -> Admission {
-    let mut admission = Admission::default();
-    let mut candidates_from = usize::MAX;
-    for (index, limit) in limits.iter().enumerate() {
-        let key = limit.key_of(secret, scene);
-        let Key { fingerprint, exception, .. } = key;
-        let mut told = Told { limit: index, exception, ..Told::default() };
-        if key.is_incomplete {
-            admission.remarks.push(Remark::Incomplete(index));
-            match limit.on_missing {
-                OnMissing::Share => {}
-                OnMissing::Skip => continue,
-                OnMissing::Deny if limit.shadow => {
-                    admission.remarks.push(Remark::WouldRefuse(index));
-                    continue;
+/// What a request has acquired from the limits.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct LocalCharges {
+    /// The charges that may still be refunded or settled.
+    pub(super) charges: Vec<LocalCharge>,
+    /// The remaining quota of the limit that leaves the least, of those that announce it.
+    pub(super) quota: Option<QuotaStatus>,
+}
+
+impl<S: SharedData> LocalLimiter<'_, S> {
+    /// Charges a request to all limits. If one refuses, nothing is charged. The charge of the last limit is not recorded
+    /// in `acquired` if `is_final` is true: then nothing can refuse the request afterwards.
+    pub(super) fn check(
+        &mut self,
+        context: &KeyContext<'_, '_>,
+        is_final: bool,
+        acquired: &mut LocalCharges,
+    ) -> LocalCheck {
+        let mut check = LocalCheck::default();
+        let mut kept_from = usize::MAX;
+        let limits = self.limits;
+        for (index, limit) in limits.iter().enumerate() {
+            let key = limit.key_of(self.secret, context);
+            let LimitKey { fingerprint, override_index, .. } = key;
+            let mut quota = QuotaStatus { limit: index, override_index, ..QuotaStatus::default() };
+            if key.is_incomplete {
+                check.events.push(LimitEvent::IncompleteKey(index));
+                match limit.on_missing {
+                    OnMissing::Share => {}
+                    OnMissing::Skip => continue,
+                    OnMissing::Deny if limit.shadow => {
+                        check.events.push(LimitEvent::WouldRefuse(index));
+                        continue;
+                    }
+                    OnMissing::Deny => {
+                        check.refusal = Some(Refusal { reason: RefusalReason::IncompleteKey, quota });
+                        break;
+                    }
                 }
-                OnMissing::Deny => {
-                    admission.refused = Some(Refusal { reason: Reason::Incomplete, told });
+            }
+            let cost = limit.cost.of(context.request);
+            if cost == 0 {
+                continue;
+            }
+            let request = ChargeRequest {
+                keyspace: &limit.keyspace,
+                rate: limit.rate_of(override_index),
+                fingerprint,
+                cost,
+                is_pending: limit.counted.is_some(),
+                is_announced: limit.response.announces_quota() && !limit.shadow,
+            };
+            let location = ChargeLocation::Lease;
+            let charge = LocalCharge { limit: index, candidate: None, override_index, fingerprint, cost, location };
+            // Candidates are charged before the rate in force, because they also count requests that it would refuse.
+            let first_candidate = acquired.charges.len();
+            for (number, candidate) in limit.candidates.iter().enumerate().filter(|_| override_index.is_none()) {
+                let (keyspace, rate) = (&candidate.keyspace, &candidate.rate);
+                let request = ChargeRequest { keyspace, rate, is_announced: false, ..request };
+                match self.charge(&request, &mut check) {
+                    Ok((location, _)) => {
+                        acquired.charges.push(LocalCharge { candidate: Some(number), location, ..charge });
+                    }
+                    Err(_) => check.events.push(LimitEvent::CandidateWouldRefuse(index, number)),
+                }
+            }
+            match self.charge(&request, &mut check) {
+                Ok((location, remaining)) => {
+                    if let Some(RemainingQuota { remaining, reset }) = remaining
+                        && acquired.quota.is_none_or(|other| (remaining, other.reset) < (other.remaining, reset))
+                    {
+                        acquired.quota = Some(QuotaStatus { remaining, reset, ..quota });
+                    }
+                    let charge = LocalCharge { location, ..charge };
+                    if charge.is_pending() || !is_final || index + 1 < limits.len() {
+                        acquired.charges.push(charge);
+                    }
+                }
+                Err(_) if limit.shadow => check.events.push(LimitEvent::WouldRefuse(index)),
+                Err((reason, remaining)) => {
+                    if let Some(RemainingQuota { remaining, reset }) = remaining {
+                        (quota.remaining, quota.reset) = (remaining, reset);
+                    }
+                    check.refusal = Some(Refusal { reason, quota });
+                    // Its own candidates keep their charges: each counts as if it were the limit in force. Pending
+                    // charges are refunded, because a refused request has no response that could count.
+                    kept_from = first_candidate;
                     break;
                 }
             }
         }
-        let cost = limit.cost.of(scene.request);
-        if cost == 0 {
-            continue;
-        }
-        let charge = Charge {
-            keyspace: &limit.keyspace,
-            rate: limit.rate_of(exception),
-            fingerprint,
-            cost,
-            is_held: limit.counted.is_some(),
-            is_told: limit.answer.tells() && !limit.shadow,
-        };
-        // A candidate sees what the rate in force would refuse: it may be the more generous one.
-        let charged = Charged { limit: index, candidate: None, exception, fingerprint, cost, booked: Booked::Lease };
-        let first_candidate = admission.charges.len();
-        for (number, candidate) in limit.candidates.iter().enumerate().filter(|_| exception.is_none()) {
-            let charge = Charge { keyspace: &candidate.keyspace, rate: &candidate.rate, is_told: false, ..charge };
-            match charge.make(leases, now, store, &mut admission) {
-                Ok((booked, _)) => {
-                    if let Booked::Held(reservation) = booked {
-                        let candidate = Some(number);
-                        admission.held.push(Held { limit: index, candidate, exception, fingerprint, reservation });
-                    }
-                    admission.charges.push(Charged { candidate: Some(number), booked, ..charged });
-                }
-                Err(_) => admission.remarks.push(Remark::CandidateWouldRefuse(index, number)),
-            }
-        }
-        match charge.make(leases, now, store, &mut admission) {
-            Ok((booked, standing)) => {
-                if let Booked::Held(reservation) = booked {
-                    admission.held.push(Held { limit: index, candidate: None, exception, fingerprint, reservation });
-                }
-                if let Some(Standing { remaining, reset }) = standing
-                    && admission.told.is_none_or(|other| (remaining, other.reset) < (other.remaining, reset))
-                {
-                    admission.told = Some(Told { remaining, reset, ..told });
-                }
-                // Nobody refuses after the last.
-                if !is_last || index + 1 < limits.len() {
-                    admission.charges.push(Charged { booked, ..charged });
+        if check.refusal.is_some() {
+            for (number, charge) in std::mem::take(&mut acquired.charges).iter().enumerate() {
+                if number < kept_from || charge.is_pending() {
+                    self.refund(charge);
                 }
             }
-            Err(_) if limit.shadow => admission.remarks.push(Remark::WouldRefuse(index)),
-            Err((reason, standing)) => {
-                if let Some(Standing { remaining, reset }) = standing {
-                    (told.remaining, told.reset) = (remaining, reset);
-                }
-                admission.refused = Some(Refusal { reason, told });
-                // What its own candidates would have admitted, they have; unless the answer is needed to tell.
-                candidates_from = first_candidate;
-                break;
-            }
+            acquired.quota = None;
         }
+        check
     }
-    if admission.refused.is_some() {
-        for (number, charged) in std::mem::take(&mut admission.charges).into_iter().enumerate() {
-            if number < candidates_from || matches!(charged.booked, Booked::Held(_)) {
-                charged.take_back(limits, leases, now, store);
-            }
-        }
-        admission.told = None;
-        admission.held.clear();
-    }
-    admission
-}
 
-/// Takes back what `limits` charged, or hold, for a request that is not admitted after all.
-#[inline(never)]
-pub fn take_back(
-    admission: &mut Admission,
-    limits: &[Limit],
-    leases: &mut Leases,
-    now: MonotonicInstant,
-    store: &impl SharedData,
-) {
-    for charged in admission.charges.drain(..) {
-        charged.take_back(limits, leases, now, store);
-    }
-}
-
-/// The rate that a charge was made at, and where its key is kept.
-fn find_rate(
-    limits: &[Limit],
-    limit: usize,
-    candidate: Option<usize>,
-    exception: Option<usize>,
-) -> Option<(&Keyspace, &Rate)> {
-    let limit = limits.get(limit)?;
-    Some(match candidate.and_then(|candidate| limit.candidates.get(candidate)) {
-        Some(candidate) => (&candidate.keyspace, &candidate.rate),
-        None => (&limit.keyspace, limit.rate_of(exception)),
-    })
-}
-
-impl Charge<'_> {
-    /// Charges in the worker's lease or in shared data, where it also settles what the worker had reserved and reserves
-    /// anew.
-    fn make(
-        &self,
-        leases: &mut Leases,
-        now: MonotonicInstant,
-        store: &impl SharedData,
-        admission: &mut Admission,
-    ) -> Result<(Booked, Option<Standing>), (Reason, Option<Standing>)> {
-        let Charge { keyspace, rate, fingerprint, cost, is_held, is_told } = *self;
-        let terms = &rate.terms;
-        if rate.lease > 0 && leases.spend(rate.id, fingerprint, cost, now) {
-            return Ok((Booked::Lease, None));
+    /// Charges a request in the worker's lease or in shared data. In shared data it also settles the worker's lease of the
+    /// key and reserves a new one.
+    fn charge(
+        &mut self,
+        request: &ChargeRequest<'_>,
+        check: &mut LocalCheck,
+    ) -> Result<(ChargeLocation, Option<RemainingQuota>), (RefusalReason, Option<RemainingQuota>)> {
+        let ChargeRequest { keyspace, rate, fingerprint, cost, is_pending, is_announced } = *request;
+        let (params, now) = (&rate.params, self.now);
+        if rate.lease > 0 && self.leases.spend(rate.id, fingerprint, cost, now) {
+            return Ok((ChargeLocation::Lease, None));
         }
         let (lease, wanted) = match rate.lease {
             0 => (Reservation::default(), 0),
-            most => leases.renew(rate.id, fingerprint, most, now),
+            most => self.leases.renew(rate.id, fingerprint, most, now),
         };
-        let (mut garbage, mut reserved, mut standing) = (false, 0, None);
-        let charged = update(store, &keyspace.word(fingerprint), |found| {
-            let decoded = found.map(|word| Bucket::decode(word, &keyspace.longest, now));
-            garbage = decoded == Some(None);
-            let mut bucket = decoded.flatten().unwrap_or_default();
+        let (mut reserved, mut remaining) = (0, None);
+        let charged = keyspace.cell(fingerprint).update(self.store, |stored| {
+            let mut bucket = stored.record().unwrap_or_default();
+            bucket.limit_arrival_times(&keyspace.longest, now);
             if lease.size > 0 {
-                bucket.settle(fingerprint, lease, terms, now);
+                bucket.settle(fingerprint, lease, params, now);
             }
-            let (test, place) = bucket.charge(fingerprint, cost, terms, &keyspace.longest, now);
-            let conforms = matches!(test, Test::Conforms { .. });
-            if conforms && is_held {
-                bucket.hold(fingerprint, cost, terms, now);
+            let (conformance, kind) = bucket.charge(fingerprint, cost, params, &keyspace.longest, now);
+            let conforms = matches!(conformance, Conformance::Conforms { .. });
+            if conforms && is_pending {
+                bucket.make_pending(fingerprint, cost, params, now);
             }
             if conforms && wanted > 0 {
-                reserved = bucket.reserve(fingerprint, wanted, terms, now);
+                reserved = bucket.reserve(fingerprint, wanted, params, now);
             }
-            standing = is_told.then(|| bucket.standing(fingerprint, terms, now));
-            match test {
-                Test::Conforms { .. } => Change::Write(bucket.encode(), Ok(place)),
-                Test::TooEarly { wait } if lease.size > 0 => Change::Write(bucket.encode(), Err(wait)),
-                Test::TooEarly { wait } => Change::Keep(Err(wait)),
+            remaining = is_announced.then(|| bucket.remaining_quota(fingerprint, params, now));
+            match conformance {
+                Conformance::Conforms { .. } => Change::Write(bucket, Ok(kind)),
+                Conformance::TooEarly { wait } if lease.size > 0 => Change::Write(bucket, Err(wait)),
+                Conformance::TooEarly { wait } => Change::Keep(Err(wait)),
             }
         });
-        admission.garbage += u64::from(garbage);
         if rate.lease > 0 && charged.is_ok() {
-            leases.hold(rate.id, fingerprint, reserved, now);
+            self.leases.hold(rate.id, fingerprint, reserved, now);
         }
         match charged {
-            Ok(Ok(Place::Own)) if is_held => {
-                let reservation = Reservation { epoch: terms.epoch_of(now), size: cost, used: 0 };
-                Ok((Booked::Held(reservation), standing))
+            Ok(Ok(EntryKind::Own)) if is_pending => {
+                let reservation = Reservation { epoch: params.epoch_of(now), size: cost, used: 0 };
+                Ok((ChargeLocation::Pending(reservation), remaining))
             }
-            Ok(Ok(place)) => {
-                admission.overflows += u64::from(place == Place::Overflow);
-                Ok((Booked::In(place), standing))
+            Ok(Ok(kind)) => {
+                check.overflows += u64::from(kind == EntryKind::Overflow);
+                Ok((ChargeLocation::Bucket(kind), remaining))
             }
-            Ok(Err(_)) if u64::from(cost) > terms.gcra.burst() => Err((Reason::TooDear, standing)),
-            Ok(Err(wait)) => Err((Reason::TooEarly(wait), standing)),
-            Err(Conflict) => {
-                admission.contended = true;
-                Err((Reason::TooEarly(0), None))
-            }
+            Ok(Err(_)) if u64::from(cost) > params.gcra.burst() => Err((RefusalReason::CostExceedsBurst, remaining)),
+            Ok(Err(wait)) => Err((RefusalReason::RateExceeded(wait), remaining)),
+            Err(_) => Err((RefusalReason::RateExceeded(0), None)),
+        }
+    }
+
+    /// Refunds a charge. A refund that cannot be written is dropped: the limit then refuses too much, never too little.
+    #[inline(never)]
+    pub(super) fn refund(&mut self, charge: &LocalCharge) {
+        let LocalCharge { fingerprint, cost, .. } = *charge;
+        let Some((keyspace, rate)) = charge.find_rate(self.limits) else { return };
+        let (params, now) = (&rate.params, self.now);
+        match charge.location {
+            ChargeLocation::Lease => self.leases.refund(rate.id, fingerprint, cost),
+            ChargeLocation::Bucket(kind) => keyspace.amend(fingerprint, now, self.store, &|bucket| {
+                bucket.refund(fingerprint, cost, kind, params, now);
+            }),
+            ChargeLocation::Pending(_) => charge.settle(self.limits, ChargeOutcome::NotAttempted, now, self.store),
         }
     }
 }
 
-impl Charged {
-    /// A charge that cannot be taken back stays: that refuses too much, never too little.
-    fn take_back(&self, limits: &[Limit], leases: &mut Leases, now: MonotonicInstant, store: &impl SharedData) {
-        let Charged { limit, candidate, exception, fingerprint, cost, booked } = *self;
-        let Some((keyspace, rate)) = find_rate(limits, limit, candidate, exception) else { return };
-        let terms = &rate.terms;
-        match booked {
-            Booked::Lease => leases.take_back(rate.id, fingerprint, cost),
-            Booked::In(place) => keyspace
-                .amend(fingerprint, now, store, &|bucket| bucket.take_back(fingerprint, cost, place, terms, now)),
-            Booked::Held(reservation) => {
-                keyspace.amend(fingerprint, now, store, &|bucket| bucket.settle(fingerprint, reservation, terms, now))
-            }
-        }
+impl LocalCharge {
+    /// The rate that the charge was made at, and the keyspace of its key.
+    fn find_rate<'p>(&self, limits: &'p [Limit]) -> Option<(&'p Keyspace, &'p Rate)> {
+        let limit = limits.get(self.limit)?;
+        Some(match self.candidate.and_then(|candidate| limit.candidates.get(candidate)) {
+            Some(candidate) => (&candidate.keyspace, &candidate.rate),
+            None => (&limit.keyspace, limit.rate_of(self.override_index)),
+        })
     }
-}
 
-/// Settles what was held for a request, now that its answer is known: `status`, or `None` where it is to be forgotten
-/// because the answer tells nothing of the request.
-pub fn settle(limits: &[Limit], held: &[Held], status: Option<u16>, now: MonotonicInstant, store: &impl SharedData) {
-    for held in held {
-        let Some(limit) = limits.get(held.limit) else { continue };
-        let Some((keyspace, rate)) = find_rate(limits, held.limit, held.candidate, held.exception) else { continue };
-        let counts = |status| limit.counted.as_ref().is_some_and(|statuses| statuses.contains(status));
-        let mut reservation = held.reservation;
-        reservation.used = if status.is_some_and(counts) { reservation.size } else { 0 };
-        keyspace.amend(held.fingerprint, now, store, &|bucket| {
-            bucket.settle(held.fingerprint, reservation, &rate.terms, now);
-        });
-    }
-}
-
-/// Gives back what a worker has reserved and not used for a while. `find` finds a rate by its id, and where its keys are
-/// kept.
-pub fn return_leases<'p>(
-    leases: &mut Leases,
-    find: impl Fn(usize) -> Option<(&'p Keyspace, &'p Rate)>,
-    now: MonotonicInstant,
-    store: &impl SharedData,
-) {
-    for (id, fingerprint, reservation) in leases.ending(now) {
-        if let Some((keyspace, rate)) = find(id) {
-            keyspace.amend(fingerprint, now, store, &|bucket| {
-                bucket.settle(fingerprint, reservation, &rate.terms, now);
-            });
-        }
+    /// Completes a pending charge, or releases it if the request does not count. Other charges stay as they are.
+    #[inline(never)]
+    pub(super) fn settle(
+        &self,
+        limits: &[Limit],
+        outcome: ChargeOutcome,
+        now: MonotonicInstant,
+        store: &impl SharedData,
+    ) {
+        let ChargeLocation::Pending(mut reservation) = self.location else { return };
+        let Some((keyspace, rate)) = self.find_rate(limits) else { return };
+        let counted = limits.get(self.limit).and_then(|limit| limit.counted.as_ref());
+        let counts = match outcome {
+            ChargeOutcome::Answered(status) => counted.is_some_and(|statuses| statuses.contains(status)),
+            ChargeOutcome::Unanswered => true,
+            ChargeOutcome::NotAttempted => false,
+        };
+        reservation.used = if counts { reservation.size } else { 0 };
+        keyspace.settle(self.fingerprint, reservation, rate, now, store);
     }
 }
 
 impl Keyspace {
-    /// Changes the bucket of a key, if it is there.
+    /// Settles a reservation of a key.
+    pub(super) fn settle(
+        &self,
+        fingerprint: u64,
+        reservation: Reservation,
+        rate: &Rate,
+        now: MonotonicInstant,
+        store: &impl SharedData,
+    ) {
+        self.amend(fingerprint, now, store, &|bucket| bucket.settle(fingerprint, reservation, &rate.params, now));
+    }
+
+    /// Changes the bucket of a key, if there is one.
+    #[inline(never)]
     fn amend(&self, fingerprint: u64, now: MonotonicInstant, store: &impl SharedData, change: &dyn Fn(&mut Bucket)) {
-        let _ = update(store, &self.word(fingerprint), |found| {
-            match found.and_then(|word| Bucket::decode(word, &self.longest, now)) {
-                Some(mut bucket) => {
-                    change(&mut bucket);
-                    Change::Write(bucket.encode(), ())
-                }
-                None => Change::Keep(()),
+        let _ = self.cell(fingerprint).update(store, |stored| match stored.record() {
+            Some(mut bucket) => {
+                bucket.limit_arrival_times(&self.longest, now);
+                change(&mut bucket);
+                Change::Write(bucket, ())
             }
+            None => Change::Keep(()),
         });
     }
 
-    /// The shared word that holds a key.
-    fn word(&self, fingerprint: u64) -> String {
-        let mut word = String::with_capacity(self.prefix.len() + 8);
-        word.push_str(&self.prefix);
-        if self.buckets > 1 {
-            let bucket = (u128::from(fingerprint) * u128::from(self.buckets)) >> 64;
-            let digit = |digit: u32| char::from_digit(digit, 16).unwrap_or('0');
-            word.extend((0..8).map(|place| digit((bucket >> (28 - place * 4)) as u32 & 0xf)));
+    /// The record that contains a key.
+    fn cell(&self, fingerprint: u64) -> SharedCell<Bucket> {
+        if self.buckets <= 1 {
+            return SharedCell::new(&*self.prefix);
         }
-        word
+        SharedCell::new(bucket_key(&self.prefix, "", self.buckets, fingerprint))
     }
 }
 
+/// The shared-data key of the bucket of `fingerprint`, one of `buckets`: `prefix`, `name` and the number of the bucket.
+pub(super) fn bucket_key(prefix: &str, name: &str, buckets: u64, fingerprint: u64) -> String {
+    let mut key = String::with_capacity(prefix.len() + name.len() + 8);
+    key.push_str(prefix);
+    key.push_str(name);
+    let bucket = (u128::from(fingerprint) * u128::from(buckets)) >> 64;
+    let digit = |digit: u32| char::from_digit(digit, 16).unwrap_or('0');
+    key.extend((0..8).map(|place| digit((bucket >> (28 - place * 4)) as u32 & 0xf)));
+    key
+}
+
 impl Limit {
-    /// What stands for the request's key, and which override is for it. Parts are told apart by their lengths, and a
-    /// missing one from an empty one.
-    fn key_of(&self, secret: &Secret, scene: &Scene<'_, '_>) -> Key {
-        let mut key = Key { fingerprint: 0, exception: None, is_incomplete: false };
+    /// The hash of the request's key, and the override that applies to it. The hash covers the length of each part, and
+    /// distinguishes a missing part from an empty one.
+    fn key_of(&self, secret: &Secret, context: &KeyContext<'_, '_>) -> LimitKey {
+        let mut key = LimitKey { fingerprint: 0, override_index: None, is_incomplete: false };
         if self.key.is_empty() {
             return key;
         }
         let mut hasher = secret.hasher();
         let mut matching = u64::MAX;
         for (place, source) in self.key.iter().enumerate() {
-            let part = source.find(scene);
+            let part = source.extract(context);
             match &part {
                 Some(part) => {
                     hasher.write_u64(part.len() as u64);
@@ -412,8 +414,8 @@ impl Limit {
                     key.is_incomplete = true;
                 }
             }
-            for (index, exception) in self.overrides.iter().enumerate() {
-                if let Some(Some(wanted)) = exception.parts.get(place)
+            for (index, other) in self.overrides.iter().enumerate() {
+                if let Some(Some(wanted)) = other.parts.get(place)
                     && part.as_deref() != Some(wanted.as_bytes())
                 {
                     matching &= !(1 << index);
@@ -421,7 +423,7 @@ impl Limit {
             }
         }
         key.fingerprint = hasher.finish();
-        key.exception = Some(matching.trailing_zeros() as usize).filter(|index| *index < self.overrides.len());
+        key.override_index = Some(matching.trailing_zeros() as usize).filter(|index| *index < self.overrides.len());
         key
     }
 }
@@ -434,6 +436,7 @@ mod tests {
     use crate::host::sim::Sim;
     use crate::host::{Host, Version};
     use crate::http::{HeaderNames, Request, encode_headers};
+    use crate::shared_data::SharedDataProblem;
     use std::time::Duration;
 
     const SECRET: Secret = Secret([7; 16]);
@@ -442,16 +445,16 @@ mod tests {
         let node = Node::from_json(text.as_bytes()).unwrap();
         let report = Report::default();
         let mut names = HeaderNames::default();
-        let (limits, _) = super::super::config::read(&Value::root(&node, &report), 0, "t/", "r", &mut names);
+        let limits = super::super::config::read(&Value::root(&node, &report), 0, "t/", "r", &mut names).local;
         assert_eq!(report.into_diagnostics(), []);
         (limits, names)
     }
 
-    fn ask(limits: &[Limit], names: &HeaderNames, user: &str, host: &Sim) -> Admission {
+    fn ask(limits: &[Limit], names: &HeaderNames, user: &str, host: &Sim) -> LocalCheck {
         ask_in(&mut Leases::default(), limits, names, user, host)
     }
 
-    fn ask_in(leases: &mut Leases, limits: &[Limit], names: &HeaderNames, user: &str, host: &Sim) -> Admission {
+    fn ask_in(leases: &mut Leases, limits: &[Limit], names: &HeaderNames, user: &str, host: &Sim) -> LocalCheck {
         ask_with(leases, limits, names, &[("x-user", user)], host)
     }
 
@@ -461,18 +464,19 @@ mod tests {
         names: &HeaderNames,
         headers: &[(&str, &str)],
         host: &Sim,
-    ) -> Admission {
+    ) -> LocalCheck {
         let block = encode_headers(headers);
         let request = &Request::parse(&block, names);
-        let scene = Scene { request, route: "r", subset: None, properties: host };
-        admit(limits, true, &SECRET, leases, &scene, host.now(), host)
+        let context = KeyContext { request, route: "r", subset: None, properties: host };
+        let mut limiter = LocalLimiter { limits, secret: &SECRET, leases, now: host.now(), store: host };
+        limiter.check(&context, true, &mut LocalCharges::default())
     }
 
     /// Which limit refused, and for how many nanoseconds.
-    fn wait(admission: &Admission) -> Option<(usize, u64)> {
-        let refusal = admission.refused?;
-        let Reason::TooEarly(wait) = refusal.reason else { return None };
-        Some((refusal.told.limit, wait))
+    fn wait(admission: &LocalCheck) -> Option<(usize, u64)> {
+        let refusal = admission.refusal?;
+        let RefusalReason::RateExceeded(wait) = refusal.reason else { return None };
+        Some((refusal.quota.limit, wait))
     }
 
     #[test]
@@ -482,7 +486,7 @@ mod tests {
                 {"name": "each", "limit": {"requestsPerUnit": 2, "unit": "minute"}, "key": [{"header": "x-user"}]}]"#,
         );
         let host = Sim::new(1);
-        let admitted = |user: &str| ask(&limits, &names, user, &host).refused.is_none();
+        let admitted = |user: &str| ask(&limits, &names, user, &host).refusal.is_none();
         assert_eq!((0..50).filter(|_| admitted("ann")).count(), 2);
         assert_eq!(wait(&ask(&limits, &names, "ann", &host)), Some((1, 30_000_000_000)));
         let others = (0..50).filter(|n| admitted(&format!("user-{n}"))).count();
@@ -494,25 +498,25 @@ mod tests {
         let (limits, names) =
             limits(r#"[{"name": "a", "mode": "shadow", "limit": {"requestsPerUnit": 1, "unit": "second"}}]"#);
         let host = Sim::new(1);
-        assert_eq!(ask(&limits, &names, "", &host).remarks, []);
+        assert_eq!(ask(&limits, &names, "", &host).events, []);
         let second = ask(&limits, &names, "", &host);
-        assert_eq!((second.refused, second.remarks), (None, vec![Remark::WouldRefuse(0)]));
+        assert_eq!((second.refusal, second.events), (None, vec![LimitEvent::WouldRefuse(0)]));
         host.advance(Duration::from_secs(1));
-        assert_eq!(ask(&limits, &names, "", &host).remarks, []);
+        assert_eq!(ask(&limits, &names, "", &host).events, []);
     }
 
     #[test]
-    fn a_neighbours_garbage_is_replaced_and_counted() {
+    fn garbage_is_replaced_and_reported() {
         let (limits, names) = limits(r#"[{"name": "a", "limit": {"requestsPerUnit": 1, "unit": "second"}}]"#);
         let host = Sim::new(1);
         host.set("t/limit/r/a/", b"garbage", Version::ABSENT).unwrap();
-        let first = ask(&limits, &names, "", &host);
-        assert_eq!((first.refused, first.garbage), (None, 1));
-        assert!(ask(&limits, &names, "", &host).refused.is_some());
+        assert_eq!(ask(&limits, &names, "", &host).refusal, None);
+        assert_eq!(host.problems(), [SharedDataProblem::Garbage]);
+        assert!(ask(&limits, &names, "", &host).refusal.is_some());
     }
 
     #[test]
-    fn many_keys_take_a_bounded_number_of_words() {
+    fn many_keys_need_a_bounded_number_of_records() {
         let (limits, names) = limits(
             r#"[{"name": "a", "maxKeys": 64, "limit": {"requestsPerUnit": 1, "unit": "hour"}, "key": [{"header": "x-user"}]}]"#,
         );
@@ -529,9 +533,9 @@ mod tests {
             r#"[{"name": "a", "limit": {"requestsPerUnit": 1, "unit": "hour"}, "key": [{"header": "x-user"}, {"header": "x-org"}]}]"#,
         );
         let host = Sim::new(1);
-        assert!(ask(&limits, &names, "ann", &host).refused.is_none());
-        assert!(ask(&limits, &names, "bob", &host).refused.is_none());
-        assert!(ask(&limits, &names, "ann", &host).refused.is_some());
+        assert!(ask(&limits, &names, "ann", &host).refusal.is_none());
+        assert!(ask(&limits, &names, "bob", &host).refusal.is_none());
+        assert!(ask(&limits, &names, "ann", &host).refusal.is_some());
     }
 
     #[test]
@@ -545,7 +549,7 @@ mod tests {
         let mut admitted = |user: u32, requests: u32| {
             let user = user.to_string();
             let ask = |_| ask_in(&mut leases, &limits, &names, &user, &host);
-            let all = (0..requests).map(ask).filter(|admission| admission.refused.is_none());
+            let all = (0..requests).map(ask).filter(|admission| admission.refusal.is_none());
             all.fold((0, 0), |(count, shared), admission| (count + 1, shared + admission.overflows))
         };
         let (mut total, mut overflows) = (0, 0);
@@ -563,7 +567,7 @@ mod tests {
         // 8 keys have a place in each word, and the others of it share one allowance.
         assert_eq!((total, overflows), (words * (8 + 1), words as u64));
         host.advance(Duration::from_secs(3600));
-        assert_eq!(admitted(999_999, 3), (1, 0), "whoever was crowded out is as good as new, in time");
+        assert_eq!(admitted(999_999, 3), (1, 0), "a key without an entry recovers in time");
     }
 
     /// 2,000 requests a second for ten seconds over four workers: how many were admitted, with how many writes.
@@ -575,7 +579,7 @@ mod tests {
         let mut admitted = 0;
         for n in 0..20_000 {
             let leases = &mut workers[n % 4];
-            admitted += u64::from(ask_in(leases, &limits, &names, "ann", &host).refused.is_none());
+            admitted += u64::from(ask_in(leases, &limits, &names, "ann", &host).refusal.is_none());
             host.advance(Duration::from_micros(500));
         }
         (admitted, host.writes())
@@ -598,7 +602,7 @@ mod tests {
         use super::*;
         use proptest::prelude::*;
 
-        /// What a hold ends with.
+        /// How a pending charge ends.
         #[derive(Clone, Copy, Debug)]
         enum End {
             Fails,
@@ -611,10 +615,10 @@ mod tests {
         }
 
         proptest! {
-            /// However requests and answers interleave, never one failure more than the limit; and what was held comes
-            /// back.
+            /// However requests and answers interleave, never one failure more than the limit; and pending
+            /// charges are released.
             #[test]
-            fn holds_never_over_admit(
+            fn pending_charges_never_over_admit(
                 steps in proptest::collection::vec((0..2_000_000_000_u64, 0..20_usize, ends()), 1..300),
             ) {
                 let (limits, names) = limits(
@@ -622,25 +626,34 @@ mod tests {
                          "charge": {"onResponse": {"statuses": [401]}}}]"#,
                 );
                 let host = Sim::new(1);
-                let mut waiting: Vec<(MonotonicInstant, Vec<Held>)> = Vec::new();
+                let mut waiting: Vec<(MonotonicInstant, Vec<LocalCharge>)> = Vec::new();
                 let mut failed: Vec<MonotonicInstant> = Vec::new();
                 for (step, which, end) in steps {
                     host.advance(Duration::from_nanos(step));
-                    let admission = ask(&limits, &names, "ann", &host);
-                    if admission.refused.is_none() {
-                        assert_eq!(admission.held.len(), 1);
-                        waiting.push((host.now(), admission.held));
+                    let block = encode_headers(&[("x-user", "ann")]);
+                    let request = &Request::parse(&block, &names);
+                    let context = KeyContext { request, route: "r", subset: None, properties: &host };
+                    let leases = &mut Leases::default();
+                    let mut acquired = LocalCharges::default();
+                    let mut limiter = LocalLimiter { limits: &limits, secret: &SECRET, leases, now: host.now(), store: &host };
+                    if limiter.check(&context, true, &mut acquired).refusal.is_none() {
+                        assert_eq!(acquired.charges.len(), 1);
+                        waiting.push((host.now(), acquired.charges));
                     }
+                    let settle = |charges: &[LocalCharge], status| {
+                        let outcome = ChargeOutcome::Answered(status);
+                        charges.iter().for_each(|charge| charge.settle(&limits, outcome, host.now(), &host));
+                    };
                     if which < waiting.len() {
-                        let (since, held) = waiting.swap_remove(which);
+                        let (since, charges) = waiting.swap_remove(which);
                         match end {
                             // It has counted when its time was over.
                             _ if host.now().saturating_since(since) > 60_000_000_000 => {}
                             End::Fails => {
-                                settle(&limits, &held, Some(401), host.now(), &host);
+                                settle(&charges, 401);
                                 failed.push(host.now());
                             }
-                            End::Succeeds => settle(&limits, &held, Some(200), host.now(), &host),
+                            End::Succeeds => settle(&charges, 200),
                             End::Lost => {}
                         }
                     }
@@ -651,7 +664,7 @@ mod tests {
                 }
                 host.advance(Duration::from_secs(130));
                 for n in 0..4 {
-                    prop_assert!(ask(&limits, &names, "ann", &host).refused.is_none(), "request {n} after a long while");
+                    prop_assert!(ask(&limits, &names, "ann", &host).refusal.is_none(), "request {n} after a long while");
                 }
             }
         }
@@ -673,11 +686,19 @@ mod tests {
                     host.advance(Duration::from_nanos(step));
                     match event {
                         0 => workers[worker] = Leases::default(),
-                        1..=4 => return_leases(&mut workers[worker], |_| limits.first().map(|limit| (&limit.keyspace, &limit.rate)), host.now(), &host),
+                        1..=4 => {
+                            let (now, Limit { keyspace, rate, .. }) = (host.now(), &limits[0]);
+                            let settle = |(_, fingerprint, held)| keyspace.settle(fingerprint, held, rate, now, &host);
+                            if event == 4 {
+                                workers[worker].take_all().for_each(settle);
+                            } else {
+                                workers[worker].ending(now).for_each(settle);
+                            }
+                        }
                         _ => {}
                     }
                     let headers = [("x-user", "ann"), ("x-cost", &cost.to_string())];
-                    if ask_with(&mut workers[worker], &limits, &names, &headers, &host).refused.is_none() {
+                    if ask_with(&mut workers[worker], &limits, &names, &headers, &host).refusal.is_none() {
                         admitted.push((host.now(), cost));
                     }
                 }

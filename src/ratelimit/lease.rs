@@ -1,46 +1,50 @@
-//! Requests of hot keys that a worker has reserved ahead, so that it need not ask shared data for each.
+//! Requests of hot keys that a worker has reserved ahead, so that it does not access shared data for each request.
 //!
-//! A reservation is room in the key's bucket that nobody else gets ([`super::table`]): all workers together never admit
-//! more than the limit. It lasts one to two seconds. A worker reserves nothing for a key that it sees once in a while;
-//! each reservation that it uses up within a second doubles the next, up to 1/512 of the burst. What one worker holds
-//! another may lack, for two seconds at most; so small limits, of which people count every request, are never leased.
+//! A lease is a reservation in the bucket of a key ([`super::table`]) that no other worker can use. So all workers together
+//! never admit more than the limit. A lease lasts one to two seconds. A worker reserves nothing for a key with few requests.
+//! Each lease that is used up within a second doubles the next one, up to 1/512 of the burst. Requests that one worker has
+//! reserved are not available to the others for at most two seconds. So limits with a burst below 512 are never leased. A
+//! worker whose configuration goes away returns its leases at once.
 
 use super::table::Reservation;
 use crate::units::MonotonicInstant;
 
-/// The clock of leases, in nanoseconds.
+/// The length of an epoch of leases, in nanoseconds.
 pub(super) const EPOCH: u64 = 1_000_000_000;
 
-/// The epoch of an instant; it wraps after 136 years.
+/// The epoch of an instant. The number wraps after 136 years.
 fn epoch(now: MonotonicInstant) -> u32 {
     (now.as_nanos() / EPOCH) as u32
 }
 
-/// The part of the burst that one worker may hold.
+/// The divisor of the burst that limits the lease of one worker.
 const SHARE: u64 = 512;
 
-/// How many keys a worker holds leases of; a further one takes the place of another, which then expires.
+/// The most keys that a worker has leases of. A further key replaces another one, whose lease expires.
 const PLACES: usize = 1024;
 
-/// The most requests that a limit of this burst lets one worker reserve.
+/// The most requests of a key that one worker may reserve.
 pub(super) fn most(burst: u64) -> u32 {
     u32::try_from(burst / SHARE).unwrap_or(u32::MAX)
 }
 
 /// The leases of one worker.
 #[derive(Debug, Default)]
-pub struct Leases {
+pub(super) struct Leases {
     places: Vec<Lease>,
-    /// When to look for leases that end; ticks come more often while streams are held.
+    /// When to search for leases that end. Ticks are more frequent while streams are held.
     look_again: MonotonicInstant,
 }
+
+/// A lease that is to be settled: the id of the rate, the fingerprint of the key, and the reservation.
+pub(super) type EndedLease = (usize, u64, Reservation);
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Lease {
     limit: usize,
     fingerprint: u64,
     held: Reservation,
-    /// How much to ask for next.
+    /// How many requests to reserve next.
     wanted: u32,
 }
 
@@ -49,15 +53,15 @@ impl Lease {
         self.held.size.saturating_sub(self.held.used)
     }
 
-    /// For how many epochs it has been held; it must not be used from the second on.
+    /// The number of epochs since the lease was made. A lease of age 2 has expired.
     fn age(&self, now: MonotonicInstant) -> u32 {
         epoch(now).wrapping_sub(self.held.epoch)
     }
 }
 
 impl Leases {
-    /// How often leases that end have to be looked for, in nanoseconds: twice in an epoch.
-    pub const TICK: u64 = EPOCH / 2;
+    /// The period, in nanoseconds, in which leases that end have to be returned: half an epoch.
+    pub(super) const TICK: u64 = EPOCH / 2;
 
     fn place(&mut self, limit: usize, fingerprint: u64) -> Option<&mut Lease> {
         if self.places.is_empty() {
@@ -71,7 +75,7 @@ impl Leases {
         self.place(limit, fingerprint).filter(|lease| lease.limit == limit && lease.fingerprint == fingerprint)
     }
 
-    /// Spends `cost` reserved requests of a key, if there are so many.
+    /// Uses `cost` reserved requests of a key. Returns false if fewer are reserved.
     pub(super) fn spend(&mut self, limit: usize, fingerprint: u64, cost: u32, now: MonotonicInstant) -> bool {
         match self.find(limit, fingerprint) {
             Some(lease) if lease.left() >= cost && lease.age(now) <= 1 => {
@@ -82,14 +86,14 @@ impl Leases {
         }
     }
 
-    /// Takes back what [`Leases::spend`] spent.
-    pub(super) fn take_back(&mut self, limit: usize, fingerprint: u64, cost: u32) {
+    /// Returns requests that [`Leases::spend`] used to the lease.
+    pub(super) fn refund(&mut self, limit: usize, fingerprint: u64, cost: u32) {
         if let Some(lease) = self.find(limit, fingerprint) {
             lease.held.used = lease.held.used.saturating_sub(cost);
         }
     }
 
-    /// What to settle and how much to ask for, now that shared data has to be asked anyhow.
+    /// The lease to settle, and the number of requests to reserve, for a request that accesses shared data.
     pub(super) fn renew(
         &mut self,
         limit: usize,
@@ -112,15 +116,21 @@ impl Leases {
         (lease.held, lease.wanted)
     }
 
-    /// Notes what has been reserved instead of what was held.
+    /// Replaces the lease of a key by a new one of `size` requests.
     pub(super) fn hold(&mut self, limit: usize, fingerprint: u64, size: u32, now: MonotonicInstant) {
         if let Some(lease) = self.find(limit, fingerprint) {
             lease.held = Reservation { epoch: epoch(now), size, used: 0 };
         }
     }
 
-    /// Takes the leases that end soon and have something left, to be settled: their limit, fingerprint, reservation.
-    pub(super) fn ending(&mut self, now: MonotonicInstant) -> impl Iterator<Item = (usize, u64, Reservation)> {
+    /// Takes all leases that are not used up, to be settled: the id of the rate, the fingerprint of the key, the reservation.
+    pub(super) fn take_all(&mut self) -> impl Iterator<Item = EndedLease> {
+        let leases = std::mem::take(&mut self.places).into_iter().filter(|lease| lease.left() > 0);
+        leases.map(|lease| (lease.limit, lease.fingerprint, lease.held))
+    }
+
+    /// Takes the leases that end soon and are not used up, as [`Leases::take_all`] does.
+    pub(super) fn ending(&mut self, now: MonotonicInstant) -> impl Iterator<Item = EndedLease> {
         let is_due = now >= self.look_again;
         if is_due {
             self.look_again = now.saturating_add(Leases::TICK / 2);
@@ -128,7 +138,7 @@ impl Leases {
         let places = if is_due { self.places.as_mut_slice() } else { &mut [] };
         places.iter_mut().filter(move |lease| lease.left() > 0 && lease.age(now) == 1).map(|lease| {
             let held = lease.held;
-            // Settled once: nothing is held any more, and next time as much is asked for as was used.
+            // The lease is settled once. The next one has the size that was used of this one.
             lease.held = Reservation { epoch: held.epoch, ..Reservation::default() };
             lease.wanted = held.used;
             (lease.limit, lease.fingerprint, held)

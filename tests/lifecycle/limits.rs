@@ -143,9 +143,53 @@ pub fn some_keys_have_limits_of_their_own(start: Start) {
         assert_eq!(found, expected, "{user} of tier {tier:?}");
     }
     assert_eq!(admitted(&mut *proxy, 20, &[("x-tier", "premium")], "200"), 5, "* is any, and none at all");
-    assert_eq!(proxy.metric("trimtab.policy.p.route.r.limit.each.incomplete"), 20);
+    assert_eq!(proxy.metric("trimtab.policy.p.route.r.limit.each.incomplete"), 40, "an empty value is absent");
     proxy.update(&each("")).unwrap();
     assert_eq!(admitted(&mut *proxy, 5, &[("x-tier", "premium"), ("x-user", "ann")], "200"), 0, "spent is spent");
+}
+
+pub fn a_key_has_one_spelling(start: Start) {
+    type Request<'r> = (&'r str, &'r [(&'r str, &'r str)]);
+    let statuses = |key: &str, requests: &[Request<'_>]| {
+        let mut proxy = start(&limited(&format!(
+            r#"{{"name": "a", "limit": {{"requestsPerUnit": 1, "unit": "hour"}}, "key": [{key}]}}"#
+        )));
+        let mut statuses = Vec::new();
+        for (n, (path, headers)) in requests.iter().enumerate() {
+            let (stream, outcome) = get(&mut *proxy, n % 2, path, headers);
+            proxy.end(stream);
+            statuses.push(if let Outcome::Answered(reply) = outcome { reply.status } else { 200 });
+        }
+        statuses
+    };
+    let query =
+        ["/?api_key=abc", "/?api_key=abc", "/?api_key=%61bc", "/?%61pi_k%65y=a%62c"].map(|path| (path, &[][..]));
+    assert_eq!(statuses(r#"{"queryParam": "api_key"}"#, &query), [200, 429, 429, 429]);
+    let paths = ["/u/abc", "/u/%61bc", "/u/abd"].map(|path| (path, &[][..]));
+    assert_eq!(statuses(r#"{"pathSegment": 1}"#, &paths), [200, 429, 200]);
+    let cookies = [[("cookie", "k=a@b")], [("cookie", "k=a%40b")], [("cookie", "k=\"a%40b\"")], [("cookie", "k=a@c")]];
+    let cookies: Vec<_> = cookies.iter().map(|headers| ("/", &headers[..])).collect();
+    assert_eq!(statuses(r#"{"cookie": "k"}"#, &cookies), [200, 429, 429, 200]);
+    let headers: [&[(&str, &str)]; 4] = [
+        &[("x-api-key", "abc")],
+        &[("x-api-key", "abc"), ("x-api-key", "1")],
+        &[("x-api-key", "abc"), ("x-api-key", "2"), ("x-api-key", "3")],
+        &[("x-api-key", "1"), ("x-api-key", "abc")],
+    ];
+    assert_eq!(statuses(r#"{"header": "x-api-key"}"#, &headers.map(|headers| ("/", headers))), [200, 429, 429, 200]);
+    let empty: [&[(&str, &str)]; 2] = [&[], &[("x-api-key", "")]];
+    assert_eq!(statuses(r#"{"header": "x-api-key"}"#, &empty.map(|headers| ("/", headers))), [200, 429]);
+}
+
+pub fn cookie_lines_are_matched_as_one_value(start: Start) {
+    let mut proxy = start(&policy(
+        r#"{"name": "gold", "match": [{"headers": {"cookie": {"exact": "a=1; tier=gold"}}}],
+            "rateLimits": [{"name": "a", "limit": {"requestsPerUnit": 1, "unit": "hour"}}]}"#,
+        "",
+    ));
+    for cookies in [&[("cookie", "a=1; tier=gold")][..], &[("cookie", "a=1"), ("cookie", "tier=gold")]] {
+        assert_eq!(admitted(&mut *proxy, 1, cookies, "200"), usize::from(cookies.len() == 1), "{cookies:?}");
+    }
 }
 
 pub fn costs_are_fixed_or_the_requests_own(start: Start) {
@@ -182,7 +226,7 @@ pub fn costs_are_fixed_or_the_requests_own(start: Start) {
         r#"{"name": "a", "limit": {"requestsPerUnit": 2, "unit": "hour"}, "cost": {"header": "x-cost"}}"#,
     ));
     let reply = exchange(&mut *proxy, 0, &[("x-cost", "3")], "200").answered();
-    assert_eq!(reply.body, "rate limit a exceeded: 2 requests an hour; this one costs more than may come at once");
+    assert_eq!(reply.body, "rate limit a exceeded: 2 requests an hour; the request costs more than the burst");
     assert_eq!(value(&reply.headers, "retry-after"), None, "to wait is of no use");
 }
 
@@ -354,6 +398,51 @@ pub fn what_we_inject_is_no_failed_attempt(start: Start) {
     };
     assert_eq!(admitted(&[("x-trimtab-fault", "abort")]), 9);
     assert_eq!(admitted(&[]), 3);
+}
+
+pub fn leases_are_returned_when_the_configuration_goes_away(start: Start) {
+    for requests in [100, 101, 106] {
+        let limit = limited(r#"{"name": "a", "limit": {"requestsPerUnit": 5120, "unit": "day"}}"#);
+        let mut proxy = start(&limit);
+        let first = (0..requests).filter(|_| matches!(exchange(&mut *proxy, 0, &[], "200"), Outcome::Continued(_)));
+        assert_eq!(first.count(), requests);
+        proxy.update(&limit).unwrap();
+        let rest = (0..5200).filter(|_| matches!(exchange(&mut *proxy, 1, &[], "200"), Outcome::Continued(_)));
+        assert_eq!(rest.count(), 5120 - requests, "what the first worker had reserved is available at once");
+    }
+}
+
+pub fn a_request_that_the_breaker_refuses_is_not_charged(start: Start) {
+    let mut proxy = start(&policy(
+        &format!(
+            r#"{{"name": "r", "rateLimits": [{ATTEMPTS}, {{"name": "all", "limit": {{"requestsPerUnit": 5, "unit": "day"}}}}],
+                 "circuitBreaker": {{"errorThresholdPercentage": 50, "volumeThreshold": 2, "resetTimeout": "2m"}}}}"#
+        ),
+        "",
+    ));
+    let ann = [("x-user", "ann")];
+    assert_eq!(admitted(&mut *proxy, 2, &ann, "500"), 2, "the circuit opens, and two of three attempts have failed");
+    for n in 0..9 {
+        let reply = exchange(&mut *proxy, n % 2, &ann, "200").answered();
+        assert_eq!(reply.details, "trimtab_circuit_open", "request {n}");
+    }
+    proxy.advance(Duration::from_secs(121));
+    assert_eq!(admitted(&mut *proxy, 9, &ann, "200"), 3, "the circuit is closed, and three of five are left");
+}
+
+pub fn a_client_that_leaves_during_a_delay_has_not_failed(start: Start) {
+    let mut proxy = start(&policy(
+        &format!(
+            r#"{{"name": "r", "rateLimits": [{ATTEMPTS}],
+                 "fault": {{"delay": {{"percentage": {{"value": 100}}, "fixedDelay": "250ms"}}}}}}"#
+        ),
+        "",
+    ));
+    for n in 0..9 {
+        let (stream, outcome) = get(&mut *proxy, n % 2, "/", &[("x-user", "ann")]);
+        assert_eq!(outcome, Outcome::Held, "request {n}");
+        proxy.end(stream);
+    }
 }
 
 pub fn a_candidate_counts_what_it_would_refuse(start: Start) {

@@ -55,11 +55,14 @@ use guard::{
     slow_answers_and_outages_stop_it_too, the_last_suspension_is_for_good, who_is_let_go_gives_back_its_place,
 };
 use limits::{
-    a_candidate_counts_what_it_would_refuse, a_forged_address_buys_nothing, a_key_of_60_kb_is_hashed,
+    a_candidate_counts_what_it_would_refuse, a_client_that_leaves_during_a_delay_has_not_failed,
+    a_forged_address_buys_nothing, a_key_has_one_spelling, a_key_of_60_kb_is_hashed,
     a_limit_may_count_each_subset_apart, a_missing_part_is_shared_skipped_or_denied, a_refusal_is_worded_as_configured,
-    a_step_of_the_wall_clock_changes_nothing, costs_are_fixed_or_the_requests_own, grpc_statuses_count_as_http_ones,
-    nothing_is_told_unless_asked, only_failed_attempts_are_charged, some_keys_have_limits_of_their_own,
-    the_most_restrictive_limit_is_told, what_is_held_counts_if_no_answer_comes, what_we_inject_is_no_failed_attempt,
+    a_request_that_the_breaker_refuses_is_not_charged, a_step_of_the_wall_clock_changes_nothing,
+    cookie_lines_are_matched_as_one_value, costs_are_fixed_or_the_requests_own, grpc_statuses_count_as_http_ones,
+    leases_are_returned_when_the_configuration_goes_away, nothing_is_told_unless_asked,
+    only_failed_attempts_are_charged, some_keys_have_limits_of_their_own, the_most_restrictive_limit_is_told,
+    what_is_held_counts_if_no_answer_comes, what_we_inject_is_no_failed_attempt,
 };
 use proxy::{Headers, Outcome, Proxy, exchange, get, value};
 use std::time::Duration;
@@ -109,6 +112,11 @@ cases![
     the_most_restrictive_limit_is_told,
     a_refusal_is_worded_as_configured,
     some_keys_have_limits_of_their_own,
+    a_key_has_one_spelling,
+    leases_are_returned_when_the_configuration_goes_away,
+    a_request_that_the_breaker_refuses_is_not_charged,
+    a_client_that_leaves_during_a_delay_has_not_failed,
+    cookie_lines_are_matched_as_one_value,
     costs_are_fixed_or_the_requests_own,
     a_missing_part_is_shared_skipped_or_denied,
     a_limit_may_count_each_subset_apart,

@@ -15,6 +15,8 @@ use trimtab::worker::{self, Action, Worker};
 struct Thread {
     /// A worker for each configuration, the newest last. The old ones serve the streams that they have.
     workers: Vec<Worker>,
+    /// The number of workers that were shut down, the oldest first.
+    shut_down: usize,
     grpc_calls: Vec<GrpcCall>,
     streams: Vec<Stream>,
     /// The request of each stream.
@@ -81,6 +83,7 @@ impl Proxy for Native {
             let (policy, _) = Policy::from_json(policy.as_bytes(), &environment)
                 .map_err(|told| told.iter().map(|told| format!("policy refused: {told}\n")).collect::<String>())?;
             thread.workers.push(Worker::new(policy, &self.host));
+            thread.shut_down_unused_workers(&self.host);
         }
         Ok(())
     }
@@ -118,6 +121,7 @@ impl Proxy for Native {
         let ended = &mut thread.streams[stream.id as usize];
         let mut stream = ended.stream.take().expect("a stream ends once");
         thread.workers[ended.worker].on_end(&self.host, &mut stream);
+        thread.shut_down_unused_workers(&self.host);
     }
 
     fn advance(&mut self, time: Duration) {
@@ -192,7 +196,12 @@ impl Proxy for Native {
         self.host.set(key, value, version).expect("nobody else writes");
     }
 
+    /// Problems with shared data are counted by ticks.
     fn metric(&mut self, name: &str) -> u64 {
+        for thread in &mut self.threads {
+            let actions = thread.each_worker(|worker, releases| worker.on_tick(&self.host, releases));
+            thread.carry_out(actions, &self.host);
+        }
         self.host.metric(name)
     }
 }
@@ -203,6 +212,17 @@ impl Thread {
         let mut releases = Releases { requests: &mut self.requests, selected: 0, actions: Vec::new() };
         self.workers.iter_mut().for_each(|worker| call(worker, &mut releases));
         releases.actions
+    }
+
+    /// Shuts down the workers of earlier configurations that have no open stream, as Envoy ends their root contexts.
+    fn shut_down_unused_workers(&mut self, host: &Sim) {
+        for at in self.shut_down..self.workers.len().saturating_sub(1) {
+            if self.streams.iter().any(|stream| stream.worker == at && stream.stream.is_some()) {
+                break;
+            }
+            self.workers[at].on_shutdown(host);
+            self.shut_down = at + 1;
+        }
     }
 
     /// Does to requests what was decided, as Envoy does after the callback. A local reply goes back through the filter.

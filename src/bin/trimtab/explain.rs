@@ -21,11 +21,11 @@ use trimtab::filter::{Decision, Filter, Reasons, Verdict};
 use trimtab::host::Properties;
 use trimtab::host::sim::Sim;
 use trimtab::http::{HeaderMutation, LocalReply, Request};
-use trimtab::key::{KeySource, Scene};
+use trimtab::key::{KeyContext, KeySource};
 use trimtab::matcher::Condition;
 use trimtab::policy::{Policy, Route};
-use trimtab::ratelimit::service::Outcome::Admitted;
-use trimtab::ratelimit::{Admission, Limit, OnMissing, Reason, Remark};
+use trimtab::ratelimit::service::ServiceOutcome::Admitted;
+use trimtab::ratelimit::{Limit, LimitEvent, LocalCheck, OnMissing, RateLimits, RefusalReason};
 use trimtab::trace::w3c::{InvalidContext, TraceFlags, format_traceparent};
 use trimtab::trace::{self, EdgeMode, Extraction, PropagatedContext};
 use trimtab::units::{Fraction, UnixNanos, point};
@@ -66,7 +66,8 @@ impl Explain {
         host.set_wall(self.at.unwrap_or_else(now));
         self.request.show_properties(&host);
         let block = self.request.block(Cow::Borrowed);
-        for service in policy.routes.iter().flat_map(|route| &route.global_limits) {
+        for service in policy.routes.iter().filter_map(|route| route.limits.as_ref()).flat_map(|limits| &limits.global)
+        {
             host.add_cluster(&service.service.cluster);
         }
         let mut filter = Filter::new(policy, &host);
@@ -163,9 +164,9 @@ impl Story<'_> {
     }
 
     /// What the keys are taken from.
-    fn scene(&self) -> Scene<'_, '_> {
+    fn key_context(&self) -> KeyContext<'_, '_> {
         let destination = self.reasons.destination(self.policy);
-        Scene {
+        KeyContext {
             request: &self.request,
             route: self.route().map_or("", |route| &route.name),
             subset: destination.map(|destination| &*destination.subset).filter(|subset| !subset.is_empty()),
@@ -175,7 +176,7 @@ impl Story<'_> {
 
     /// A key's source in words, and its value.
     fn key_part(&self, source: &KeySource) -> (String, Option<String>) {
-        let value = source.find(&self.scene());
+        let value = source.extract(&self.key_context());
         (source.describe(&self.policy.header_names), value.map(|value| String::from_utf8_lossy(&value).into_owned()))
     }
 
@@ -342,20 +343,22 @@ impl Story<'_> {
     }
 
     fn tell_limits(&self, table: &mut Table) {
-        let Some(route) = self.route().filter(|route| route.has_limits()) else { return };
+        let Some(limits) = self.limits() else { return };
         let admission = self.admission();
         table.section("limit");
-        for (index, limit) in route.limits.iter().enumerate() {
-            let refusal = admission.refused.filter(|refusal| refusal.told.limit == index);
-            let verdict = match (refusal.map(|refusal| refusal.reason), admission.refused) {
-                (Some(Reason::TooEarly(wait)), _) => format!("refused, for {}", duration(wait)),
-                (Some(Reason::TooDear), _) => "refused, as it costs more than the burst".to_owned(),
-                (Some(Reason::Incomplete), _) => "refused, as a part of the key is absent".to_owned(),
-                (None, Some(refusal)) if refusal.told.limit < index => "not asked".to_owned(),
-                _ if admission.remarks.contains(&Remark::WouldRefuse(index)) => {
+        for (index, limit) in limits.local.iter().enumerate() {
+            let refusal = admission.refusal.filter(|refusal| refusal.quota.limit == index);
+            let verdict = match (refusal.map(|refusal| refusal.reason), admission.refusal) {
+                (Some(RefusalReason::RateExceeded(wait)), _) => format!("refused, for {}", duration(wait)),
+                (Some(RefusalReason::CostExceedsBurst), _) => "refused, as it costs more than the burst".to_owned(),
+                (Some(RefusalReason::IncompleteKey), _) => "refused, as a part of the key is absent".to_owned(),
+                (None, Some(refusal)) if refusal.quota.limit < index => "not asked".to_owned(),
+                _ if admission.events.contains(&LimitEvent::WouldRefuse(index)) => {
                     "would be refused, but mode is shadow".to_owned()
                 }
-                _ if admission.remarks.contains(&Remark::Incomplete(index)) && limit.on_missing == OnMissing::Skip => {
+                _ if admission.events.contains(&LimitEvent::IncompleteKey(index))
+                    && limit.on_missing == OnMissing::Skip =>
+                {
                     "skipped, as a part of the key is absent".to_owned()
                 }
                 _ if limit.counted.is_some() => "admitted, and counted if the answer is".to_owned(),
@@ -368,19 +371,19 @@ impl Story<'_> {
             };
             table.row(&*limit.name, format!("{verdict}: {promise}{cost}; {}", self.whom(limit)));
             let is_skipped =
-                admission.remarks.contains(&Remark::Incomplete(index)) && limit.on_missing != OnMissing::Share;
-            let is_asked = !is_skipped && admission.refused.is_none_or(|refusal| refusal.told.limit >= index);
+                admission.events.contains(&LimitEvent::IncompleteKey(index)) && limit.on_missing != OnMissing::Share;
+            let is_asked = !is_skipped && admission.refusal.is_none_or(|refusal| refusal.quota.limit >= index);
             let is_tried = is_asked && self.exception(limit).is_none();
             for (number, candidate) in limit.candidates.iter().enumerate().filter(|_| is_tried) {
-                let is_refused = admission.remarks.contains(&Remark::CandidateWouldRefuse(index, number));
+                let is_refused = admission.events.contains(&LimitEvent::CandidateWouldRefuse(index, number));
                 let verdict = if is_refused { "would be refused" } else { "would be admitted" };
                 table.row(format!("  {}", candidate.name), format!("{verdict}: {}", candidate.rate.promise));
             }
         }
-        for global in &route.global_limits {
+        for global in &limits.global {
             let service = &global.service;
-            let verdict = if admission.refused.is_some() { "not asked" } else { "asked, and taken to admit it" };
-            let entries = global.descriptor(&self.scene());
+            let verdict = if admission.refusal.is_some() { "not asked" } else { "asked, and taken to admit it" };
+            let entries = global.descriptor(&self.key_context());
             let entries: Vec<String> = entries.iter().map(|(key, value)| format!("{key}={}", quoted(value))).collect();
             table.row(
                 &*global.limit.name,
@@ -399,8 +402,13 @@ impl Story<'_> {
         if parts.is_empty() { "one allowance for all".to_owned() } else { parts.join(", ") }
     }
 
-    fn admission(&self) -> Admission {
-        self.reasons.admission.as_deref().cloned().unwrap_or_default()
+    /// The limits of the request's route.
+    fn limits(&self) -> Option<&RateLimits> {
+        self.route()?.limits.as_deref()
+    }
+
+    fn admission(&self) -> LocalCheck {
+        self.reasons.local_limits.as_deref().cloned().unwrap_or_default()
     }
 
     /// Which override of `limit` is for the request.
@@ -461,7 +469,7 @@ impl Story<'_> {
     fn tell_breaker(&self, table: &mut Table) {
         let Some(breaker) = self.route().and_then(|route| route.breaker.as_ref()) else { return };
         table.section("breaker");
-        if self.reasons.admission.as_ref().is_some_and(|admission| admission.refused.is_some()) {
+        if self.reasons.local_limits.as_ref().is_some_and(|admission| admission.refusal.is_some()) {
             table.row("none", "a limit refused the request before");
             return;
         }
@@ -479,7 +487,7 @@ impl Story<'_> {
     fn tell_fault(&self, table: &mut Table) {
         let Some(fault) = self.route().and_then(|route| route.fault.as_ref()) else { return };
         table.section("fault");
-        if self.reasons.admission.as_ref().is_some_and(|admission| admission.refused.is_some()) {
+        if self.reasons.local_limits.as_ref().is_some_and(|admission| admission.refusal.is_some()) {
             table.row("none", "a limit refused the request before");
             return;
         }
@@ -607,31 +615,31 @@ impl Story<'_> {
     }
 
     fn json_limits(&self) -> Vec<Value> {
-        let Some(route) = self.route() else { return Vec::new() };
+        let Some(limits) = self.limits() else { return Vec::new() };
         let admission = self.admission();
         let key = |source: &KeySource| {
             let (source, value) = self.key_part(source);
             json!({"source": source, "value": value})
         };
-        let limits = route.limits.iter().enumerate().map(|(index, limit)| {
+        let local = limits.local.iter().enumerate().map(|(index, limit)| {
             json!({
                 "name": &*limit.name,
                 "promise": &*limit.rate_of(self.exception(limit)).promise,
                 "cost": limit.cost.of(&self.request),
                 "key": limit.key.iter().map(key).collect::<Vec<_>>(),
-                "admitted": admission.refused.is_none_or(|refusal| refusal.told.limit != index),
+                "admitted": admission.refusal.is_none_or(|refusal| refusal.quota.limit != index),
                 "shadow": limit.shadow,
-                "wouldRefuse": admission.remarks.contains(&Remark::WouldRefuse(index)),
-                "incomplete": admission.remarks.contains(&Remark::Incomplete(index)),
+                "wouldRefuse": admission.events.contains(&LimitEvent::WouldRefuse(index)),
+                "incomplete": admission.events.contains(&LimitEvent::IncompleteKey(index)),
                 "candidates": limit.candidates.iter().enumerate().map(|(number, candidate)| json!({
                     "name": &*candidate.name,
                     "promise": &*candidate.rate.promise,
-                    "wouldRefuse": admission.remarks.contains(&Remark::CandidateWouldRefuse(index, number)),
+                    "wouldRefuse": admission.events.contains(&LimitEvent::CandidateWouldRefuse(index, number)),
                 })).collect::<Vec<_>>(),
             })
         });
-        let global_limits = route.global_limits.iter().map(|global| {
-            let entries = global.descriptor(&self.scene());
+        let global = limits.global.iter().map(|global| {
+            let entries = global.descriptor(&self.key_context());
             let entries = entries.iter().map(|(key, value)| json!({"key": key, "value": value}));
             json!({
                 "name": &*global.limit.name,
@@ -645,7 +653,7 @@ impl Story<'_> {
                 },
             })
         });
-        limits.chain(global_limits).collect()
+        local.chain(global).collect()
     }
 
     fn json_destination(&self) -> Option<Value> {

@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 use trimtab::decimal::Decimal;
 use trimtab::policy::{Policy, Route};
@@ -150,9 +151,10 @@ fn labels(route: &Route) -> impl Iterator<Item = &str> {
 fn leave_out(policy: &mut Policy) -> Vec<String> {
     let mut left_out = Vec::new();
     for route in &mut policy.routes {
-        left_out.extend(
-            route.global_limits.drain(..).map(|global| format!("limit {} of route {}", global.limit.name, route.name)),
-        );
+        if let Some(limits) = route.limits.as_mut().and_then(Arc::get_mut) {
+            let global = limits.global.drain(..);
+            left_out.extend(global.map(|global| format!("limit {} of route {}", global.limit.name, route.name)));
+        }
         if let Some(fault) = &mut route.fault
             && fault.guard.admin.take().is_some()
         {

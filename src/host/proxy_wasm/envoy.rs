@@ -138,8 +138,14 @@ impl Host for Envoy {
         drawn
     }
 
+    fn secret_bytes(&self) -> [u8; 16] {
+        let mut bytes = [0; 16];
+        abi::random(&mut bytes);
+        bytes
+    }
+
     fn has_unpublished(&self) -> bool {
-        !self.metrics.is_empty()
+        !self.metrics.is_empty() || self.garbage.get() > 0 || self.contended.get() > 0
     }
 
     fn publish(&self) {

@@ -1,144 +1,151 @@
-//! The calls that one worker has under way, how much each asks for, and what its answer means.
+//! The calls that one worker has under way, how many hits each charges, and what its response means.
 //!
-//! A service that counts in fixed windows charges a call's hits *before* it compares them with the limit (envoyproxy's
-//! `INCRBY`), and refuses them all if they are too many together. So a batch that is refused has spent what was left, for
-//! everybody, and must be rare: a call asks for at most an eighth of what the service last said remained. A key's first
-//! call in a window asks for the request that waits, each later one for up to twice as much as the last; so a key that is
-//! asked for seldom holds little ahead, and a few hundred requests make a few dozen calls.
+//! A service that counts in fixed windows charges the hits of a call *before* it compares them with the limit (`INCRBY` in
+//! envoyproxy/ratelimit), and refuses all of them if they are too many together. So a refused batch spends what was left for
+//! the whole fleet, and has to be rare: a call charges at most an eighth of the hits that remained in the last response.
+//! The first call of a key in a window charges one hit for the request that waits, each later one up to twice as many as
+//! the one before. So a key with few requests has few prepaid hits, and a few hundred requests need a few dozen calls.
 //!
-//! A hit is spent in the window that it was charged to, never later. A service tells whole seconds, so a window that ends
-//! in `s` seconds lasts at least `s - 1` more from when the call was *sent*; that is how long hits are kept ahead. Where a
-//! window may have begun while the call was under way even that is not sure, because a service may charge the old window
-//! and tell the new one's end: such hits are only kept if the call was sent while that window was known to be on.
+//! A hit is used only in the window that it was charged in. A service reports whole seconds. So a window that ends in `s`
+//! seconds lasts at least `s - 1` seconds from the time at which the call was *sent*; prepaid hits are valid for that long.
+//! If a window may have begun while the call was under way, the service may have charged the old window and reported the
+//! end of the new one. Then hits are kept only if the call was sent while that window was known to last.
 
-use super::codec::{Answer, Flaw, decode, with_hits};
-use super::policy::{GlobalLimit, Service};
-use super::quota::{Found, Known, Quota, SAME_WINDOW};
-use crate::host::{CallId, Change, Conflict, GrpcAnswer, GrpcCall, GrpcClient, SharedData, update};
+use super::codec::{ResponseError, ServiceResponse, decode, with_hits};
+use super::policy::{GlobalLimit, RateLimitService};
+use super::prepaid::{Lookup, PrepaidBucket, SAME_WINDOW, WindowStatus};
+use crate::host::{CallId, GrpcAnswer, GrpcCall, GrpcClient, Host, SharedData};
+use crate::ratelimit::decision::bucket_key;
+use crate::ratelimit::policy::Keyspace;
+use crate::shared_data::{Change, Contended, SharedCell};
 use crate::units::MonotonicInstant;
 
 const SECOND: u64 = 1_000_000_000;
 
-/// gRPC's status for what took too long.
+/// The gRPC status of a call that took too long.
 const DEADLINE_EXCEEDED: u32 = 4;
 
-/// How long a key over its limit is left alone at least; its window may have one second to go, or none.
+/// The shortest time, in nanoseconds, for which the service is not asked about a key over its limit. The others of its window
+/// may be one second or less.
 const LEAST_SILENCE: u64 = 50_000_000;
 
 /// The most calls that a worker has under way, and the most requests that wait for them.
-const MOST: usize = 1024;
+const MAX_CALLS: usize = 1024;
 
-/// Where a limit stands in the policy: its route, and its place among the route's global limits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
-    pub route: usize,
-    pub limit: usize,
-}
-
-/// A key as a service is asked about it.
+/// A key of a global limit, and the message about it.
 #[derive(Debug)]
-pub(super) struct Subject {
-    pub(super) place: Place,
+pub(super) struct CallSubject {
+    /// An index into the policy's routes.
+    pub(super) route: usize,
+    /// An index into the route's global limits.
+    pub(super) limit: usize,
     pub(super) fingerprint: u64,
-    /// The call's message without its hits.
+    /// The message of the call without its hits.
     pub(super) request: Vec<u8>,
 }
 
-/// Why a service could not be asked, or did not answer.
+/// Why a call failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Failure {
-    /// The proxy knows no such cluster, or could not send.
+pub enum ServiceFailure {
+    /// The proxy does not know the cluster, or cannot send to it.
     Unreachable,
-    /// No answer in time.
+    /// The service did not respond in time.
     Timeout,
-    /// A gRPC status other than OK.
+    /// The gRPC status is not OK.
     Status,
-    /// An answer that is none.
+    /// The response is malformed.
     Garbage,
-    /// An answer that does not say whether the request is over the limit.
+    /// The code of the response is unknown.
     UnknownCode,
-    /// Too many requests wait already.
-    Crowded,
+    /// Too many requests wait for calls.
+    Overloaded,
 }
 
 /// A call under way.
 #[derive(Debug)]
 struct Call {
     id: CallId,
-    subject: Subject,
+    subject: CallSubject,
     hits: u32,
     sent: MonotonicInstant,
-    /// Until when the window was known to be on when the call was sent; 0 where nothing was known.
+    /// The known end of the window when the call was sent; 0 if it was unknown.
     known_until: MonotonicInstant,
 }
 
 /// The calls of one worker.
 #[derive(Debug, Default)]
-pub struct Calls {
+pub(in crate::ratelimit) struct ServiceCalls {
     under_way: Vec<Call>,
-    /// How many requests wait.
+    /// The number of requests that wait.
     waiting: usize,
 }
 
-/// What an answer means for the requests that waited for it.
+/// What the end of a call means for the requests that waited for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Settled {
-    pub place: Place,
-    /// So many of them, the first to come, are admitted.
+pub struct CallOutcome {
+    /// The route of the limit, an index into the policy's routes.
+    pub route: usize,
+    /// An index into the route's global limits.
+    pub limit: usize,
+    /// The number of requests that are admitted, in the order in which they came.
     pub admitted: usize,
-    /// Until when their hits could be spent by others, where that is known.
+    /// The instant until which other requests could use their hits, if it is known.
     pub until: Option<MonotonicInstant>,
-    pub rest: Rest,
-    /// Why there was no answer, to be counted; or why there was none to ask further.
-    pub failure: Option<Failure>,
+    /// What the other requests do.
+    pub others: NextStep,
+    /// Why the call failed, or why no further call could be sent.
+    pub failure: Option<ServiceFailure>,
 }
 
-/// What becomes of the requests that an answer does not admit.
+/// What requests do that a response does not admit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rest {
-    /// They are over the limit; nanoseconds until its reset.
+pub enum NextStep {
+    /// They are refused. The reset is in this number of nanoseconds.
     Refused(u64),
     /// They wait for another call.
-    Waits(CallId),
-    /// The limit's `onFailure` says.
+    Wait(CallId),
+    /// They are decided by `onFailure`.
     Failed,
 }
 
-impl Calls {
-    /// Whether another request can wait.
+impl ServiceCalls {
+    /// Whether another request may wait.
     pub(super) fn has_room(&self) -> bool {
-        self.waiting < MOST
+        self.waiting < MAX_CALLS
     }
 
-    /// Notes that a request begins to wait.
+    /// Counts a request that begins to wait.
     pub(super) fn enter(&mut self) {
         self.waiting += 1;
     }
 
-    /// Notes that a request waits no longer.
-    pub fn leave(&mut self) {
+    /// Counts a request that does not wait any more.
+    pub(in crate::ratelimit) fn leave(&mut self) {
         self.waiting = self.waiting.saturating_sub(1);
     }
 
     /// The call under way for a key.
-    pub(super) fn find(&self, place: Place, fingerprint: u64) -> Option<CallId> {
-        let is_it = |call: &&Call| call.subject.fingerprint == fingerprint && call.subject.place == place;
+    pub(super) fn find(&self, subject: &CallSubject) -> Option<CallId> {
+        let is_it = |call: &&Call| {
+            let CallSubject { route, limit, fingerprint, .. } = call.subject;
+            (route, limit, fingerprint) == (subject.route, subject.limit, subject.fingerprint)
+        };
         self.under_way.iter().find(is_it).map(|call| call.id)
     }
 
-    /// Sends a call for `waiting` requests of a key, of which `known` is known.
+    /// Sends a call for `waiting` requests of a key. `known` is the last known state of its window.
     #[inline(never)]
     pub(super) fn send(
         &mut self,
-        service: &Service,
-        subject: Subject,
+        service: &RateLimitService,
+        subject: CallSubject,
         waiting: u32,
-        known: Known,
+        known: WindowStatus,
         now: MonotonicInstant,
         client: &impl GrpcClient,
-    ) -> Result<CallId, Failure> {
-        if self.under_way.len() >= MOST {
-            return Err(Failure::Crowded);
+    ) -> Result<CallId, ServiceFailure> {
+        if self.under_way.len() >= MAX_CALLS {
+            return Err(ServiceFailure::Overloaded);
         }
         let hits = hits(service.batch, waiting, known);
         let id = client
@@ -149,147 +156,138 @@ impl Calls {
                 message: &with_hits(&subject.request, hits),
                 timeout: service.timeout,
             })
-            .ok_or(Failure::Unreachable)?;
+            .ok_or(ServiceFailure::Unreachable)?;
         self.under_way.push(Call { id, subject, hits, sent: now, known_until: known.until });
         Ok(id)
     }
 
-    /// Takes the answer to a call for which `waiting` requests wait. `limit` finds the limit at a place. `None` where
-    /// there is no such call.
+    /// Takes the answer to a call for which `waiting` requests wait. `limit` returns the limit with an index, of the route
+    /// with an index. Returns `None` if there is no such call.
     #[inline(never)]
-    pub fn settle<'p>(
+    pub(in crate::ratelimit) fn on_answer<'p>(
         &mut self,
         answer: GrpcAnswer<'_>,
         waiting: usize,
-        limit: impl Fn(Place) -> Option<&'p GlobalLimit>,
-        now: MonotonicInstant,
-        host: &(impl SharedData + GrpcClient),
-    ) -> Option<Settled> {
+        limit: impl Fn(usize, usize) -> Option<&'p GlobalLimit>,
+        host: &impl Host,
+    ) -> Option<CallOutcome> {
         let GrpcAnswer { call: id, status, message } = answer;
+        let now = host.now();
         let at = self.under_way.iter().position(|call| call.id == id)?;
         let call = self.under_way.swap_remove(at);
-        let place = call.subject.place;
-        let limit = limit(place)?;
-        let failed =
-            |failure| Some(Settled { place, admitted: 0, until: None, rest: Rest::Failed, failure: Some(failure) });
+        let CallSubject { route, limit: index, .. } = call.subject;
+        let limit = limit(route, index)?;
+        let outcome =
+            CallOutcome { route, limit: index, admitted: 0, until: None, others: NextStep::Failed, failure: None };
+        let failed = |failure| Some(CallOutcome { failure: Some(failure), ..outcome });
         if status != 0 {
-            // Envoy tells its own timeout as UNAVAILABLE in its router's words, by a clock that may be a little behind; the
-            // service is told the timeout too, and may end the call itself.
+            // Envoy reports its own timeout as UNAVAILABLE with a message of its router, by a clock that may be slightly
+            // behind. The service also receives the timeout, and may end the call itself.
             let timeout = u64::from(limit.service.timeout).saturating_mul(1_000_000);
             let is_late = status == DEADLINE_EXCEEDED
                 || message.starts_with(b"upstream request timeout")
                 || now.saturating_since(call.sent) >= timeout;
-            return failed(if is_late { Failure::Timeout } else { Failure::Status });
+            return failed(if is_late { ServiceFailure::Timeout } else { ServiceFailure::Status });
         }
         let answer = match decode(message) {
             Ok(answer) => answer,
-            Err(Flaw::Garbage) => return failed(Failure::Garbage),
-            Err(Flaw::UnknownCode) => return failed(Failure::UnknownCode),
+            Err(ResponseError::Garbage) => return failed(ServiceFailure::Garbage),
+            Err(ResponseError::UnknownCode) => return failed(ServiceFailure::UnknownCode),
         };
-        Some(self.learn(limit, call, answer, waiting, now, host))
+        Some(self.on_response(limit, call, outcome, answer, waiting, host))
     }
 
-    fn learn(
+    fn on_response(
         &mut self,
         limit: &GlobalLimit,
         call: Call,
-        answer: Answer,
+        mut outcome: CallOutcome,
+        answer: ServiceResponse,
         waiting: usize,
-        now: MonotonicInstant,
-        host: &(impl SharedData + GrpcClient),
-    ) -> Settled {
+        host: &impl Host,
+    ) -> CallOutcome {
+        let now = host.now();
         let Call { subject, hits, sent, known_until, .. } = call;
-        let place = subject.place;
         let until = sent.saturating_add(answer.reset.saturating_sub(1).saturating_mul(SECOND));
-        let mut known = Known::default();
-        let mut settled = Settled { place, admitted: 0, until: None, rest: Rest::Failed, failure: None };
+        let mut known = WindowStatus::default();
         if !answer.is_over {
-            settled.admitted = waiting.min(hits as usize);
+            outcome.admitted = waiting.min(hits as usize);
             let is_known = known_until > sent && until <= known_until.saturating_add(SAME_WINDOW);
             let took = now.saturating_since(sent) / SECOND;
             let is_old = answer.reset > 0 && answer.reset.saturating_add(took) < answer.window;
             let is_sure = is_old || is_known && answer.window > 0;
-            let ahead = if is_sure { (hits as usize).saturating_sub(settled.admitted) } else { 0 };
-            settled.until = is_sure.then_some(until);
-            known = Known { until, batch: if is_sure { hits } else { 0 }, remaining: answer.remaining.unwrap_or(0) };
+            let prepaid = if is_sure { (hits as usize).saturating_sub(outcome.admitted) } else { 0 };
+            outcome.until = is_sure.then_some(until);
+            known =
+                WindowStatus { until, batch: if is_sure { hits } else { 0 }, remaining: answer.remaining.unwrap_or(0) };
             if until > now {
-                let ahead = u32::try_from(ahead).unwrap_or(u32::MAX);
-                let _ = limit.amend(subject.fingerprint, host, &|quota| {
-                    quota.add(subject.fingerprint, ahead, known, now);
+                let prepaid = u32::try_from(prepaid).unwrap_or(u32::MAX);
+                limit.amend(subject.fingerprint, host, &|bucket| {
+                    bucket.add(subject.fingerprint, prepaid, known, now);
                 });
             }
         } else if hits == 1 {
             let reset = answer.reset.max(1).saturating_mul(SECOND);
             let until = until.max(now.saturating_add(LEAST_SILENCE));
             let then = now.saturating_add(reset).saturating_since(until);
-            let _ = limit.amend(subject.fingerprint, host, &|quota| {
-                quota.refuse(subject.fingerprint, until, then, now);
+            limit.amend(subject.fingerprint, host, &|bucket| {
+                bucket.refuse(subject.fingerprint, until, then, now);
             });
-            settled.rest = Rest::Refused(reset);
-            return settled;
+            outcome.others = NextStep::Refused(reset);
+            return outcome;
         }
-        // Some are left: more than the room that was known, or a batch that was too large. A single hit will tell.
-        let left = u32::try_from(waiting.saturating_sub(settled.admitted)).unwrap_or(u32::MAX);
+        // Some requests are left: more than the known room, or those of a batch that was too large. A single hit decides.
+        let left = u32::try_from(waiting.saturating_sub(outcome.admitted)).unwrap_or(u32::MAX);
         if left > 0 {
             match self.send(&limit.service, subject, left, known, now, host) {
-                Ok(id) => settled.rest = Rest::Waits(id),
-                Err(failure) => settled.failure = Some(failure),
+                Ok(id) => outcome.others = NextStep::Wait(id),
+                Err(failure) => outcome.failure = Some(failure),
             }
         }
-        settled
+        outcome
     }
 }
 
-/// How many hits a call asks for: those that wait or a batch ahead, and not more than is likely to be left.
-fn hits(batch: u32, waiting: u32, known: Known) -> u32 {
+/// The number of hits that a call charges: one for each request that waits or a batch, but at most what is likely to remain.
+fn hits(batch: u32, waiting: u32, known: WindowStatus) -> u32 {
     let room = (known.remaining / 8).max(1);
-    let ahead = if batch > 1 { known.batch.saturating_mul(2).min(batch) } else { 1 };
-    waiting.max(ahead).clamp(1, room)
+    let prepaid = if batch > 1 { known.batch.saturating_mul(2).min(batch) } else { 1 };
+    waiting.max(prepaid).clamp(1, room)
 }
 
 impl GlobalLimit {
-    /// Spends a hit of a key that was charged ahead, if there is one. With it, whether the word was somebody else's.
-    pub(super) fn spend(
+    /// Uses a prepaid hit of a key, if there is one.
+    ///
+    /// # Errors
+    /// [`Contended`] if the record could not be written.
+    pub(super) fn use_prepaid(
         &self,
         fingerprint: u64,
         now: MonotonicInstant,
         store: &impl SharedData,
-    ) -> Result<(Found, bool), Conflict> {
-        update(store, &self.word(fingerprint), |found| {
-            let decoded = found.map(Quota::decode);
-            let is_garbage = decoded == Some(None);
-            let mut quota = decoded.flatten().unwrap_or_default();
-            match quota.take(fingerprint, now) {
-                hit @ Found::Hit(_) => Change::Write(quota.encode(), (hit, is_garbage)),
-                found => Change::Keep((found, is_garbage)),
+    ) -> Result<Lookup, Contended> {
+        self.cell(fingerprint).update(store, |stored| {
+            let mut bucket = stored.record().unwrap_or_default();
+            match bucket.take(fingerprint, now) {
+                hit @ Lookup::Hit(_) => Change::Write(bucket, hit),
+                found => Change::Keep(found),
             }
         })
     }
 
-    /// Changes what all workers know of a key.
+    /// Changes what all workers know about a key. A change that cannot be written is dropped: it costs a call or a hit.
     #[inline(never)]
-    pub(super) fn amend(
-        &self,
-        fingerprint: u64,
-        store: &impl SharedData,
-        change: &dyn Fn(&mut Quota),
-    ) -> Result<(), Conflict> {
-        update(store, &self.word(fingerprint), |found| {
-            let mut quota = found.and_then(Quota::decode).unwrap_or_default();
-            change(&mut quota);
-            Change::Write(quota.encode(), ())
-        })
+    pub(super) fn amend(&self, fingerprint: u64, store: &impl SharedData, change: &dyn Fn(&mut PrepaidBucket)) {
+        let _ = self.cell(fingerprint).update(store, |stored| {
+            let mut bucket = stored.record().unwrap_or_default();
+            change(&mut bucket);
+            Change::Write(bucket, ())
+        });
     }
 
-    /// The shared word that holds a key.
-    fn word(&self, fingerprint: u64) -> String {
-        const NAME: &str = "quota/";
-        let mut word = String::with_capacity(self.limit.keyspace.prefix.len() + NAME.len() + 8);
-        word.push_str(&self.limit.keyspace.prefix);
-        word.push_str(NAME);
-        let bucket = (u128::from(fingerprint) * u128::from(self.limit.keyspace.buckets)) >> 64;
-        let digit = |digit: u32| char::from_digit(digit, 16).unwrap_or('0');
-        word.extend((0..8).map(|place| digit((bucket >> (28 - place * 4)) as u32 & 0xf)));
-        word
+    /// The record that contains a key.
+    fn cell(&self, fingerprint: u64) -> SharedCell<PrepaidBucket> {
+        let Keyspace { prefix, buckets, .. } = &self.limit.keyspace;
+        SharedCell::new(bucket_key(prefix, "quota/", *buckets, fingerprint))
     }
 }

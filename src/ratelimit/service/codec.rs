@@ -1,38 +1,39 @@
 //! `RateLimitRequest` and `RateLimitResponse` of `envoy.service.ratelimit.v3` (rls.proto), as far as a limit needs them.
 //!
-//! Written by hand over the protobuf wire format (protobuf.dev, "Encoding"): a request is one domain and one descriptor,
-//! and of a response only the code and the first descriptor's status are read. Fields that are unknown are skipped.
+//! The code reads and writes the protobuf wire format (protobuf.dev, "Encoding") directly. A request has one domain and one
+//! descriptor. Of a response only the code and the status of the first descriptor are read. Unknown fields are skipped.
 
 use std::borrow::Cow;
 
-/// The longest response that is read. A service's own is some dozens of bytes, and a header or two that it wants added.
+/// The longest response that is read, in bytes. A usual response has some dozens of bytes, and the headers that the service
+/// adds.
 pub const MAX_RESPONSE_BYTES: usize = 64 * 1024;
 
-/// What a response says.
+/// The content of a response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Answer {
+pub(super) struct ServiceResponse {
     pub(super) is_over: bool,
-    /// How many more hits the window has room for; `None` where the service knows no limit for the descriptor.
+    /// The hits that remain in the window; `None` if the service has no limit for the descriptor.
     pub(super) remaining: Option<u32>,
-    /// The length of the limit's window in seconds; 0 where it is not told.
+    /// The length of the window in seconds; 0 if the response does not contain it.
     pub(super) window: u64,
-    /// Seconds until the window ends, rounded up; 0 where it is not told.
+    /// Seconds until the window ends, rounded up; 0 if the response does not contain it.
     pub(super) reset: u64,
 }
 
-/// Why a response is of no use.
+/// Why a response cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Flaw {
-    /// It is no `RateLimitResponse`.
+pub(super) enum ResponseError {
+    /// It is not a `RateLimitResponse`.
     Garbage,
-    /// Its code is UNKNOWN, or one that rls.proto does not have.
+    /// Its code is UNKNOWN, or is not in rls.proto.
     UnknownCode,
 }
 
 /// `RateLimitResponse.RateLimit.Unit` in seconds, by its number: UNKNOWN, SECOND, MINUTE, HOUR, DAY, MONTH, YEAR, WEEK.
 const UNITS: [u64; 8] = [0, 1, 60, 3_600, 86_400, 2_592_000, 31_536_000, 604_800];
 
-/// The longest time until a reset that is believed, in seconds.
+/// The longest time until a reset that is accepted, in seconds.
 const LONGEST: u64 = 366 * 86_400;
 
 /// Wire types.
@@ -66,13 +67,13 @@ pub(super) fn with_hits(request: &[u8], hits: u32) -> Vec<u8> {
 }
 
 /// Reads a response.
-pub(super) fn decode(message: &[u8]) -> Result<Answer, Flaw> {
+pub(super) fn decode(message: &[u8]) -> Result<ServiceResponse, ResponseError> {
     let (mut code, mut status) = (0, None);
     for field in Fields(message) {
         match field? {
             (1, Value::Number(number)) => code = number,
             (2, Value::Bytes(bytes)) => {
-                let read = Status::read(bytes)?;
+                let read = DescriptorStatus::read(bytes)?;
                 status.get_or_insert(read);
             }
             _ => {}
@@ -81,23 +82,23 @@ pub(super) fn decode(message: &[u8]) -> Result<Answer, Flaw> {
     let is_over = match code {
         1 => false,
         2 => true,
-        _ => return Err(Flaw::UnknownCode),
+        _ => return Err(ResponseError::UnknownCode),
     };
-    let Status { remaining, window, reset } = status.unwrap_or_default();
-    Ok(Answer { is_over, remaining, window, reset })
+    let DescriptorStatus { remaining, window, reset } = status.unwrap_or_default();
+    Ok(ServiceResponse { is_over, remaining, window, reset })
 }
 
 /// `RateLimitResponse.DescriptorStatus`.
 #[derive(Default)]
-struct Status {
+struct DescriptorStatus {
     remaining: Option<u32>,
     window: u64,
     reset: u64,
 }
 
-impl Status {
-    fn read(message: &[u8]) -> Result<Status, Flaw> {
-        let mut status = Status::default();
+impl DescriptorStatus {
+    fn read(message: &[u8]) -> Result<DescriptorStatus, ResponseError> {
+        let mut status = DescriptorStatus::default();
         let (mut has_limit, mut remaining) = (false, 0);
         for field in Fields(message) {
             match field? {
@@ -140,7 +141,7 @@ fn put_varint(out: &mut Vec<u8>, mut number: u64) {
     out.push(number as u8);
 }
 
-/// As proto3 has it, an empty value is none.
+/// Writes a field of bytes. An empty value is omitted, as in proto3.
 fn put_bytes(out: &mut Vec<u8>, field: u64, bytes: &[u8]) {
     if bytes.is_empty() {
         return;
@@ -157,7 +158,7 @@ enum Value<'m> {
     Fixed,
 }
 
-/// The fields of a message, each with its number; the first flaw ends them.
+/// The fields of a message, each with its number. The first error ends them.
 struct Fields<'m>(&'m [u8]);
 
 impl<'m> Fields<'m> {
@@ -197,7 +198,7 @@ impl<'m> Fields<'m> {
 }
 
 impl<'m> Iterator for Fields<'m> {
-    type Item = Result<(u64, Value<'m>), Flaw>;
+    type Item = Result<(u64, Value<'m>), ResponseError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.0.is_empty() {
@@ -207,7 +208,7 @@ impl<'m> Iterator for Fields<'m> {
         if field.is_none() {
             self.0 = &[];
         }
-        Some(field.ok_or(Flaw::Garbage))
+        Some(field.ok_or(ResponseError::Garbage))
     }
 }
 
@@ -234,11 +235,11 @@ mod tests {
 
     #[test]
     fn responses_are_read() {
-        let admitted = Answer { is_over: false, remaining: Some(993), window: 60, reset: 42 };
+        let admitted = ServiceResponse { is_over: false, remaining: Some(993), window: 60, reset: 42 };
         assert_eq!(decode(ADMITTED), Ok(admitted));
-        let over = Answer { is_over: true, remaining: Some(0), window: 60, reset: 61 };
+        let over = ServiceResponse { is_over: true, remaining: Some(0), window: 60, reset: 61 };
         assert_eq!(decode(OVER), Ok(over), "5 ns more than a minute, with headers and a body besides");
-        let unlimited = Answer { is_over: false, remaining: None, window: 0, reset: 0 };
+        let unlimited = ServiceResponse { is_over: false, remaining: None, window: 0, reset: 0 };
         assert_eq!(decode(b"\x08\x01\x12\x02\x08\x01"), Ok(unlimited));
         assert_eq!(decode(b"\x08\x01"), Ok(unlimited), "no status at all");
     }
@@ -246,13 +247,13 @@ mod tests {
     #[test]
     fn what_makes_no_sense_is_no_answer() {
         for unknown in [&b""[..], b"\x12\x04\x08\x01\x18\x07", b"\x08\x00", b"\x08\x09"] {
-            assert_eq!(decode(unknown), Err(Flaw::UnknownCode), "{unknown:02x?}");
+            assert_eq!(decode(unknown), Err(ResponseError::UnknownCode), "{unknown:02x?}");
         }
         for end in 3..ADMITTED.len() {
-            assert_eq!(decode(&ADMITTED[..end]), Err(Flaw::Garbage), "cut after {end} bytes");
+            assert_eq!(decode(&ADMITTED[..end]), Err(ResponseError::Garbage), "cut after {end} bytes");
         }
         for garbage in [&b"\x08"[..], b"\x0b\x01", b"\x00\x01", b"\x12\x7f", b"not protobuf", &[0xff; 40]] {
-            assert_eq!(decode(garbage), Err(Flaw::Garbage), "{garbage:02x?}");
+            assert_eq!(decode(garbage), Err(ResponseError::Garbage), "{garbage:02x?}");
         }
     }
 
@@ -260,9 +261,9 @@ mod tests {
     fn a_time_that_makes_no_sense_is_none() {
         let negative = b"\x08\x01\x12\x20\x08\x01\x12\x0f\x08\xe8\x07\x10\x02\x1a\x08per-user\
             \x22\x0b\x08\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01";
-        assert_eq!(decode(negative), Ok(Answer { is_over: false, remaining: Some(0), window: 60, reset: 0 }));
+        assert_eq!(decode(negative), Ok(ServiceResponse { is_over: false, remaining: Some(0), window: 60, reset: 0 }));
         let unit = b"\x08\x01\x12\x04\x12\x02\x10\x09";
-        assert_eq!(decode(unit), Ok(Answer { is_over: false, remaining: Some(0), window: 0, reset: 0 }));
+        assert_eq!(decode(unit), Ok(ServiceResponse { is_over: false, remaining: Some(0), window: 0, reset: 0 }));
     }
 
     proptest! {

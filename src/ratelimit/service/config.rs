@@ -1,25 +1,25 @@
-//! Reads `service`, the block of a limit with `scope: global`.
+//! Reads the `service` block of a limit with `scope: global`.
 
-use super::policy::{OnFailure, Service};
+use super::policy::{OnFailure, RateLimitService};
 use crate::document::{Fields, Value};
 use crate::http::HeaderNames;
 use crate::key::KeySource;
 use crate::units::read_duration;
 use std::time::Duration;
 
-/// The most hits that a call may charge ahead.
-const MOST: u64 = 1_000_000;
+/// The most hits that one call may prepay.
+const MAX_BATCH: u64 = 1_000_000;
 
-/// The part of the limit that a call charges ahead, unless written.
+/// The divisor of the burst that gives the default batch.
 const SHARE: u64 = 64;
 
-/// Reads `scope` and `service` of a limit. `Some(None)` is a local one, `None` one with an error.
+/// Reads `scope` and `service` of a limit. Returns `Some(None)` for a local limit, and `None` after an error.
 pub(in crate::ratelimit) fn read(
     fields: &mut Fields<'_>,
     requests: Option<u64>,
     key: &[KeySource],
     names: &HeaderNames,
-) -> Option<Option<Service>> {
+) -> Option<Option<RateLimitService>> {
     let is_global = fields.optional("scope").map(|value| value.one_of(&[("local", false), ("global", true)]));
     let service = fields.optional("service");
     match (is_global, service) {
@@ -38,7 +38,12 @@ pub(in crate::ratelimit) fn read(
 }
 
 #[inline(never)]
-fn read_service(value: &Value<'_>, requests: Option<u64>, key: &[KeySource], names: &HeaderNames) -> Option<Service> {
+fn read_service(
+    value: &Value<'_>,
+    requests: Option<u64>,
+    key: &[KeySource],
+    names: &HeaderNames,
+) -> Option<RateLimitService> {
     let mut fields = value.object()?;
     let cluster = read_text(&mut fields, "cluster");
     let domain = read_text(&mut fields, "domain");
@@ -53,7 +58,7 @@ fn read_service(value: &Value<'_>, requests: Option<u64>, key: &[KeySource], nam
         None => Some(OnFailure::Allow),
     };
     let batch = match fields.optional("batch") {
-        Some(value) => value.integer(1..=MOST),
+        Some(value) => value.integer(1..=MAX_BATCH),
         None => requests.map(|requests| (requests / SHARE).clamp(1, 1000)),
     };
     let descriptor_keys = match fields.optional("descriptorKeys") {
@@ -62,7 +67,7 @@ fn read_service(value: &Value<'_>, requests: Option<u64>, key: &[KeySource], nam
         None => Some(key.iter().map(|source| descriptor_key(source, names)).collect()),
     };
     fields.end();
-    Some(Service {
+    Some(RateLimitService {
         cluster: cluster?,
         domain: domain?,
         timeout: timeout?,
@@ -99,7 +104,7 @@ fn read_keys(value: &Value<'_>, wanted: usize) -> Option<Vec<Box<str>>> {
     Some(keys)
 }
 
-/// What an entry is called: as in Envoy's own actions where there is a name, else as the source is.
+/// The key of a descriptor entry: the one that Envoy's own action uses, or the name of the source.
 #[inline(never)]
 fn descriptor_key(source: &KeySource, names: &HeaderNames) -> Box<str> {
     let name = match source {

@@ -1,245 +1,248 @@
-//! Whether one request is admitted by the limits that a service keeps.
+//! The decision whether the global limits admit a request.
 //!
-//! They are asked one after the other, each only once those before it have admitted the request. A hit that was spent for
-//! a request which a later limit refuses goes back to the hits ahead, where the request's siblings find it.
+//! A [`GlobalLimiter`] asks the limits of a route in turn, each only after the earlier ones have admitted the request. If a
+//! later limit refuses, the hits that were used for the request become prepaid hits again, which other requests of this
+//! proxy can use.
 
-use super::calls::{Calls, Failure, Place, Subject};
+use super::calls::{CallSubject, ServiceFailure};
 use super::codec::encode;
-use super::policy::{GlobalLimit, OnFailure, Service};
-use super::quota::{Found, Known};
-use crate::host::{CallId, GrpcClient, SharedData};
+use super::policy::{GlobalLimit, OnFailure};
+use super::prepaid::{Lookup, WindowStatus};
+use crate::host::{CallId, Host};
 use crate::http::LocalReply;
-use crate::key::{KeySource, Scene};
-use crate::ratelimit::{self, Admission, Leases, Reason, Remark, Secret, Told, admit};
+use crate::key::{KeyContext, KeySource};
+use crate::ratelimit::decision::{LimitEvent, LocalCharges, LocalLimiter};
+use crate::ratelimit::limiter::WorkerLimits;
+use crate::ratelimit::metrics::RateLimitMetrics;
+use crate::ratelimit::{QuotaStatus, Refusal, RefusalReason, Secret};
 use crate::units::MonotonicInstant;
 use std::borrow::Cow;
 use std::hash::Hasher;
 use xxhash_rust::xxh64::xxh64;
 
-/// The longest value that is sent; a longer one goes as its hash.
-const LONGEST_VALUE: usize = 512;
+/// The longest value that is sent, in bytes. A longer value is sent as its hash.
+const MAX_VALUE: usize = 512;
 
-/// What the services said of a request so far.
+/// What the global limits have decided about a request so far. Limits are indices into
+/// [`crate::ratelimit::RateLimits::global`].
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Inquiry {
-    /// The limit that is asked next, an index into the route's global limits.
+pub struct GlobalCheck {
+    /// The limit that is asked next.
     next: usize,
-    /// The hits that were spent: limit, key, and until when they could be.
-    spent: Vec<(usize, u64, MonotonicInstant)>,
-    pub refused: Option<Refusal>,
-    /// The limits in shadow that would have refused.
+    /// The key under that limit, if the request waits for a call.
+    fingerprint: u64,
+    /// The limit that refused the request, if one did.
+    pub refusal: Option<GlobalRefusal>,
+    /// The limits in shadow mode that would have refused.
     pub would_refuse: Vec<usize>,
-    /// The limits whose service could not be asked.
-    pub undecided: Vec<usize>,
+    /// The limits whose call failed, so that `onFailure` decided.
+    pub failure_mode_applied: Vec<usize>,
 }
 
-/// Which limit refused, and why.
+/// The global limit that refused a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Refusal {
+pub struct GlobalRefusal {
     /// An index into the route's global limits.
     pub limit: usize,
-    /// Nanoseconds until one would be admitted; `None` where the service could not be asked.
+    /// Nanoseconds until the limit would admit the request; `None` if the call failed.
     pub wait: Option<u64>,
 }
 
-/// What is found of a request at the limit that it waits at.
+/// What the service decided about a request that waited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// With a hit that could be spent until then, where that is known.
+pub enum ServiceOutcome {
+    /// The request is admitted. Its hit is valid until this instant, if that is known.
     Admitted(Option<MonotonicInstant>),
-    /// Nanoseconds until the reset.
+    /// The request is refused. The reset is in this number of nanoseconds.
     Refused(u64),
+    /// The call failed.
     Failed,
 }
 
-/// Something to count besides.
+/// An event that is counted for the service of a limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// A call was sent for this limit.
-    Sent,
-    Failed(Failure),
-    /// A shared word was not ours.
-    Garbage,
-    /// A key of the proxy's own limit shared its full bucket's overflow time.
-    Overflow,
-    /// A compare-and-swap was given up; the request was refused.
-    Contended,
-    /// A request's client went away while it waited.
-    Gone,
+pub(in crate::ratelimit) enum ServiceEvent {
+    /// A call was sent.
+    CallSent,
+    /// A call failed or could not be sent.
+    Failed(ServiceFailure),
+    /// The client of a request left while the request waited.
+    ClientLeft,
 }
 
-/// The limits of a route, and what the worker needs to ask them.
-pub struct Asker<'w> {
-    pub limits: &'w [GlobalLimit],
-    /// The route's place in the policy.
-    pub route: usize,
-    pub secret: &'w Secret,
-    pub calls: &'w mut Calls,
-    pub leases: &'w mut Leases,
-    /// Called with an index into the limits.
-    pub count: &'w dyn Fn(usize, Event),
+/// A hit that was used for a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PrepaidHit {
+    /// An index into the route's global limits.
+    pub(in crate::ratelimit) limit: usize,
+    pub(in crate::ratelimit) fingerprint: u64,
+    /// The instant until which the hit is valid.
+    pub(in crate::ratelimit) until: MonotonicInstant,
 }
 
-impl Asker<'_> {
-    /// Takes what was found at the limit that the request waited at.
+impl PrepaidHit {
+    /// Makes the hit available to other requests, while its window lasts.
+    pub(in crate::ratelimit) fn refund(&self, limit: &GlobalLimit, now: MonotonicInstant, host: &impl Host) {
+        limit.amend(self.fingerprint, host, &|bucket| bucket.refund(self.fingerprint, self.until, now));
+    }
+}
+
+/// The global limits of a route, and what is needed to apply them.
+pub(in crate::ratelimit) struct GlobalLimiter<'w, H> {
+    pub(in crate::ratelimit) limits: &'w [GlobalLimit],
+    /// An index into the policy's routes.
+    pub(in crate::ratelimit) route: usize,
+    /// Whether another feature can refuse a request that the limits have admitted.
+    pub(in crate::ratelimit) is_followed: bool,
+    pub(in crate::ratelimit) worker: &'w mut WorkerLimits,
+    pub(in crate::ratelimit) metrics: &'w RateLimitMetrics,
+    pub(in crate::ratelimit) now: MonotonicInstant,
+    pub(in crate::ratelimit) host: &'w H,
+}
+
+impl<H: Host> GlobalLimiter<'_, H> {
+    /// Continues the check of a request with the outcome of the call that it waited for.
     #[inline(never)]
-    pub fn hear(
+    pub(in crate::ratelimit) fn on_outcome(
         &mut self,
-        inquiry: &mut Inquiry,
-        outcome: Outcome,
-        scene: &Scene<'_, '_>,
-        now: MonotonicInstant,
-        store: &impl SharedData,
+        check: &mut GlobalCheck,
+        prepaid: &mut Vec<PrepaidHit>,
+        outcome: ServiceOutcome,
+        context: &KeyContext<'_, '_>,
     ) {
-        let Some(limit) = self.limits.get(inquiry.next) else { return };
+        let Some(limit) = self.limits.get(check.next) else { return };
         match outcome {
-            Outcome::Admitted(Some(until)) => {
-                let (_, fingerprint) = limit.subject(self.secret, scene);
-                inquiry.spent.push((inquiry.next, fingerprint, until));
+            ServiceOutcome::Admitted(Some(until)) => {
+                if self.is_followed || check.next + 1 < self.limits.len() {
+                    prepaid.push(PrepaidHit { limit: check.next, fingerprint: check.fingerprint, until });
+                }
             }
-            // It cannot be given back: nobody knows until when another could spend it.
-            Outcome::Admitted(None) => {}
-            Outcome::Refused(wait) => self.refuse(inquiry, limit, Some(wait)),
-            Outcome::Failed => {
-                inquiry.undecided.push(inquiry.next);
+            // Without a known end of its window the hit cannot be refunded.
+            ServiceOutcome::Admitted(None) => {}
+            ServiceOutcome::Refused(wait) => check.refuse(limit, Some(wait)),
+            ServiceOutcome::Failed => {
+                check.failure_mode_applied.push(check.next);
                 match limit.service.on_failure {
                     OnFailure::Allow => {}
-                    OnFailure::Deny => self.refuse(inquiry, limit, None),
-                    OnFailure::Local => {
-                        let limits = std::slice::from_ref(&limit.limit);
-                        let local = admit(limits, true, self.secret, self.leases, scene, now, store);
-                        self.count_local(inquiry.next, &local);
-                        if let Some(refusal) = local.refused {
-                            let wait = if let Reason::TooEarly(wait) = refusal.reason { Some(wait) } else { None };
-                            self.refuse(inquiry, limit, wait);
-                        } else if local.remarks.contains(&Remark::WouldRefuse(0)) {
-                            self.refuse(inquiry, limit, None);
-                        }
-                    }
+                    OnFailure::Deny => check.refuse(limit, None),
+                    OnFailure::Local => self.apply_locally(check, limit, context),
                 }
             }
         }
-        inquiry.next += 1;
+        check.next += 1;
     }
 
-    fn count_local(&self, limit: usize, admission: &Admission) {
-        for (event, happened) in [
-            (Event::Garbage, admission.garbage > 0),
-            (Event::Overflow, admission.overflows > 0),
-            (Event::Contended, admission.contended),
-        ] {
-            if happened {
-                (self.count)(limit, event);
-            }
-        }
-    }
-
-    fn refuse(&self, inquiry: &mut Inquiry, limit: &GlobalLimit, wait: Option<u64>) {
-        if limit.limit.shadow {
-            inquiry.would_refuse.push(inquiry.next);
-        } else {
-            inquiry.refused = Some(Refusal { limit: inquiry.next, wait });
-        }
-    }
-
-    /// Asks on, until all have admitted, one has refused, or the request has to wait for the call that is returned.
+    /// Applies a limit whose service has failed in this proxy alone. Its charges are not refunded.
     #[inline(never)]
-    pub fn ask(
+    fn apply_locally(&mut self, check: &mut GlobalCheck, limit: &GlobalLimit, context: &KeyContext<'_, '_>) {
+        let WorkerLimits { secret, leases, .. } = &mut *self.worker;
+        let limits = std::slice::from_ref(&limit.limit);
+        let mut limiter = LocalLimiter { limits, secret, leases, now: self.now, store: self.host };
+        let local = limiter.check(context, true, &mut LocalCharges::default());
+        self.metrics.count_overflows(&local, self.host);
+        if let Some(refusal) = local.refusal {
+            let wait = if let RefusalReason::RateExceeded(wait) = refusal.reason { Some(wait) } else { None };
+            check.refuse(limit, wait);
+        } else if local.events.contains(&LimitEvent::WouldRefuse(0)) {
+            check.refuse(limit, None);
+        }
+    }
+
+    /// Asks the limits until all have admitted the request, one has refused it, or the request has to wait for the call
+    /// that is returned.
+    #[inline(never)]
+    pub(in crate::ratelimit) fn check(
         &mut self,
-        inquiry: &mut Inquiry,
-        scene: &Scene<'_, '_>,
-        now: MonotonicInstant,
-        host: &(impl SharedData + GrpcClient),
+        check: &mut GlobalCheck,
+        prepaid: &mut Vec<PrepaidHit>,
+        context: &KeyContext<'_, '_>,
     ) -> Option<CallId> {
-        while inquiry.refused.is_none() {
-            let index = inquiry.next;
+        while check.refusal.is_none() {
+            let index = check.next;
             let limit = self.limits.get(index)?;
-            let (message, fingerprint) = limit.subject(self.secret, scene);
-            let outcome = match limit.spend(fingerprint, now, host) {
-                Err(_) => {
-                    (self.count)(index, Event::Contended);
-                    Outcome::Refused(0)
-                }
-                Ok((found, is_garbage)) => {
-                    if is_garbage {
-                        (self.count)(index, Event::Garbage);
-                    }
-                    match found {
-                        Found::Hit(until) => Outcome::Admitted(Some(until)),
-                        Found::Over(wait) => Outcome::Refused(wait),
-                        Found::Nothing(known) => {
-                            let place = Place { route: self.route, limit: index };
-                            let subject = Subject { place, fingerprint, request: message };
-                            match self.join(&limit.service, subject, known, now, host) {
-                                Ok(call) => return Some(call),
-                                Err(failure) => {
-                                    (self.count)(index, Event::Failed(failure));
-                                    Outcome::Failed
-                                }
-                            }
+            let (request, fingerprint) = limit.subject(&self.worker.secret, context);
+            check.fingerprint = fingerprint;
+            let outcome = match limit.use_prepaid(fingerprint, self.now, self.host) {
+                Err(_) => ServiceOutcome::Refused(0),
+                Ok(Lookup::Hit(until)) => ServiceOutcome::Admitted(Some(until)),
+                Ok(Lookup::OverLimit(wait)) => ServiceOutcome::Refused(wait),
+                Ok(Lookup::NotPrepaid(window)) => {
+                    let subject = CallSubject { route: self.route, limit: index, fingerprint, request };
+                    match self.join(limit, subject, window) {
+                        Ok(call) => return Some(call),
+                        Err(failure) => {
+                            self.metrics.count_event(index, ServiceEvent::Failed(failure), self.host);
+                            ServiceOutcome::Failed
                         }
                     }
                 }
             };
-            self.hear(inquiry, outcome, scene, now, host);
+            self.on_outcome(check, prepaid, outcome, context);
         }
         None
     }
 
-    /// Joins those who wait for the key's call, or sends one.
+    /// Returns the call under way for the key, or sends one.
     fn join(
         &mut self,
-        service: &Service,
-        subject: Subject,
-        known: Known,
-        now: MonotonicInstant,
-        client: &impl GrpcClient,
-    ) -> Result<CallId, Failure> {
-        if !self.calls.has_room() {
-            return Err(Failure::Crowded);
+        limit: &GlobalLimit,
+        subject: CallSubject,
+        window: WindowStatus,
+    ) -> Result<CallId, ServiceFailure> {
+        let calls = &mut self.worker.calls;
+        if !calls.has_room() {
+            return Err(ServiceFailure::Overloaded);
         }
-        let call = match self.calls.find(subject.place, subject.fingerprint) {
+        let call = match calls.find(&subject) {
             Some(call) => call,
             None => {
-                let index = subject.place.limit;
-                let call = self.calls.send(service, subject, 1, known, now, client)?;
-                (self.count)(index, Event::Sent);
+                let index = subject.limit;
+                let call = calls.send(&limit.service, subject, 1, window, self.now, self.host)?;
+                self.metrics.count_event(index, ServiceEvent::CallSent, self.host);
                 call
             }
         };
-        self.calls.enter();
+        calls.enter();
         Ok(call)
     }
 }
 
-/// Gives back what was spent of `limits` for a request that is not admitted after all.
-#[inline(never)]
-pub fn give_back(inquiry: &mut Inquiry, limits: &[GlobalLimit], now: MonotonicInstant, store: &impl SharedData) {
-    for (index, fingerprint, until) in inquiry.spent.drain(..) {
-        if let Some(limit) = limits.get(index) {
-            let _ = limit.amend(fingerprint, store, &|quota| quota.give_back(fingerprint, until, now));
+impl GlobalCheck {
+    /// The limit that the request waits at, an index into the route's global limits.
+    pub(in crate::ratelimit) fn next(&self) -> usize {
+        self.next
+    }
+
+    /// The key of the request under the limit that it waits at.
+    pub(in crate::ratelimit) fn fingerprint(&self) -> u64 {
+        self.fingerprint
+    }
+
+    /// Whether a limit refused the request, or would have refused it in shadow mode.
+    pub fn is_over_limit(&self) -> bool {
+        self.refusal.is_some() || !self.would_refuse.is_empty()
+    }
+
+    fn refuse(&mut self, limit: &GlobalLimit, wait: Option<u64>) {
+        if limit.limit.shadow {
+            self.would_refuse.push(self.next);
+        } else {
+            self.refusal = Some(GlobalRefusal { limit: self.next, wait });
         }
     }
 }
 
-impl Inquiry {
-    /// The limit that the request waits at, an index into the route's global limits.
-    pub fn next(&self) -> usize {
-        self.next
-    }
-}
-
 impl GlobalLimit {
-    /// The entries of the descriptor that the service is asked about.
-    pub fn descriptor<'a>(&'a self, scene: &Scene<'_, 'a>) -> Vec<(&'a str, Cow<'a, str>)> {
+    /// The entries of the descriptor that a call contains: keys and values.
+    pub fn descriptor<'a>(&'a self, context: &KeyContext<'_, 'a>) -> Vec<(&'a str, Cow<'a, str>)> {
         let GlobalLimit { limit, service } = self;
         let keys = service.descriptor_keys.iter().map(|key| &**key);
         if limit.key.is_empty() {
             return keys.map(|key| (key, Cow::Borrowed(&*limit.name))).collect();
         }
         let value = |source: &'a KeySource| {
-            let part = text(source.find(scene));
-            // An IPv6 address without the brackets that its port needs, as Envoy's own remote_address.
+            let part = text(source.extract(context));
+            // An IPv6 address without brackets, as in Envoy's own descriptor `remote_address`.
             match (source, part.strip_prefix('[').and_then(|part| part.strip_suffix(']'))) {
                 (KeySource::SourceAddress, Some(address)) => Cow::Owned(address.to_owned()),
                 _ => part,
@@ -248,41 +251,39 @@ impl GlobalLimit {
         keys.zip(limit.key.iter().map(value)).collect()
     }
 
-    /// What the service is asked about the request, without hits, and what stands for it here.
+    /// The message of a call about the request, without its hits, and the fingerprint of the key.
     #[inline(never)]
-    fn subject(&self, secret: &Secret, scene: &Scene<'_, '_>) -> (Vec<u8>, u64) {
-        let message = encode(&self.service.domain, &self.descriptor(scene));
+    fn subject(&self, secret: &Secret, context: &KeyContext<'_, '_>) -> (Vec<u8>, u64) {
+        let message = encode(&self.service.domain, &self.descriptor(context));
         let mut hasher = secret.hasher();
         hasher.write(&message);
         (message, hasher.finish())
     }
 
-    /// The answer to a request that this limit refused.
+    /// The reply to a request that this limit refused. `wait` is the time until it would admit the request, in nanoseconds;
+    /// `None` if the call failed.
     #[inline(never)]
-    pub fn refusal(&self, wait: Option<u64>, is_grpc: bool) -> LocalReply {
+    pub(in crate::ratelimit) fn refusal(&self, wait: Option<u64>, is_grpc: bool) -> LocalReply {
         if let Some(wait) = wait {
-            let refusal = ratelimit::Refusal { reason: Reason::TooEarly(wait), told: Told::default() };
+            let refusal = Refusal { reason: RefusalReason::RateExceeded(wait), quota: QuotaStatus::default() };
             return self.limit.refusal(&refusal, is_grpc);
         }
-        let mut body = String::from("rate limit ");
-        body.push_str(&self.limit.name);
-        body.push_str(": its service does not answer");
         LocalReply {
             status: 503,
             details: "trimtab_rate_limit_service",
             headers: Vec::new(),
-            body,
+            body: ["rate limit ", &self.limit.name, ": its service does not answer"].concat(),
             // UNAVAILABLE
             grpc_status: is_grpc.then_some(14),
         }
     }
 }
 
-/// A part of the key as a protobuf string, which has to be UTF-8: a service refuses a call with anything else, so
-/// whoever sent such bytes would get past the limit. They go as their hash, and so does what is too long to be stored.
+/// A part of the key as a protobuf string, which must be UTF-8. A service refuses a call with other bytes, so that a client
+/// could evade the limit by sending them. Such values are sent as their hash, and so are values that are too long.
 fn text(part: Option<Cow<'_, [u8]>>) -> Cow<'_, str> {
     let part = part.unwrap_or_default();
-    if part.len() <= LONGEST_VALUE {
+    if part.len() <= MAX_VALUE {
         match part {
             Cow::Borrowed(bytes) => {
                 if let Ok(text) = std::str::from_utf8(bytes) {
@@ -310,7 +311,9 @@ mod tests {
     use crate::host::sim::{SentCall, Sim};
     use crate::host::{GrpcAnswer, Host};
     use crate::http::{HeaderNames, Request, encode_headers};
-    use crate::ratelimit::service::{PendingStreams, Rest};
+    use crate::ratelimit::RateLimits;
+    use crate::ratelimit::service::{NextStep, PendingStreams};
+    use crate::telemetry::Scope;
     use proptest::prelude::*;
     use std::collections::HashMap;
     use std::time::Duration;
@@ -318,11 +321,11 @@ mod tests {
     const SECOND: u64 = 1_000_000_000;
     const LIMIT: u32 = 40;
 
-    fn limits(text: &str) -> (Vec<GlobalLimit>, HeaderNames) {
+    fn limits(text: &str) -> (RateLimits, HeaderNames) {
         let node = Node::from_json(text.as_bytes()).unwrap();
         let report = Report::default();
         let mut names = HeaderNames::default();
-        let (_, limits) = crate::ratelimit::read(&Value::root(&node, &report), 0, "t/", "r", &mut names);
+        let limits = crate::ratelimit::read(&Value::root(&node, &report), 0, "t/", "r", &mut names);
         assert_eq!(report.into_diagnostics(), []);
         (limits, names)
     }
@@ -407,7 +410,9 @@ mod tests {
         let request = Request::parse(&block, &names);
         let proxies = [Sim::new(1), Sim::new(2)];
         proxies.iter().for_each(|proxy| proxy.add_cluster("c"));
-        let mut calls: [Calls; 4] = Default::default();
+        let mut workers: [WorkerLimits; 4] = std::array::from_fn(|_| WorkerLimits::with_secret(Secret([7; 16])));
+        let metrics =
+            RateLimitMetrics::define(&limits, &Scope::policy("r", &proxies[0]), &Scope::policy("p", &proxies[0]));
         let mut pending: [PendingStreams<()>; 4] = Default::default();
         let mut flights: Vec<Flight> = Vec::new();
         let mut admitted = Admitted::default();
@@ -424,24 +429,24 @@ mod tests {
                 let flight = flights.swap_remove(at);
                 let host = &proxies[flight.worker / 2];
                 advance(flight.arrives);
-                let (calls, pending) = (&mut calls[flight.worker], &mut pending[flight.worker]);
+                let (calls, pending) = (&mut workers[flight.worker].calls, &mut pending[flight.worker]);
                 let waiting = pending.count(flight.call.id);
                 let answer = service.answer(&flight.call, flight.charge, flight.told, waiting as u32);
-                let limit = |_| limits.first();
+                let limit = |_, _| limits.global.first();
                 let answer = GrpcAnswer { call: flight.call.id, status: 0, message: &answer };
-                let settled = calls.settle(answer, waiting, limit, host.now(), host).unwrap();
+                let settled = calls.on_answer(answer, waiting, limit, host).unwrap();
                 for (_, (), outcome) in pending.settle(flight.call.id, Some(settled)) {
                     calls.leave();
                     match outcome {
-                        Outcome::Admitted(_) => admitted.all += 1,
-                        Outcome::Refused(wait) => {
+                        ServiceOutcome::Admitted(_) => admitted.all += 1,
+                        ServiceOutcome::Refused(wait) => {
                             assert!(wait <= Service::WINDOW * SECOND);
                             admitted.refused += 1;
                         }
-                        Outcome::Failed => panic!("nothing fails here: {settled:?}"),
+                        ServiceOutcome::Failed => panic!("nothing fails here: {settled:?}"),
                     }
                 }
-                assert!(!matches!(settled.rest, Rest::Failed) || settled.admitted == waiting);
+                assert!(!matches!(settled.others, NextStep::Failed) || settled.admitted == waiting);
                 flights.extend(host.take_grpc_calls().into_iter().map(|call| {
                     let charge = host.now().saturating_add(there);
                     let told = charge.saturating_add(reads);
@@ -453,19 +458,20 @@ mod tests {
             }
             advance(next);
             let host = &proxies[worker / 2];
-            let mut asker = Asker {
-                limits: &limits,
+            let mut limiter = GlobalLimiter {
+                limits: &limits.global,
                 route: 0,
-                secret: &Secret([7; 16]),
-                calls: &mut calls[worker],
-                leases: &mut Leases::default(),
-                count: &|_, event| assert_eq!(event, Event::Sent),
+                is_followed: true,
+                worker: &mut workers[worker],
+                metrics: &metrics,
+                now: host.now(),
+                host,
             };
-            let scene = Scene { request: &request, route: "r", subset: None, properties: host };
-            let mut inquiry = Inquiry::default();
-            match asker.ask(&mut inquiry, &scene, host.now(), host) {
+            let context = KeyContext { request: &request, route: "r", subset: None, properties: host };
+            let (mut check, mut prepaid) = (GlobalCheck::default(), Vec::new());
+            match limiter.check(&mut check, &mut prepaid, &context) {
                 Some(call) => pending[worker].wait(call, 0, ()),
-                None if inquiry.refused.is_some() => admitted.refused += 1,
+                None if check.refusal.is_some() => admitted.refused += 1,
                 None => {
                     admitted.all += 1;
                     *admitted.ahead.entry(service.window(host.now())).or_default() += 1;
@@ -527,7 +533,8 @@ mod tests {
         host.set_property("source.address", b"[2001:db8::1]:4711");
         let block = encode_headers(&[(":path", "/users"), ("x-user", "[ann]")]);
         let request = Request::parse(&block, &names);
-        let found = limits[0].descriptor(&Scene { request: &request, route: "r", subset: None, properties: &host });
+        let found =
+            limits.global[0].descriptor(&KeyContext { request: &request, route: "r", subset: None, properties: &host });
         let found: Vec<(&str, &str)> = found.iter().map(|(key, value)| (*key, &**value)).collect();
         assert_eq!(
             found,

@@ -1,35 +1,40 @@
-//! A limit that a service keeps, ready to be asked for.
+//! The compiled global limits.
 
 use crate::ratelimit::Limit;
 
 /// A limit of a route that a rate limit service keeps for a whole fleet.
 #[derive(Debug)]
 pub struct GlobalLimit {
-    /// Its name, its key, and what is promised; kept here only where the service fails and [`OnFailure::Local`] says so.
+    /// The name, the key and the rate. This proxy applies the rate only while the service fails, with [`OnFailure::Local`].
     pub limit: Limit,
-    pub service: Service,
+    /// The service that keeps the limit.
+    pub service: RateLimitService,
 }
 
-/// The service, and how it is asked.
+/// A rate limit service, and how it is called.
 #[derive(Debug)]
-pub struct Service {
-    /// Envoy's cluster of it.
+pub struct RateLimitService {
+    /// Envoy's cluster of the service.
     pub cluster: Box<str>,
+    /// The domain of the descriptors.
     pub domain: Box<str>,
-    /// Milliseconds that a call may take.
+    /// The timeout of a call in milliseconds.
     pub timeout: u32,
+    /// The decision about a request whose call failed.
     pub on_failure: OnFailure,
-    /// The most hits that one call charges ahead; 1: only as many as requests wait.
+    /// The most hits that one call prepays. With 1 a call charges one hit for each request that waits.
     pub batch: u32,
-    /// The keys of the descriptor's entries, in the order of the limit's key; of a limit without one, one entry's.
+    /// The keys of the entries of the descriptor, in the order of the limit's key. One for a limit without a key.
     pub descriptor_keys: Vec<Box<str>>,
 }
 
-/// What becomes of a request that the service could not be asked about.
+/// The decision about a request whose call failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnFailure {
+    /// The request is admitted.
     Allow,
+    /// The request is refused.
     Deny,
-    /// This proxy keeps the limit for itself meanwhile.
+    /// This proxy applies the rate of the limit alone.
     Local,
 }
