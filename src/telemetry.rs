@@ -5,10 +5,8 @@
 //! What all workers have to see of each other at once, such as a target's failures, is counted here too: adding to a
 //! metric is atomic and far cheaper than a shared word.
 
-mod fault;
 mod limit;
 mod rollout;
-mod target;
 
 use crate::canary::{Carried, Share, Term};
 use crate::host::{MetricId, Metrics};
@@ -17,9 +15,7 @@ use crate::policy::{Policy, Route, label};
 use crate::shared_data::SharedDataProblem;
 use limit::{LimitMeters, ServiceMeters};
 
-pub use fault::{FaultMeters, HostMeters, ReportMeters};
 pub use rollout::{JudgeMeters, RolloutMeters, Stand};
-pub use target::{DestinationMeters, TargetMeters};
 
 /// The metrics of a policy.
 #[derive(Debug)]
@@ -28,8 +24,6 @@ pub struct Meters {
     pub unmatched: MetricId,
     /// In the order of the policy's routes.
     pub routes: Vec<RouteMeters>,
-    /// In the order of the policy's targets.
-    pub targets: Vec<TargetMeters>,
     state: StateMeters,
     /// Where decisions are carried from hop to hop.
     cohort: Option<CohortMeters>,
@@ -42,10 +36,6 @@ pub struct RouteMeters {
     pub destinations: Vec<DestinationMeters>,
     /// Where a destination is on trial.
     pub rollout: Option<RolloutMeters>,
-    /// Where the route injects faults.
-    pub faults: Option<FaultMeters>,
-    /// Where they are aimed at hosts or attempts.
-    pub report: Option<ReportMeters>,
     /// Where the route has a circuit breaker.
     pub breaker: Option<BreakerMeters>,
     /// In the order of the route's limits.
@@ -53,6 +43,13 @@ pub struct RouteMeters {
     /// In the order of the route's global limits.
     services: Vec<ServiceMeters>,
     state: StateMeters,
+}
+
+/// The metrics of one destination of a route.
+#[derive(Clone, Copy, Debug)]
+pub struct DestinationMeters {
+    /// Requests that the route has sent on or faulted.
+    pub requests: MetricId,
 }
 
 /// The circuit breaker of one route.
@@ -113,7 +110,7 @@ impl<'m, M: Metrics> Scope<'m, M> {
     }
 
     #[inline(never)]
-    fn gauge(&self, name: &str) -> MetricId {
+    pub(crate) fn gauge(&self, name: &str) -> MetricId {
         self.metrics.gauge(&self.name(name))
     }
 
@@ -127,14 +124,11 @@ impl Meters {
     /// Defines the metrics of `policy`.
     pub fn define(policy: &Policy, metrics: &impl Metrics) -> Meters {
         let scope = Scope::policy(&policy.name, metrics);
-        let targets: Vec<TargetMeters> =
-            policy.targets.iter().map(|target| TargetMeters::define(target, &scope)).collect();
         let state = StateMeters::define(&scope.within("state"));
         Meters {
             unmatched: scope.counter("unmatched"),
-            routes: policy.routes.iter().map(|route| RouteMeters::define(route, &targets, state, &scope)).collect(),
+            routes: policy.routes.iter().map(|route| RouteMeters::define(route, state, &scope)).collect(),
             state,
-            targets,
             cohort: policy.cohort.as_ref().map(|_| CohortMeters::define(&scope.within("cohort"))),
         }
     }
@@ -190,41 +184,25 @@ impl StateMeters {
 }
 
 impl RouteMeters {
-    fn define(
-        route: &Route,
-        targets: &[TargetMeters],
-        state: StateMeters,
-        policy: &Scope<'_, impl Metrics>,
-    ) -> RouteMeters {
+    fn define(route: &Route, state: StateMeters, policy: &Scope<'_, impl Metrics>) -> RouteMeters {
         let scope = policy.within("route").within(&label(&route.name));
-        let mut targets = route.targets.iter().filter_map(|target| targets.get(target.0));
-        let fault = route.fault.as_ref();
-        let mut destination =
-            |scope: &Scope<'_, _>| targets.next().map(|target| DestinationMeters::define(fault, target, scope));
+        let destination = |scope: &Scope<'_, _>| DestinationMeters { requests: scope.counter("requests") };
         let destinations = match &route.split {
             Some(split) => {
                 let subsets = split.destinations.iter().map(|(subset, _)| label(subset.label()));
-                subsets.filter_map(|subset| destination(&scope.within("subset").within(&subset))).collect()
+                subsets.map(|subset| destination(&scope.within("subset").within(&subset))).collect()
             }
-            None => destination(&scope).into_iter().collect(),
+            None => vec![destination(&scope)],
         };
         let on_trial = route.split.as_ref().and_then(|split| Some((split, split.canary.as_ref()?)));
-        let upstream = fault.map(|fault| &fault.target).filter(|target| target.is_upstream());
         RouteMeters {
             destinations,
             rollout: on_trial.map(|(split, canary)| RolloutMeters::define(split, canary, &scope)),
-            faults: fault.map(|_| FaultMeters::define(&scope.within("fault"))),
-            report: upstream.map(|target| ReportMeters::define(target, &scope.within("fault"))),
             breaker: route.breaker.as_ref().map(|_| BreakerMeters::define(&scope.within("breaker"))),
             limits: route.limits.iter().map(|limit| LimitMeters::define(limit, &scope)).collect(),
             services: route.global_limits.iter().map(|limit| ServiceMeters::define(&limit.limit, &scope)).collect(),
             state,
         }
-    }
-
-    /// How many requests the route has sent on or faulted so far.
-    pub fn requests(&self, metrics: &impl Metrics) -> u64 {
-        self.destinations.iter().map(|destination| metrics.value(destination.requests)).sum()
     }
 }
 

@@ -18,7 +18,7 @@ pub(super) struct Limiter {
 }
 
 /// What is remembered of a request that waits for a call.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Waiting {
     pub call: CallId,
     /// An index into the policy's routes.

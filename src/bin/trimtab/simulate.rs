@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 use trimtab::decimal::Decimal;
 use trimtab::policy::{Policy, Route};
@@ -153,7 +154,7 @@ fn leave_out(policy: &mut Policy) -> Vec<String> {
         left_out.extend(
             route.global_limits.drain(..).map(|global| format!("limit {} of route {}", global.limit.name, route.name)),
         );
-        if let Some(fault) = &mut route.fault
+        if let Some(fault) = route.fault.as_mut().and_then(Arc::get_mut)
             && fault.guard.admin.take().is_some()
         {
             left_out.push(format!("what Envoy says of its hosts, of route {}", route.name));
