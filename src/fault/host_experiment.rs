@@ -15,6 +15,7 @@ use super::target::attempt_number;
 use crate::host::{Host, Metrics};
 use crate::shared_data::{Change, Record, SharedCell};
 use crate::telemetry::Scope;
+use std::cell::Cell;
 use std::sync::Arc;
 use xxhash_rust::xxh64::xxh64;
 
@@ -80,6 +81,9 @@ enum HostEvent {
     Ejected { errors: u64 },
     Returned { away_ms: u64 },
 }
+
+/// Changes of hosts, each with the index of its host.
+type HostEvents = Vec<(usize, HostEvent)>;
 
 impl Record for ExperimentCounts {
     const SCHEMA: u8 = 1;
@@ -183,11 +187,11 @@ impl HostExperiment {
 
     /// Changes the counts. `None` if the record cannot be written; nothing was changed.
     #[inline(never)]
-    fn update<T>(
+    fn update(
         &self,
         host: &impl Host,
-        change: &dyn Fn(&mut ExperimentCounts) -> T,
-    ) -> Option<(ExperimentCounts, T)> {
+        change: &dyn Fn(&mut ExperimentCounts) -> HostEvents,
+    ) -> Option<(ExperimentCounts, HostEvents)> {
         let updated = self.cell.update(host, |stored| {
             let known = stored.record().filter(|counts| counts.fingerprint == self.fingerprint);
             let mut counts = known.unwrap_or_else(|| ExperimentCounts {
@@ -219,7 +223,7 @@ impl HostExperiment {
         let updated = self.update(host, &|counts| {
             let count = if is_retry { &mut counts.retries } else { &mut counts.requests };
             *count = count.saturating_add(1);
-            let mut events: Vec<(usize, HostEvent)> = Vec::new();
+            let mut events = HostEvents::new();
             for index in 0..counts.hosts.len() {
                 let event = if reached == Some(index) {
                     counts.record_hit(index, is_faulted, now_ms)
@@ -256,6 +260,7 @@ impl HostExperiment {
         self.update(host, &|counts| {
             counts.succeeded = counts.succeeded.saturating_add(1);
             counts.masked = counts.masked.saturating_add(u64::from(attempt.is_retry));
+            HostEvents::new()
         });
     }
 
@@ -298,8 +303,12 @@ impl HostExperiment {
         if std::mem::replace(&mut self.has_warned, true) {
             return;
         }
-        let updated = self.update(host, &|counts| std::mem::replace(&mut counts.is_misplaced, true));
-        if updated.is_some_and(|(_, was_misplaced)| !was_misplaced) {
+        let was_misplaced = Cell::new(true);
+        self.update(host, &|counts| {
+            was_misplaced.set(std::mem::replace(&mut counts.is_misplaced, true));
+            HostEvents::new()
+        });
+        if !was_misplaced.get() {
             log::warn!(
                 "route {}: hosts and attempts are known to an upstream filter only; nothing is injected here",
                 self.route.1
