@@ -4,23 +4,22 @@
 //! what is to be done; they change nothing themselves but shared words and metrics. The features decide from plain
 //! values: only this file knows in which order, and the comments say why.
 
-mod hosts;
-mod injection;
 mod line;
-mod poll;
-mod report;
-mod watch;
 
 use crate::breaker::{CircuitBreaker, Permit};
 use crate::canary::{
     CohortAssignment, CohortMetrics, Destination, EffectiveWeight, InboundAssignments, Rollout, RolloutDecision,
     Sample, Selection, SelectionReason, TICK_PERIOD, WeightSource,
 };
-use crate::fault::{Injection, MARK, Slot, Withheld};
+use crate::evidence::MERGE_PERIOD;
+use crate::fault::{
+    Abort, ActiveFaultPermit, Attempt, DrawnFaults, ExperimentId, FAULT_HEADER, FaultDecision, FaultInjector,
+    FaultRequest, ResponseReplacement, SkipReason,
+};
 use crate::host::{CallId, GrpcAnswer, Host};
 use crate::http::{HeaderMutation, LocalReply, Request, http_from_grpc};
 use crate::key::KeyContext;
-use crate::outlier::{answer, is_failure, is_outage};
+use crate::outlier::{AdminPoller, ObservedResponse, TargetObserver, is_failure};
 use crate::policy::{Policy, Route, TargetId, label};
 use crate::ratelimit::service::{CallOutcome, GlobalCheck, ServiceOutcome};
 use crate::ratelimit::{
@@ -28,17 +27,10 @@ use crate::ratelimit::{
 };
 use crate::shared_data::SharedDataProblem;
 use crate::telemetry::{Meters, Scope};
+use crate::trace;
 use crate::trace::w3c::TraceContext;
 use crate::trace::{ForcedSampling, PropagatedContext, TracePropagator};
 use crate::units::{Fraction, MonotonicInstant};
-use hosts::Hosts;
-use poll::Poll;
-use report::Report;
-use watch::{Post, Watch};
-
-pub use injection::{Hold, Replacement};
-pub use report::Attempt;
-pub use watch::Experiment;
 
 /// A policy at work in one worker.
 #[derive(Debug)]
@@ -48,26 +40,22 @@ pub struct Filter {
     trace: Option<TracePropagator>,
     cohort: Option<CohortMetrics>,
     worker: WorkerState,
-    /// How often to tick, and how often while a stream is held.
+    /// How often to tick, in nanoseconds.
     period: Option<u64>,
-    held_period: Option<u64>,
 }
 
 /// What a worker keeps from one request to the next.
 #[derive(Debug)]
 struct WorkerState {
     limits: WorkerLimits,
-    /// For each route with limits, these limits.
+    /// In the order of the policy's routes, as all four that follow.
     limiters: Vec<Option<RateLimiter>>,
-    /// For each route, a watch on each of its destinations; none where the route injects no fault.
-    watches: Vec<Vec<Watch>>,
-    /// In the order of the policy's targets, what is learned of their hosts; none where nobody asks.
-    hosts: Vec<Option<Hosts>>,
-    polls: Vec<Poll>,
-    /// In the order of the policy's routes.
     breakers: Vec<Option<CircuitBreaker>>,
-    /// In the order of the policy's routes.
     rollouts: Vec<Option<Box<Rollout>>>,
+    injectors: Vec<Option<Box<FaultInjector>>>,
+    /// In the order of the policy's targets.
+    targets: Vec<Option<Box<TargetObserver>>>,
+    pollers: Vec<AdminPoller>,
 }
 
 /// A request as it arrived.
@@ -96,7 +84,7 @@ pub struct Decision<'p> {
 pub enum Verdict {
     #[default]
     Continue,
-    Delay(Box<Hold>),
+    Delay(Box<DelayedRequest>),
     Answer(LocalReply),
     /// Reset the stream: no answer ever comes.
     Reset,
@@ -114,10 +102,24 @@ impl Verdict {
     /// The verdict in the end, once a delay is over.
     pub fn last(&self) -> &Verdict {
         match self {
-            Verdict::Delay(hold) => &hold.then,
+            Verdict::Delay(delayed) => &delayed.action_after,
             other => other,
         }
     }
+}
+
+/// A request that is delayed.
+#[derive(Debug, PartialEq, Eq)]
+pub struct DelayedRequest {
+    /// Nanoseconds.
+    pub delay: u64,
+    /// What follows the delay; never another delay.
+    pub action_after: Verdict,
+    /// The experiment that delays it. If the experiment has to stop, the delay ends at once and nothing is injected after
+    /// it.
+    pub experiment: ExperimentId,
+    /// The place of the fault under `maxActive`, to be given to [`Filter::release`] at the end of the delay or of the stream.
+    pub fault_permit: Option<ActiveFaultPermit>,
 }
 
 /// What was decided on the way to a verdict.
@@ -136,9 +138,9 @@ pub struct Reasons {
     /// The assignment that later hops get.
     pub decided: Option<CohortAssignment>,
     /// The faults that were drawn.
-    pub drawn: Injection,
+    pub drawn: DrawnFaults,
     /// Why they were not injected.
-    pub withheld: Option<Withheld>,
+    pub withheld: Option<SkipReason>,
     /// Whether the circuit breaker refused the request.
     pub broken: bool,
 }
@@ -174,11 +176,11 @@ pub struct Exchange {
     /// The request, if its answer is evidence for a judge.
     pub sample: Option<Sample>,
     /// What is to replace the upstream's answer.
-    pub replacement: Option<Replacement>,
+    pub replacement: Option<ResponseReplacement>,
     /// Where an experiment on hosts or attempts wants to know how this attempt is answered.
     pub attempt: Option<Attempt>,
-    /// To be given to [`Filter::free`] when the stream has ended.
-    pub slot: Option<Slot>,
+    /// The place of a fault under `maxActive`, to be given to [`Filter::release`] at the end of the stream.
+    pub fault_permit: Option<ActiveFaultPermit>,
     pub is_grpc: bool,
     /// The trace that the client is told of; `None` where it is told nothing.
     pub trace: Option<TraceContext>,
@@ -220,23 +222,26 @@ impl Filter {
     pub fn new(policy: Policy, host: &impl Host) -> Filter {
         let meters = Meters::define(&policy, host);
         let trace = policy.trace.as_ref().map(|trace| TracePropagator::new(trace, &Scope::policy(&policy.name, host)));
-        let routes = policy.routes.iter().zip(&meters.routes);
-        let watches = routes.map(|(route, meters)| watch::watches(&policy, route, meters, host)).collect();
         let cohort = policy.cohort.as_ref().map(|_| CohortMetrics::define(&Scope::policy(&policy.name, host)));
-        let rollouts = rollouts(&policy, host);
-        let hosts = policy.targets.iter().map(|target| Hosts::new(&policy, target)).collect();
-        let polls = poll::polls(&policy, host);
+        let mut targets: Vec<_> =
+            policy.targets.iter().map(|target| TargetObserver::new(&policy, target, host)).collect();
+        let injector = |route| FaultInjector::new(&policy, route, &mut targets, host);
+        let injectors = policy.routes.iter().enumerate().map(injector).collect();
         let breaker = |route: &Route| {
             let scope = Scope::policy(&policy.name, host).within("route").within(&label(&route.name));
             Some(CircuitBreaker::new(route.breaker.as_ref()?, &route.name, &scope, host))
         };
-        let breakers = policy.routes.iter().map(breaker).collect();
-        let limits = WorkerLimits::new(&policy.state_prefix, host);
-        let limiters = rate_limiters(&policy, host);
-        let worker = WorkerState { limits, limiters, watches, hosts, polls, breakers, rollouts };
-        let mut filter = Filter { policy, meters, trace, cohort, worker, period: None, held_period: None };
-        filter.period = filter.period(false);
-        filter.held_period = filter.period(true);
+        let worker = WorkerState {
+            limits: WorkerLimits::new(&policy.state_prefix, host),
+            limiters: rate_limiters(&policy, host),
+            breakers: policy.routes.iter().map(breaker).collect(),
+            rollouts: rollouts(&policy, host),
+            injectors,
+            targets,
+            pollers: AdminPoller::all(&policy, host),
+        };
+        let mut filter = Filter { policy, meters, trace, cohort, worker, period: None };
+        filter.period = filter.shortest_period();
         filter
     }
 
@@ -344,7 +349,7 @@ impl WorkerState {
         waited: Option<(Box<Waiting>, ServiceOutcome)>,
         decision: &mut Decision<'p>,
     ) {
-        let WorkerState { limits, limiters, watches, rollouts, breakers, .. } = self;
+        let WorkerState { limits, limiters, breakers, rollouts, injectors, targets, .. } = self;
         decision.exchange.is_grpc = request.is_grpc();
 
         let Some((index, route)) = policy.route(request) else {
@@ -424,28 +429,23 @@ impl WorkerState {
         let Decision { mutations, exchange, reasons, .. } = &mut *decision;
         policy.steer(request, destination.map(|(destination, _)| destination), mutations);
         let chosen = reasons.choice.map_or(0, |choice| choice.destination);
-        let Some(sent_to) = meters.destinations.get(chosen) else { return };
-        host.add(sent_to.requests, 1);
+        if let Some(destination) = meters.destinations.get(chosen) {
+            host.add(destination.requests, 1);
+        }
 
-        // The fault last: what is injected replaces what would have happened otherwise. A probe of the breaker is spared,
-        // because it has to show how the target is.
-        if let Some(fault) = &route.fault {
+        // The fault comes last, because it replaces what would happen otherwise. A probe of the breaker is not faulted: it
+        // has to show the state of the target.
+        if let Some(injector) = injectors.get_mut(index).and_then(Option::as_deref_mut) {
             let is_probe = exchange.permit.as_ref().is_some_and(|(_, permit)| permit.is_probe());
-            let watch = watches.get_mut(index).and_then(|watches| watches.get_mut(chosen));
-            let experiment = Experiment { route: index as u32, destination: chosen as u32 };
-            if is_probe || !fault.target.includes(request, chosen, host) {
-                reasons.withheld = Some(Withheld::NotAimed);
-            } else {
-                let post = Post { fault, meters, sent_to };
-                post.inject(experiment, watch, request, may_hold, host, decision);
-            }
+            let inbound = || trace::extract_traceparent(request).ok().flatten();
+            let context = reasons.trace.as_ref().map(|propagated| propagated.context).or_else(inbound);
+            let trace_id = context.map(|context| context.trace_id);
+            let faulted = FaultRequest { request, destination: chosen, trace_id, may_hold, is_probe };
+            let injected = injector.decide(faulted, targets, host);
+            exchange.attempt = injector.begin_attempt(!injected.drawn.is_none() && injected.skipped.is_none(), host);
+            decision.inject(injected, route.fault.as_ref().is_some_and(|fault| fault.marks));
         }
-        let Decision { verdict, exchange, reasons, .. } = &mut *decision;
-
-        if let Some(report) = Report::new(route, meters) {
-            let is_faulted = !reasons.drawn.is_none() && reasons.withheld.is_none();
-            exchange.attempt = report.begin(index, is_faulted, host);
-        }
+        let Decision { verdict, exchange, .. } = &mut *decision;
 
         // Only a request that nothing was done to tells how its target is. An answer that will be replaced is learned
         // from before.
@@ -453,7 +453,7 @@ impl WorkerState {
             exchange.observed = route.targets.get(chosen).copied();
             let watched = exchange.observed.and_then(|target| policy.watched(target));
             exchange.observed = exchange.observed.filter(|_| watched.is_some());
-            if watched.is_some_and(|target| !target.edges.is_empty()) {
+            if watched.is_some_and(|target| !target.latency_thresholds.is_empty()) {
                 exchange.wait = Wait::Since(host.now());
             }
         } else {
@@ -486,6 +486,22 @@ impl WorkerState {
     }
 }
 
+impl WorkerState {
+    /// Counts a response of a target, and checks the guards that watch the target.
+    fn observe_target(&mut self, target: TargetId, response: ObservedResponse, host: &impl Host) {
+        let WorkerState { injectors, targets, .. } = self;
+        let Some(observer) = targets.get_mut(target.0).and_then(Option::as_deref_mut) else { return };
+        if !observer.record(response, host) {
+            return;
+        }
+        for (route, destination) in observer.watchers().to_vec() {
+            if let Some(injector) = injectors.get_mut(route).and_then(Option::as_deref_mut) {
+                injector.on_target_response(destination, targets, host);
+            }
+        }
+    }
+}
+
 impl Decision<'_> {
     /// Applies the check of the limits of the route with the index `route`. Whether they admit the request.
     fn apply(&mut self, check: LimitCheck, route: usize, has_body: bool) -> bool {
@@ -506,6 +522,29 @@ impl Decision<'_> {
         true
     }
 
+    /// Carries out the faults of a request. `marks` is whether an injected response has the header of a fault.
+    fn inject(&mut self, injected: FaultDecision, marks: bool) {
+        let FaultDecision { drawn, skipped, experiment, mut permit, replacement } = injected;
+        (self.reasons.drawn, self.reasons.withheld) = (drawn, skipped);
+        if skipped.is_some() {
+            return;
+        }
+        self.verdict = match drawn.abort {
+            Some(Abort::Answer(status)) => Verdict::Answer(status.reply(self.exchange.is_grpc, marks)),
+            Some(Abort::Reset) => Verdict::Reset,
+            Some(Abort::Requested) | None => Verdict::Continue,
+        };
+        self.exchange.replacement = replacement;
+        if let Some(delay) = drawn.delay {
+            let action_after = std::mem::take(&mut self.verdict);
+            // The fault ends with the delay, unless the response is still to be replaced.
+            let permit = if replacement.is_none() { permit.take() } else { None };
+            self.verdict =
+                Verdict::Delay(Box::new(DelayedRequest { delay, action_after, experiment, fault_permit: permit }));
+        }
+        self.exchange.fault_permit = permit;
+    }
+
     /// Answers in the upstream's place, so that there is nothing to learn from.
     fn refuse(&mut self, reply: LocalReply) {
         self.verdict = Verdict::Answer(reply);
@@ -524,17 +563,8 @@ impl Filter {
         change: &mut dyn FnMut(HeaderMutation<'static>),
     ) {
         self.learn(host, exchange, header);
-        let replaced = exchange.replacement.and_then(|_| self.replace(host, exchange, header, change));
-        if let Some(attempt) = exchange.attempt.take()
-            && let Some(route) = self.policy.routes.get(attempt.route)
-            && let Some(meters) = self.meters.routes.get(attempt.route)
-            && let Some(report) = Report::new(route, meters)
-        {
-            let failed = match replaced {
-                Some(status) => is_failure(status.http(), None),
-                None => is_failure(number(header(":status")).unwrap_or(0), number(header("grpc-status"))),
-            };
-            report.answer(attempt, failed, host);
+        if exchange.replacement.is_some() || exchange.attempt.is_some() {
+            self.on_faulted_response(host, exchange, header, change);
         }
         if let Some(trace) = &self.trace
             && let Some(context) = exchange.trace.take()
@@ -575,6 +605,33 @@ impl Filter {
         }
     }
 
+    /// Replaces a response that is to be faulted, and counts the response of an attempt.
+    #[inline(never)]
+    fn on_faulted_response(
+        &mut self,
+        host: &impl Host,
+        exchange: &mut Exchange,
+        header: Header<'_>,
+        change: &mut dyn FnMut(HeaderMutation<'static>),
+    ) {
+        let (status, grpc_status) = (number(header(":status")).unwrap_or(0), header("grpc-status"));
+        let mut replaced = None;
+        if let Some(injector) = exchange.replacement.and_then(|replacement| self.injector(replacement.experiment.route))
+        {
+            let head = (status, exchange.is_grpc, exchange.is_grpc && grpc_status.is_some());
+            replaced = injector.replace_response(&mut exchange.replacement, head, change, host);
+        }
+        if let Some(attempt) = exchange.attempt.take()
+            && let Some(injector) = self.injector(attempt.route)
+        {
+            let failed = match replaced {
+                Some(status) => is_failure(status.http(), None),
+                None => is_failure(status, number(grpc_status)),
+            };
+            injector.on_attempt_response(attempt, failed, host);
+        }
+    }
+
     fn learn(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
         if !exchange.is_awaited() {
             return;
@@ -604,8 +661,10 @@ impl Filter {
         if exchange.is_awaited() {
             self.observe(host, exchange, header, 200, number(header("grpc-status")));
         }
-        if let Some(replacement) = exchange.replacement.take() {
-            self.put(host, replacement, true, change);
+        if let Some(replacement) = exchange.replacement.take()
+            && let Some(injector) = self.injector(replacement.experiment.route)
+        {
+            injector.write_status(replacement.status, true, change, host);
         }
     }
 
@@ -623,27 +682,19 @@ impl Filter {
             && let Some(Some(limiter)) = self.worker.limiters.get(limits.route())
         {
             let status = grpc_status.map_or(status, |code| http_from_grpc(u8::try_from(code).unwrap_or(u8::MAX)));
-            let status = if header(MARK).is_some() { None } else { Some(status) };
+            let status = if header(FAULT_HEADER).is_some() { None } else { Some(status) };
             limiter.on_response(limits, status, host);
         }
         let failed = is_failure(status, grpc_status);
-        // A fault of another Trimtab on the way, such as an upstream filter of this Envoy, is nobody's failure.
-        if failed && header(MARK).is_some() {
+        // A fault that another Trimtab injected, such as an upstream filter of this Envoy, is no failure of the target.
+        if failed && header(FAULT_HEADER).is_some() {
             (exchange.observed, exchange.sample) = (None, None);
             self.worker.cancel_permit(exchange, host);
             return;
         }
-        if let Some(target) = exchange.observed.take()
-            && let Some(meters) = self.meters.targets.get(target.0)
-        {
-            // Who answered is asked only where it was a failure.
-            let details = if status >= 500 { host.property(&["response", "code_details"]) } else { None };
-            let took = if let Wait::Took(took) = exchange.wait { took } else { 0 };
-            meters.count(failed, details.as_deref().is_some_and(is_outage), took, host);
-            if let Some(Some(hosts)) = self.worker.hosts.get_mut(target.0) {
-                let is_local = details.is_some_and(|details| details != b"via_upstream");
-                hosts.note(answer(status, grpc_status, is_local), host);
-            }
+        if let Some(target) = exchange.observed.take() {
+            let latency = if let Wait::Took(took) = exchange.wait { took } else { 0 };
+            self.worker.observe_target(target, ObservedResponse { status, grpc_status, latency }, host);
         }
         if let Some((route, permit)) = exchange.permit.take()
             && let Some(Some(breaker)) = self.worker.breakers.get_mut(route)
@@ -662,24 +713,48 @@ impl Filter {
     /// Lets the windows move on and the judges look, and gives back what was reserved in vain; to be called every
     /// [`Filter::tick_period`].
     pub fn on_tick(&mut self, host: &impl Host) {
-        self.worker.limits.on_tick(&self.worker.limiters, host);
-        for (index, watches) in self.worker.watches.iter_mut().enumerate() {
-            for (destination, watch) in watches.iter_mut().enumerate() {
-                if let Some(post) = Post::new(&self.policy, &self.meters, index, destination) {
-                    watch.tick(&post, host);
-                }
-            }
-        }
-        self.worker.polls.iter_mut().for_each(|poll| poll.tick(host));
-        self.worker.breakers.iter_mut().flatten().for_each(|breaker| breaker.tick(host));
-        self.worker.rollouts.iter_mut().flatten().for_each(|rollout| rollout.tick(host));
+        // The observers run before the guards, which evaluate what was merged.
+        let WorkerState { limits, limiters, breakers, rollouts, injectors, targets, pollers } = &mut self.worker;
+        limits.on_tick(limiters, host);
+        targets.iter_mut().flatten().for_each(|target| target.on_tick(host));
+        injectors.iter_mut().flatten().for_each(|injector| injector.on_tick(targets, host));
+        pollers.iter_mut().for_each(|poller| poller.on_tick(host));
+        breakers.iter_mut().flatten().for_each(|breaker| breaker.tick(host));
+        rollouts.iter_mut().flatten().for_each(|rollout| rollout.tick(host));
     }
 
     /// Returns what this worker has reserved. To be called when the configuration goes away.
     pub fn on_shutdown(&mut self, host: &impl Host) {
-        self.worker.breakers.iter_mut().flatten().for_each(|breaker| breaker.merge(host));
-        self.worker.rollouts.iter_mut().flatten().for_each(|rollout| rollout.on_shutdown(host));
-        self.worker.limits.on_shutdown(&self.worker.limiters, host);
+        let WorkerState { limits, limiters, breakers, rollouts, injectors, targets, .. } = &mut self.worker;
+        limits.on_shutdown(limiters, host);
+        breakers.iter_mut().flatten().for_each(|breaker| breaker.merge(host));
+        rollouts.iter_mut().flatten().for_each(|rollout| rollout.on_shutdown(host));
+        targets.iter_mut().flatten().for_each(|target| target.on_shutdown(host));
+        injectors.iter_mut().flatten().for_each(|injector| injector.on_shutdown(host));
+    }
+
+    /// Gives back the place of a fault that is over, or whose stream has ended.
+    pub fn release(&self, permit: ActiveFaultPermit, host: &impl Host) {
+        if let Some(injector) = self.injector(permit.route() as u32) {
+            injector.release(permit, host);
+        }
+    }
+
+    /// Whether the faults of `experiment` that are in progress have to end, as of the last tick.
+    pub(crate) fn must_stop(&self, experiment: ExperimentId) -> bool {
+        self.injector(experiment.route).is_none_or(|injector| injector.must_stop(experiment.destination as usize))
+    }
+
+    /// Whether the action after a delay of `experiment` may still be injected now.
+    pub(crate) fn may_continue(&mut self, host: &impl Host, experiment: ExperimentId) -> bool {
+        let WorkerState { injectors, targets, .. } = &mut self.worker;
+        let injector = injectors.get_mut(experiment.route as usize).and_then(Option::as_deref_mut);
+        injector.is_some_and(|injector| injector.may_continue(experiment.destination as usize, targets, host))
+    }
+
+    /// The fault injector of the route with this index.
+    fn injector(&self, route: u32) -> Option<&FaultInjector> {
+        self.worker.injectors.get(route as usize)?.as_deref()
     }
 
     /// Counts problems with shared data.
@@ -690,22 +765,26 @@ impl Filter {
     /// Learns from the answer to a call that the filter has sent; `body` is `None` where it was too long to be read.
     pub fn on_call_answered(&mut self, host: &impl Host, call: u32, status: Option<Vec<u8>>, body: Option<&[u8]>) {
         let status = number(status).unwrap_or(0);
-        self.worker.polls.iter_mut().for_each(|poll| poll.answered(call, status, body, host));
+        for poller in &mut self.worker.pollers {
+            poller.on_answer(call, status, body, host);
+        }
     }
 
     /// How often [`Filter::on_tick`] is to be called, in nanoseconds; `None` where nothing changes with time.
-    /// `is_holding` says whether a stream is held.
-    pub fn tick_period(&self, is_holding: bool) -> Option<u64> {
-        if is_holding { self.held_period } else { self.period }
+    pub fn tick_period(&self) -> Option<u64> {
+        self.period
     }
 
     /// [`Filter::tick_period`], which stays as it is.
-    fn period(&self, is_holding: bool) -> Option<u64> {
+    fn shortest_period(&self) -> Option<u64> {
         let mut least = u64::MAX;
         let mut at_most = |period: u64| least = least.min(period);
         let worker = &self.worker;
-        worker.watches.iter().flatten().for_each(|watch| at_most(watch.period(is_holding)));
-        worker.polls.iter().for_each(|poll| at_most(poll.period()));
+        // A guard's window has ten steps and is a second at least, so this is also a tenth of the shortest window.
+        if worker.injectors.iter().any(Option::is_some) {
+            at_most(MERGE_PERIOD);
+        }
+        worker.pollers.iter().for_each(|poller| at_most(poller.period()));
         worker.breakers.iter().flatten().for_each(|breaker| at_most(breaker.period()));
         if self.policy.has_leases() {
             at_most(WorkerLimits::TICK);

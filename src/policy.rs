@@ -4,10 +4,10 @@ use crate::breaker::BreakerPolicy;
 use crate::canary::{Canary, CohortHeader, Destination, Split, Steering, can_be_carried};
 use crate::diagnostic::{Diagnostic, Report, Severity};
 use crate::document::{Environment, Fields, Node, Value, quoted};
-use crate::fault::{Admin, Fault, Surroundings};
+use crate::fault::{FaultPolicy, RouteContext};
 use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
 use crate::matcher::{Condition, RequestMatch};
-use crate::outlier::Detection;
+use crate::outlier::{AdminEndpoint, OutlierDetection};
 use crate::ratelimit::{self, RateLimits};
 use crate::route_table::RouteTable;
 use crate::slo::Slo;
@@ -53,7 +53,7 @@ pub struct Route {
     pub split: Option<Arc<Split>>,
     /// The target of each destination; where there are none, the route itself is the one target.
     pub targets: Vec<TargetId>,
-    pub fault: Option<Fault>,
+    pub fault: Option<Arc<FaultPolicy>>,
     pub limits: Option<Arc<RateLimits>>,
     pub breaker: Option<Arc<BreakerPolicy>>,
     pub slo: Slo,
@@ -63,19 +63,19 @@ pub struct Route {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Target {
     pub name: Box<str>,
-    /// Whether a guard wants to know how it answers.
+    /// Whether a guard watches it.
     pub watched: bool,
-    /// The times, in nanoseconds, past which a guard calls its answers slow; each once.
-    pub edges: Vec<u64>,
-    /// What makes its hosts outliers, where a guard wants to know.
-    pub detection: Option<Detection>,
-    /// Where to ask Envoy which of them are ejected.
-    pub admin: Option<Admin>,
+    /// The response times, in nanoseconds, above which a guard regards a response as slow; each once.
+    pub latency_thresholds: Vec<u64>,
+    /// What makes its hosts outliers, if a guard watches it.
+    pub detection: Option<OutlierDetection>,
+    /// Where to poll Envoy for the hosts that are ejected.
+    pub admin: Option<AdminEndpoint>,
 }
 
 impl Target {
-    /// Whether anything is learned of its single hosts.
-    pub fn knows_hosts(&self) -> bool {
+    /// Whether a guard depends on the state of its hosts.
+    pub(crate) fn observes_hosts(&self) -> bool {
         self.detection.is_some() || self.admin.is_some()
     }
 }
@@ -138,7 +138,7 @@ impl Policy {
             .and_then(|value| TracePolicy::read(&value, &state_prefix, &mut header_names))
             .map(Arc::new);
         let (labels, routes, targets) = (Vec::new(), Vec::new(), Vec::new());
-        let detection = fields.optional("outlierDetection").and_then(|value| Detection::read(&value));
+        let detection = fields.optional("outlierDetection").and_then(|value| OutlierDetection::read(&value));
         let mut reading = Reading { labels, state_prefix, steering, cohort, header_names, routes, targets, detection };
         if let Some(routes) = fields.optional("routes") {
             reading.routes(&routes);
@@ -255,7 +255,7 @@ struct Reading {
     routes: Vec<Route>,
     targets: Vec<Target>,
     /// What makes outliers where a route does not say.
-    detection: Option<Detection>,
+    detection: Option<OutlierDetection>,
 }
 
 impl Reading {
@@ -315,7 +315,7 @@ impl Reading {
 
     /// Reads a route's own `outlierDetection`, once it is known which of its `targets` a guard looks at.
     fn detect(&mut self, value: &Value<'_>, targets: &[TargetId]) {
-        let Some(detection) = Detection::read(value) else { return };
+        let Some(detection) = OutlierDetection::read(value) else { return };
         let mut is_used = false;
         for TargetId(index) in targets {
             let Some(target) = self.targets.get_mut(*index).filter(|target| target.watched) else { continue };
@@ -347,14 +347,14 @@ impl Reading {
         let slo = fields.optional("slo").and_then(|value| Slo::read(&value)).unwrap_or_default();
         let fault = fields.optional("fault").and_then(|value| {
             let destinations = split.iter().flat_map(|split| &split.destinations);
-            let around = Surroundings {
+            let around = RouteContext {
                 route: name,
                 destinations: destinations.map(|(destination, _)| destination.label()).collect(),
                 slo: &slo,
                 state_prefix: format!("{}fault/{}/", self.state_prefix, label(name)),
                 header_names: &mut self.header_names,
             };
-            Fault::read(&value, around)
+            FaultPolicy::read(&value, around).map(Arc::new)
         });
         let limits = fields.optional("rateLimits").map(|value| {
             let earlier = self.routes.iter().filter_map(|route| route.limits.as_deref());
@@ -380,7 +380,7 @@ impl Reading {
         ] {
             fields.refuse(field, "keep it in the VirtualService, on the route that matches the steering header");
         }
-        let targets = self.targets(name, split.as_deref(), fault.as_ref());
+        let targets = self.targets(name, split.as_deref(), fault.as_deref());
         if let Some(admin) = fault.as_ref().and_then(|fault| fault.guard.admin.as_ref()) {
             let known = targets.iter().filter_map(|target| self.targets.get(target.0)?.admin.as_ref());
             if known.into_iter().any(|known| known.cluster != admin.cluster) {
@@ -412,7 +412,7 @@ impl Reading {
         others.into_iter().any(shares).then_some(&*canary.rollout)
     }
 
-    fn targets(&mut self, route: &str, split: Option<&Split>, fault: Option<&Fault>) -> Vec<TargetId> {
+    fn targets(&mut self, route: &str, split: Option<&Split>, fault: Option<&FaultPolicy>) -> Vec<TargetId> {
         let names: Vec<String> = match split {
             Some(split) => split
                 .destinations
@@ -427,13 +427,13 @@ impl Reading {
         names.into_iter().map(|name| self.target(&name, fault)).collect()
     }
 
-    fn target(&mut self, name: &str, fault: Option<&Fault>) -> TargetId {
+    fn target(&mut self, name: &str, fault: Option<&FaultPolicy>) -> TargetId {
         let found = self.targets.iter().position(|target| &*target.name == name);
         let index = found.unwrap_or_else(|| {
             self.targets.push(Target {
                 name: name.into(),
                 watched: false,
-                edges: Vec::new(),
+                latency_thresholds: Vec::new(),
                 detection: None,
                 admin: None,
             });
@@ -445,7 +445,8 @@ impl Reading {
                 let known = target.admin.get_or_insert_with(|| admin.clone());
                 known.interval = known.interval.min(admin.interval);
             }
-            target.edges.extend(fault.guard.latency_p95.filter(|edge| !target.edges.contains(edge)));
+            let thresholds = &mut target.latency_thresholds;
+            thresholds.extend(fault.guard.latency_p95.filter(|threshold| !thresholds.contains(threshold)));
         }
         TargetId(index)
     }

@@ -5,15 +5,9 @@
 //! What all workers have to see of each other at once, such as a target's failures, is counted here too: adding to a
 //! metric is atomic and far cheaper than a shared word.
 
-mod fault;
-mod target;
-
 use crate::host::{MetricId, Metrics};
 use crate::policy::{Policy, Route, label};
 use crate::shared_data::SharedDataProblem;
-
-pub use fault::{FaultMeters, HostMeters, ReportMeters};
-pub use target::{DestinationMeters, TargetMeters};
 
 /// The metrics of a policy.
 #[derive(Debug)]
@@ -22,8 +16,6 @@ pub struct Meters {
     pub unmatched: MetricId,
     /// In the order of the policy's routes.
     pub routes: Vec<RouteMeters>,
-    /// In the order of the policy's targets.
-    pub targets: Vec<TargetMeters>,
     state: StateMeters,
 }
 
@@ -32,10 +24,13 @@ pub struct Meters {
 pub struct RouteMeters {
     /// In the order of the route's destinations; of a route without any, its own.
     pub destinations: Vec<DestinationMeters>,
-    /// Where the route injects faults.
-    pub faults: Option<FaultMeters>,
-    /// Where they are aimed at hosts or attempts.
-    pub report: Option<ReportMeters>,
+}
+
+/// The metrics of one destination of a route.
+#[derive(Clone, Copy, Debug)]
+pub struct DestinationMeters {
+    /// Requests that the route has sent on or faulted.
+    pub requests: MetricId,
 }
 
 /// The health of shared data.
@@ -85,13 +80,10 @@ impl Meters {
     /// Defines the metrics of `policy`.
     pub fn define(policy: &Policy, metrics: &impl Metrics) -> Meters {
         let scope = Scope::policy(&policy.name, metrics);
-        let targets: Vec<TargetMeters> =
-            policy.targets.iter().map(|target| TargetMeters::define(target, &scope)).collect();
         Meters {
             unmatched: scope.counter("unmatched"),
-            routes: policy.routes.iter().map(|route| RouteMeters::define(route, &targets, &scope)).collect(),
+            routes: policy.routes.iter().map(|route| RouteMeters::define(route, &scope)).collect(),
             state: StateMeters::define(&scope.within("state")),
-            targets,
         }
     }
 
@@ -112,29 +104,16 @@ impl StateMeters {
 }
 
 impl RouteMeters {
-    fn define(route: &Route, targets: &[TargetMeters], policy: &Scope<'_, impl Metrics>) -> RouteMeters {
+    fn define(route: &Route, policy: &Scope<'_, impl Metrics>) -> RouteMeters {
         let scope = policy.within("route").within(&label(&route.name));
-        let mut targets = route.targets.iter().filter_map(|target| targets.get(target.0));
-        let fault = route.fault.as_ref();
-        let mut destination =
-            |scope: &Scope<'_, _>| targets.next().map(|target| DestinationMeters::define(fault, target, scope));
+        let destination = |scope: &Scope<'_, _>| DestinationMeters { requests: scope.counter("requests") };
         let destinations = match &route.split {
             Some(split) => {
                 let subsets = split.destinations.iter().map(|(subset, _)| label(subset.label()));
-                subsets.filter_map(|subset| destination(&scope.within("subset").within(&subset))).collect()
+                subsets.map(|subset| destination(&scope.within("subset").within(&subset))).collect()
             }
-            None => destination(&scope).into_iter().collect(),
+            None => vec![destination(&scope)],
         };
-        let upstream = fault.map(|fault| &fault.target).filter(|target| target.is_upstream());
-        RouteMeters {
-            destinations,
-            faults: fault.map(|_| FaultMeters::define(&scope.within("fault"))),
-            report: upstream.map(|target| ReportMeters::define(target, &scope.within("fault"))),
-        }
-    }
-
-    /// How many requests the route has sent on or faulted so far.
-    pub fn requests(&self, metrics: &impl Metrics) -> u64 {
-        self.destinations.iter().map(|destination| metrics.value(destination.requests)).sum()
+        RouteMeters { destinations }
     }
 }

@@ -13,11 +13,11 @@
 //! - In one call nothing is released on a connection after a reset on it. Envoy closes a connection, in the middle of the
 //!   250th reset of a stream younger than two seconds (`overload.premature_reset_total_stream_count`), and destroys all its
 //!   streams. What was asked for them in the same call would then act on streams that are gone.
-//! - [`Worker::on_end`] gives back whatever a stream still has: a place among the delayed streams, a slot of `maxActive`,
+//! - [`Worker::on_end`] gives back whatever a stream still has: a place among the delayed streams, a place under `maxActive`,
 //!   a request that waits for a service and what it has charged.
 
-use crate::fault::{DelayedStreams, Due};
-use crate::filter::{Exchange, Experiment, Filter, Header, Hold, Reasons, Verdict, Waiting};
+use crate::fault::{DelayedStreams, Due, ExperimentId};
+use crate::filter::{DelayedRequest, Exchange, Filter, Header, Reasons, Verdict, Waiting};
 use crate::host::{GrpcAnswer, Host};
 use crate::http::{HeaderMutation, LocalReply};
 use crate::policy::Policy;
@@ -37,7 +37,7 @@ pub const PUBLICATION_PERIOD: u64 = 100_000_000;
 #[derive(Debug)]
 pub struct Worker {
     filter: Filter,
-    delayed: DelayedStreams<Experiment, Box<Hold>>,
+    delayed: DelayedStreams<ExperimentId, Box<DelayedRequest>>,
     /// Streams that wait for the answer to a call.
     pending: PendingStreams<Pending>,
     /// Streams whose call is answered and which are not released yet, in the order of the answers.
@@ -217,15 +217,15 @@ impl Worker {
             if let Some(exchange) = self.resumed.remove(&stream.id) {
                 stream.exchange = exchange;
             }
-            if let Some(hold) = self.delayed.cancel(stream.id) {
-                (held, reached_upstream) = (hold.slot, false);
+            if let Some(delayed) = self.delayed.cancel(stream.id) {
+                (held, reached_upstream) = (delayed.fault_permit, false);
             } else {
                 self.cancel(host, stream.id);
             }
         }
         self.filter.on_end(host, &mut stream.exchange, reached_upstream);
-        if let Some(slot) = held.or(stream.exchange.slot.take()) {
-            self.filter.free(slot, host);
+        for permit in held.into_iter().chain(stream.exchange.fault_permit.take()) {
+            self.filter.release(permit, host);
         }
     }
 
@@ -283,7 +283,7 @@ impl Worker {
     pub fn next_tick(&mut self, host: &impl Host) -> Option<MonotonicInstant> {
         let due =
             if self.answered.is_empty() { self.delayed.next_due().map(|(due, _)| due) } else { Some(self.ticked) };
-        let period = self.filter.tick_period(due.is_some());
+        let period = self.filter.tick_period();
         let periodic = period.map(|period| self.ticked.saturating_add(period));
         let unpublished = host.has_unpublished().then(|| self.ticked.saturating_add(PUBLICATION_PERIOD));
         [due, periodic, unpublished].into_iter().flatten().min()
@@ -293,7 +293,7 @@ impl Worker {
     fn release(&mut self, host: &impl Host, streams: &mut impl Streams) {
         let now = host.now();
         let filter = &self.filter;
-        self.delayed.expedite(now, |experiment| filter.ends_faults(experiment));
+        self.delayed.expedite(now, |experiment| filter.must_stop(experiment));
         let mut resets = Resets::default();
         for _ in 0..MAX_RELEASES {
             let answered = self.answered.front().map(|answered| (answered.at, answered.stream));
@@ -315,11 +315,12 @@ impl Worker {
 
     /// Releases the next delayed stream, unfaulted where its experiment may inject nothing any more. Whether it was reset.
     fn release_delayed(&mut self, host: &impl Host, now: MonotonicInstant, streams: &mut impl Streams) -> bool {
-        let Some(Due { stream, then: hold, is_expedited }) = self.delayed.take_due(now) else { return false };
+        let Some(Due { stream, then: delayed, is_expedited }) = self.delayed.take_due(now) else { return false };
         // It may have been suspended since the last tick.
-        let is_faulted =
-            hold.then != Verdict::Continue && !is_expedited && self.filter.may_fault(host, hold.experiment);
-        let action = match hold.then {
+        let is_faulted = delayed.action_after != Verdict::Continue
+            && !is_expedited
+            && self.filter.may_continue(host, delayed.experiment);
+        let action = match delayed.action_after {
             Verdict::Answer(reply) if is_faulted => Action::Reply(reply),
             Verdict::Reset if is_faulted => Action::Reset,
             _ => Action::Continue,
@@ -328,8 +329,8 @@ impl Worker {
         if streams.select(stream) {
             streams.release(stream, action);
         }
-        if let Some(slot) = hold.slot {
-            self.filter.free(slot, host);
+        if let Some(permit) = delayed.fault_permit {
+            self.filter.release(permit, host);
         }
         is_reset
     }
@@ -361,9 +362,9 @@ impl Worker {
             Verdict::Continue => Action::Continue,
             Verdict::Answer(reply) => Action::Reply(reply),
             Verdict::Reset => Action::Reset,
-            Verdict::Delay(hold) => {
-                let due = host.now().saturating_add(hold.delay);
-                self.delayed.hold(stream, hold.experiment, due, hold);
+            Verdict::Delay(delayed) => {
+                let due = host.now().saturating_add(delayed.delay);
+                self.delayed.hold(stream, delayed.experiment, due, delayed);
                 Action::Pause
             }
             Verdict::Wait(waiting) => {

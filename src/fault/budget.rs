@@ -1,57 +1,96 @@
 //! The share of a route's error budget that an experiment may spend.
 //!
-//! An objective of 99.9 % lets one request in a thousand fail; a quarter of that is one injected failure in four
-//! thousand requests. So that a failure is never spent before it was earned, and what was saved is never spent at once,
-//! each injected failure waits until so many requests have come since the one before, or since the experiment began.
-//! From the experiment's beginning up to any moment at most `requests / spacing` failures were injected, all workers
-//! together; and at most one more than that between any two moments.
+//! An objective of 99.9 % permits one failure in a thousand requests; a quarter of that is one injected failure in four
+//! thousand requests. Each injected failure waits until the route has had this number of requests since the failure before
+//! it, or since the experiment began. So no failure is spent before it is earned, and failures are not saved up.
+//!
+//! Invariants: from the beginning of an experiment up to any moment, all workers together inject at most
+//! `requests / spacing` failures. The requests of a worker and the failure that it spends are merged with one
+//! compare-and-swap.
 
-use crate::host::{Change, Conflict, SharedData, update};
+use super::records::{Balances, ExperimentHash, import_balance};
+use crate::host::SharedData;
+use crate::shared_data::{Change, Contended, SharedCell, Stored};
 use crate::units::Fraction;
 
-/// The first byte of the word, to be changed with its layout.
-const SCHEMA: u8 = 1;
-
-/// How many requests have to come for each failure: `share` of what `availability` leaves. `None` where it leaves
-/// nothing.
-pub fn spacing(availability: Fraction, share: Fraction) -> Option<u64> {
+/// The number of requests that permit one failure: `share` of the failures that `availability` permits. `None` if it
+/// permits none.
+pub(super) fn spacing(availability: Fraction, share: Fraction) -> Option<u64> {
     const SQUARE_OF_A_MILLION: u64 = 1_000_000_000_000;
     let failures = u64::from(Fraction::WHOLE.ppm() - availability.ppm()) * u64::from(share.ppm());
     (failures > 0).then(|| SQUARE_OF_A_MILLION.div_ceil(failures))
 }
 
-/// Whether another failure may be injected now that `requests` have come; it is spent then. The first one to ask begins
-/// the experiment.
-///
-/// # Errors
-/// [`Conflict`] if the word could not be written; nothing was spent.
-pub fn spend(store: &impl SharedData, word: &str, spacing: u64, requests: u64) -> Result<bool, Conflict> {
-    update(store, word, |found| {
-        let last = match found.map(decode) {
-            Some(Some(last)) => last,
-            // Nothing of ours: the waiting begins.
-            None | Some(None) => return Change::Write(encode(requests), false),
-        };
-        match requests.checked_sub(last) {
-            Some(since) if since >= spacing => Change::Write(encode(requests), true),
-            _ => Change::Keep(false),
+/// The error budget of a route's experiment in one worker.
+#[derive(Debug)]
+pub(super) struct ErrorBudget {
+    cell: SharedCell<Balances>,
+    experiment: ExperimentHash,
+    /// The number of requests that permit one failure.
+    spacing: u64,
+    /// The requests since the last merge.
+    unmerged: u64,
+}
+
+impl ErrorBudget {
+    /// The budget of the experiment `name` of a route. `key` is the route's key.
+    pub(super) fn new(store: &impl SharedData, key: &str, name: Option<&str>, spacing: u64) -> ErrorBudget {
+        let (cell, experiment) = (SharedCell::new(key), ExperimentHash::new(name));
+        if let Some(name) = name {
+            import_balance(store, &cell, [key, name].concat(), experiment);
         }
-    })
-}
+        ErrorBudget { cell, experiment, spacing, unmerged: 0 }
+    }
 
-fn encode(last: u64) -> Vec<u8> {
-    [&[SCHEMA], &last.to_le_bytes()[..]].concat()
-}
+    /// Counts a request of the route.
+    pub(super) fn count_request(&mut self) {
+        self.unmerged = self.unmerged.saturating_add(1);
+    }
 
-fn decode(word: &[u8]) -> Option<u64> {
-    let (&SCHEMA, last) = word.split_first()? else { return None };
-    <[u8; 8]>::try_from(last).ok().map(u64::from_le_bytes)
+    /// Spends a failure if one is earned. Returns whether it did; a record that cannot be written permits no failure.
+    pub(super) fn spend(&mut self, store: &impl SharedData) -> bool {
+        self.update(store, self.spacing) == Ok(true)
+    }
+
+    /// Merges the requests of this worker. What cannot be merged is merged the next time.
+    pub(super) fn merge(&mut self, store: &impl SharedData) {
+        if self.unmerged > 0 {
+            let _ = self.update(store, u64::MAX);
+        }
+    }
+
+    /// Merges the requests of this worker, and spends a failure if `spacing` requests have come since the last one.
+    #[inline(never)]
+    fn update(&mut self, store: &impl SharedData, spacing: u64) -> Result<bool, Contended> {
+        let ErrorBudget { cell, experiment, unmerged, .. } = self;
+        let spent = cell.update(store, |stored| {
+            let is_garbage = matches!(stored, Stored::Garbage);
+            let mut balances = stored.record().unwrap_or_default();
+            let mut balance = balances.get(*experiment).unwrap_or_default();
+            balance.requests = balance.requests.saturating_add(*unmerged);
+            if is_garbage {
+                // The last failure is unknown: the next one has to be earned from now on.
+                balance.last_failure = balance.requests;
+            }
+            let earned = balance.requests.saturating_sub(balance.last_failure);
+            let spends = earned >= spacing;
+            if spends {
+                balance.last_failure = balance.requests;
+            }
+            if *unmerged == 0 && !spends && !is_garbage {
+                return Change::Keep(false);
+            }
+            balances.set(*experiment, balance);
+            Change::Write(balances, spends)
+        })?;
+        self.unmerged = 0;
+        Ok(spent)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::host::Version;
     use crate::host::sim::Sim;
     use proptest::prelude::*;
 
@@ -67,42 +106,54 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_spent_before_it_is_earned() {
+    fn no_failure_is_spent_before_it_is_earned() {
         let host = Sim::new(1);
-        assert_eq!(spend(&host, "w", 100, 7_000), Ok(false), "what came before the experiment earns nothing");
-        assert_eq!(spend(&host, "w", 100, 7_099), Ok(false));
-        assert_eq!(spend(&host, "w", 100, 7_100), Ok(true));
-        assert_eq!(spend(&host, "w", 100, 7_100), Ok(false));
-        assert_eq!(spend(&host, "w", 100, 90_000), Ok(true));
-        assert_eq!(spend(&host, "w", 100, 90_001), Ok(false), "nothing is saved up");
+        let mut budget = ErrorBudget::new(&host, "w", None, 100);
+        let mut spends = |requests: u64| {
+            (0..requests).for_each(|_| budget.count_request());
+            budget.spend(&host)
+        };
+        assert!(!spends(99));
+        assert!(spends(1));
+        assert!(!spends(0));
+        assert!(spends(5_000));
+        assert!(!spends(99), "failures are not saved up");
+        let mut renamed = ErrorBudget::new(&host, "w", Some("next"), 100);
+        renamed.count_request();
+        assert!(!renamed.spend(&host), "an experiment earns its own failures");
         for garbage in [&b""[..], b"\x02\0\0\0\0\0\0\0\0", b"\x01\0"] {
-            host.set("g", garbage, host.get("g").map_or(Version::ABSENT, |(_, version)| version)).unwrap();
-            assert_eq!(spend(&host, "g", 1, 1_000), Ok(false), "{garbage:?}");
+            let mut budget = ErrorBudget::new(&host, "w", None, 1);
+            host.overwrite("w", garbage);
+            (0..1_000).for_each(|_| budget.count_request());
+            assert!(!budget.spend(&host), "{garbage:?}");
+            budget.count_request();
+            assert!(budget.spend(&host), "{garbage:?}");
         }
     }
 
     proptest! {
-        /// Workers that read the number of requests at different times never spend too much together.
+        /// Workers that merge at different times never spend too much together.
         #[test]
-        fn any_stretch_of_requests_is_within_the_budget(
-            steps in proptest::collection::vec((0..30_u64, 0..20_u64), 1..300),
+        fn all_workers_together_stay_within_the_budget(
+            steps in proptest::collection::vec((0..3_usize, 0..30_u64, any::<bool>(), any::<bool>()), 1..300),
             spacing in 1..50_u64,
         ) {
             let host = Sim::new(1);
-            spend(&host, "w", spacing, 0).unwrap();
-            let mut requests = 0;
-            let mut spent = Vec::new();
-            for (more, late) in steps {
+            let mut workers: Vec<_> = (0..3).map(|_| ErrorBudget::new(&host, "w", None, spacing)).collect();
+            let (mut requests, mut spent) = (0, 0);
+            for (worker, more, merges, spends) in steps {
                 requests += more;
-                let seen = requests.saturating_sub(late);
-                if spend(&host, "w", spacing, seen).unwrap() {
-                    spent.push(seen);
+                (0..more).for_each(|_| workers[worker].count_request());
+                if merges {
+                    workers[worker].merge(&host);
                 }
-                prop_assert!(spent.len() as u64 <= requests / spacing);
+                spent += u64::from(spends && workers[worker].spend(&host));
+                prop_assert!(spent <= requests / spacing);
             }
-            for pair in spent.windows(2) {
-                prop_assert!(pair[1] - pair[0] >= spacing, "{pair:?}");
-            }
+            workers.iter_mut().for_each(|worker| worker.merge(&host));
+            let total = SharedCell::<Balances>::new("w").read(&host).record();
+            let total = total.and_then(|balances| balances.get(ExperimentHash::new(None))).unwrap_or_default();
+            prop_assert_eq!(total.requests, requests);
         }
     }
 }

@@ -1,9 +1,9 @@
 //! Reads a route's `fault` block.
 
-use super::guard::Guard;
-use super::policy::{Abort, Delay, Distribution, DrawnFrom, Fault, HeaderControl, Status};
-use super::slots::Slots;
-use super::target::{Host, Target};
+use super::active::ActiveFaults;
+use super::guard::GuardPolicy;
+use super::policy::{Abort, Delay, Distribution, DrawnFrom, FaultPolicy, FaultStatus, HeaderControl};
+use super::target::FaultTarget;
 use crate::decimal::parse_decimal;
 use crate::document::{Fields, Value, quoted};
 use crate::http::{HeaderNames, MAX_HEADER_NAMES};
@@ -34,35 +34,36 @@ const GRPC_CODES: [&str; 17] = [
     "UNAUTHENTICATED",
 ];
 
-const LEAST_DELAY: Duration = Duration::from_millis(1);
+const MIN_DELAY: Duration = Duration::from_millis(1);
 
 /// The most quantiles of a distribution.
 const MAX_QUANTILES: usize = 16;
 
-/// What a fault has to know of its route.
-pub struct Surroundings<'a> {
+/// The route of a `fault` block.
+pub struct RouteContext<'a> {
     pub route: &'a str,
     /// The names of the route's destinations, in their order.
     pub destinations: Vec<&'a str>,
     pub slo: &'a Slo,
-    /// What the keys of the fault's shared words begin with.
+    /// The beginning of the keys of the fault's records.
     pub state_prefix: String,
     pub header_names: &'a mut HeaderNames,
 }
 
-impl Fault {
-    /// Reads the block of a route.
-    pub fn read(value: &Value<'_>, around: Surroundings<'_>) -> Option<Fault> {
-        let Surroundings { route, destinations, slo, state_prefix, header_names } = around;
+impl FaultPolicy {
+    /// Reads the block of a route. `None` if it is not an object; other errors are reported to the diagnostics.
+    pub fn read(value: &Value<'_>, around: RouteContext<'_>) -> Option<FaultPolicy> {
+        let RouteContext { route, destinations, slo, state_prefix, header_names } = around;
         let mut fields = value.object()?;
-        let listens = fields.optional("headerControl").and_then(|value| value.bool()).unwrap_or(false);
+        let is_controlled = fields.optional("headerControl").and_then(|value| value.bool()).unwrap_or(false);
         let (delay, abort, response) =
             (fields.optional("delay"), fields.optional("abort"), fields.optional("response"));
-        if delay.is_none() && abort.is_none() && (response.is_none() || listens) {
-            let help = if listens { "write what may be asked for" } else { "write delay, abort, response or several" };
+        if delay.is_none() && abort.is_none() && (response.is_none() || is_controlled) {
+            let help =
+                if is_controlled { "write what may be asked for" } else { "write delay, abort, response or several" };
             value.error("a fault without delay or abort", help);
         }
-        let target = read_target(&mut fields, &destinations, &state_prefix, header_names);
+        let target = read_target(&mut fields, &destinations, header_names);
         if let Some(abort) = abort.as_ref().filter(|_| target.is_upstream()) {
             abort.error(
                 "an abort of one host or attempt is neither retried nor counted by Envoy",
@@ -70,35 +71,35 @@ impl Fault {
             );
         }
         let delay = delay.and_then(|value| read_delay(&value));
-        let abort = abort.and_then(|value| read_abort(&value, listens));
+        let abort = abort.and_then(|value| read_abort(&value, is_controlled));
         let response = response.and_then(|value| read_response(&value));
         fields.refuse("responseRateLimit", RATE_LIMIT);
-        let header_control = listens.then(|| HeaderControl::listen(header_names));
-        if header_control.is_some_and(|listening| listening.is_none()) {
+        let header_control = is_controlled.then(|| HeaderControl::intern(header_names));
+        if header_control.is_some_and(|interned| interned.is_none()) {
             value.error("too many header names", format!("a policy refers to at most {MAX_HEADER_NAMES}"));
         }
-        let most = fields.optional("maxActive").and_then(|value| value.integer(1..=1_000_000));
+        let max_active = fields.optional("maxActive").and_then(|value| value.integer(1..=1_000_000));
         let marks = fields.optional("markAnswers").and_then(|value| value.bool());
         let shadow = fields.optional("mode").and_then(|value| value.one_of(&[("enforce", false), ("shadow", true)]));
         let drawn_from = fields
             .optional("key")
             .and_then(|value| value.one_of(&[("traceId", DrawnFrom::TraceId), ("random", DrawnFrom::Random)]));
-        let guard = Guard::read(&mut fields, slo);
+        let guard = GuardPolicy::read(&mut fields, slo);
         if guard.admin.is_some() && !target.hosts.is_empty() {
             value.error(
                 "guard.admin where hosts are faulted",
-                "remove admin: that Envoy ejects them is what the experiment is to show, no reason to stop it",
+                "remove admin: the experiment measures whether Envoy ejects the hosts, so an ejection must not stop it",
             );
         }
         fields.end();
-        Some(Fault {
+        Some(FaultPolicy {
             delay,
             abort,
             response,
             header_control: header_control.flatten(),
             drawn_from: drawn_from.unwrap_or(DrawnFrom::TraceId),
             target,
-            slots: most.map(|most| Slots { most, word: format!("{state_prefix}active").into() }),
+            active: max_active.map(|max| ActiveFaults::new(max, [&*state_prefix, "active"].concat())),
             marks: marks.unwrap_or(true),
             shadow: shadow.unwrap_or(false),
             guard,
@@ -107,20 +108,15 @@ impl Fault {
     }
 }
 
-/// What a filter cannot do, and what can.
-const RATE_LIMIT: &str = "a WebAssembly filter cannot let a body drip; put envoy.filters.http.fault with \
+/// The alternatives to `responseRateLimit`.
+const RATE_LIMIT: &str = "a WebAssembly filter cannot slow a body down; put envoy.filters.http.fault with \
                           response_rate_limit, or envoy.filters.http.bandwidth_limit, beside it";
 
-/// The most hosts, attempts or properties that a fault may name.
+/// The most entries of a list, and the most properties, of a fault.
 const MAX_NAMED: usize = 16;
 
-fn read_target(
-    fields: &mut Fields<'_>,
-    destinations: &[&str],
-    state_prefix: &str,
-    header_names: &mut HeaderNames,
-) -> Target {
-    let mut target = Target::default();
+fn read_target(fields: &mut Fields<'_>, destinations: &[&str], header_names: &mut HeaderNames) -> FaultTarget {
+    let mut target = FaultTarget::default();
     if let Some(mut source) = fields.optional("source").and_then(|value| value.object()) {
         for (name, test) in &read_named(&mut source, "headers") {
             let id = read_header_name(test, name, header_names);
@@ -156,7 +152,7 @@ fn read_target(
             value
                 .unfit("expected a host's address and port as Envoy knows it, such as 10.0.0.7:8080 or [fd00::7]:8080");
         }
-        target.hosts.push(Host { address: host.into(), word: format!("{state_prefix}host/{host}").into() });
+        target.hosts.push(host.into());
     }
     for value in &read_named_list(fields, "attempts") {
         target.attempts.extend(value.integer(1..=100));
@@ -164,7 +160,7 @@ fn read_target(
     target
 }
 
-/// The items of a list that is not empty, where it is written.
+/// The items of an optional list, which must not be empty.
 fn read_named_list<'a>(fields: &mut Fields<'a>, name: &'static str) -> Vec<Value<'a>> {
     let Some(list) = fields.optional(name) else { return Vec::new() };
     let items = list.array();
@@ -174,7 +170,7 @@ fn read_named_list<'a>(fields: &mut Fields<'a>, name: &'static str) -> Vec<Value
     items.unwrap_or_default()
 }
 
-/// Istio's `percentage`, or its deprecated integer `percent`. Neither: no request, as in Istio.
+/// Reads Istio's `percentage`, or its deprecated integer `percent`. Without both no request is faulted, as in Istio.
 fn read_percentage(fields: &mut Fields<'_>) -> Option<Fraction> {
     let percent = fields.optional("percent");
     let percentage = fields.optional("percentage");
@@ -185,7 +181,7 @@ fn read_percentage(fields: &mut Fields<'_>) -> Option<Fraction> {
         (Some(percentage), _) => Fraction::read(&percentage),
         (None, Some(percent)) => Fraction::read_number(&percent),
         (None, None) => {
-            fields.value().warning("no percentage: no request is faulted", "write percentage: {value: 5.0}");
+            fields.value().warning("without a percentage no request is faulted", "write percentage: {value: 5.0}");
             Some(Fraction::NONE)
         }
     }
@@ -199,7 +195,7 @@ fn read_delay(value: &Value<'_>) -> Option<(Fraction, Delay)> {
     fields.refuse("exponentialDelay", "Istio does not implement it either; write fixedDelay or distribution");
     fields.end();
     let delay = match (fixed, distribution) {
-        (Some(fixed), None) => read_duration(&fixed, LEAST_DELAY).map(|delay| Delay::Fixed(nanoseconds(delay))),
+        (Some(fixed), None) => read_duration(&fixed, MIN_DELAY).map(|delay| Delay::Fixed(nanoseconds(delay))),
         (None, Some(distribution)) => read_distribution(&distribution).map(Delay::Distribution),
         _ => {
             value.error("a delay needs one length", "write fixedDelay or distribution");
@@ -227,7 +223,7 @@ fn read_distribution(value: &Value<'_>) -> Option<Distribution> {
         };
         let quantile = Fraction::from_ppm(quantile as u32);
         let place = quantiles.iter().take_while(|(lower, _)| *lower < quantile).count();
-        quantiles.insert(place, (quantile, nanoseconds(read_duration(delay, LEAST_DELAY)?)));
+        quantiles.insert(place, (quantile, nanoseconds(read_duration(delay, MIN_DELAY)?)));
     }
     let rises = |pair: &[(Fraction, u64)]| matches!(pair, [(a, shorter), (b, longer)] if a < b && shorter < longer);
     if !quantiles.windows(2).all(rises) {
@@ -237,17 +233,17 @@ fn read_distribution(value: &Value<'_>) -> Option<Distribution> {
     Some(Distribution { quantiles: quantiles.into() })
 }
 
-fn read_abort(value: &Value<'_>, listens: bool) -> Option<(Fraction, Abort)> {
+fn read_abort(value: &Value<'_>, is_controlled: bool) -> Option<(Fraction, Abort)> {
     let mut fields = value.object()?;
     let percentage = read_percentage(&mut fields);
     let resets = fields.optional("reset");
     fields.refuse("http2Error", "Istio does not implement it either; write httpStatus, grpcStatus or reset");
-    let abort = match (resets, listens) {
+    let abort = match (resets, is_controlled) {
         (None, true) => {
             if let Some(status) = fields.optional("httpStatus").or_else(|| fields.optional("grpcStatus")) {
                 status.error("a status where headerControl lets the request name it", "remove the status");
             }
-            Some(Abort::Asked)
+            Some(Abort::Requested)
         }
         (Some(resets), true) => {
             resets.error("reset where headerControl lets the request name a status", "remove reset or headerControl");
@@ -259,7 +255,7 @@ fn read_abort(value: &Value<'_>, listens: bool) -> Option<(Fraction, Abort)> {
                 resets.unfit("expected true; for an answer write httpStatus or grpcStatus");
             }
             for status in ["httpStatus", "grpcStatus"] {
-                fields.refuse(status, "who is reset is not answered; remove it or reset");
+                fields.refuse(status, "a request that is reset gets no response; remove the status or reset");
             }
             Some(Abort::Reset)
         }
@@ -268,22 +264,22 @@ fn read_abort(value: &Value<'_>, listens: bool) -> Option<(Fraction, Abort)> {
     Some((percentage?, abort?))
 }
 
-fn read_response(value: &Value<'_>) -> Option<(Fraction, Status)> {
+fn read_response(value: &Value<'_>) -> Option<(Fraction, FaultStatus)> {
     let mut fields = value.object()?;
     let percentage = read_percentage(&mut fields);
     let status = read_status(&mut fields);
     fields.end();
-    if let Some(Status::Http(204 | 205 | 304)) = status {
+    if let Some(FaultStatus::Http(204 | 205 | 304)) = status {
         value.error("a status whose answers have no body", "write another: the upstream's body is kept");
     }
     Some((percentage?, status?))
 }
 
-fn read_status(fields: &mut Fields<'_>) -> Option<Status> {
+fn read_status(fields: &mut Fields<'_>) -> Option<FaultStatus> {
     let http = fields.optional("httpStatus");
     let grpc = fields.optional("grpcStatus");
     match (http, grpc) {
-        (Some(http), None) => http.integer(200..=599).map(|status| Status::Http(status as u16)),
+        (Some(http), None) => http.integer(200..=599).map(|status| FaultStatus::Http(status as u16)),
         (None, Some(grpc)) => read_grpc_status(&grpc),
         _ => {
             fields.value().error("it needs one status", "write httpStatus or grpcStatus");
@@ -292,15 +288,15 @@ fn read_status(fields: &mut Fields<'_>) -> Option<Status> {
     }
 }
 
-/// A gRPC status by its name, or by its number as text, as Envoy takes it.
-fn read_grpc_status(value: &Value<'_>) -> Option<Status> {
+/// Reads a gRPC status by its name, or by its number as a string, as Envoy accepts it.
+fn read_grpc_status(value: &Value<'_>) -> Option<FaultStatus> {
     let text = value.string()?;
     let by_name = GRPC_CODES.iter().position(|name| *name == text);
     let code = by_name.or_else(|| text.parse().ok().filter(|code| *code < GRPC_CODES.len()));
     if code.is_none() {
         value.unfit("expected a gRPC status such as UNAVAILABLE");
     }
-    code.map(|code| Status::Grpc(code as u8))
+    code.map(|code| FaultStatus::Grpc(code as u8))
 }
 
 #[cfg(test)]
@@ -309,18 +305,18 @@ mod tests {
     use crate::diagnostic::Report;
     use crate::document::Node;
 
-    fn read(text: &str) -> (Option<Fault>, Vec<String>) {
+    fn read(text: &str) -> (Option<FaultPolicy>, Vec<String>) {
         let node = Node::from_json(text.as_bytes()).unwrap();
         let report = Report::default();
         let mut header_names = HeaderNames::default();
-        let around = Surroundings {
+        let around = RouteContext {
             route: "r",
             destinations: vec!["v1", "v2"],
             slo: &Slo::default(),
             state_prefix: "p/fault/r/".into(),
             header_names: &mut header_names,
         };
-        let fault = Fault::read(&Value::root(&node, &report), around);
+        let fault = FaultPolicy::read(&Value::root(&node, &report), around);
         (fault, report.into_diagnostics().iter().map(ToString::to_string).collect())
     }
 
@@ -333,9 +329,9 @@ mod tests {
         let fault = fault.unwrap();
         assert_eq!(told, [] as [&str; 0]);
         assert_eq!(fault.delay, Some((Fraction::from_ppm(1_000), Delay::Fixed(5_000_000_000))));
-        assert_eq!(fault.abort, Some((Fraction::from_ppm(500_000), Abort::Answer(Status::Http(400)))));
+        assert_eq!(fault.abort, Some((Fraction::from_ppm(500_000), Abort::Answer(FaultStatus::Http(400)))));
         let (fault, _) = read(r#"{"abort": {"percentage": {"value": 1}, "grpcStatus": "UNAVAILABLE"}}"#);
-        assert_eq!(fault.unwrap().abort, Some((Fraction::from_ppm(10_000), Abort::Answer(Status::Grpc(14)))));
+        assert_eq!(fault.unwrap().abort, Some((Fraction::from_ppm(10_000), Abort::Answer(FaultStatus::Grpc(14)))));
     }
 
     #[test]
@@ -389,7 +385,7 @@ mod tests {
                 "one length",
             ),
             (r#"{"abort": {"percentage": {"value": 1}, "reset": false}}"#, "expected true"),
-            (r#"{"abort": {"percentage": {"value": 1}, "reset": true, "httpStatus": 500}}"#, "is not answered"),
+            (r#"{"abort": {"percentage": {"value": 1}, "reset": true, "httpStatus": 500}}"#, "gets no response"),
             (
                 r#"{"abort": {"percentage": {"value": 1}, "reset": true}, "headerControl": true}"#,
                 "reset or headerControl",

@@ -1,27 +1,27 @@
 //! Faults that a request asks for, with the headers of Envoy's fault filter.
 //!
-//! As there, only requests that ask are faulted, the first value of a header counts, a value that is no number is none,
-//! an HTTP status goes before a gRPC status, and the headers stay on the request, so that each hop that listens to them
-//! does as they say. The policy caps what may be asked: no share is larger than its `percentage`, and, other than in
-//! Envoy, no delay is longer than the one that is written and no gRPC status is one that gRPC does not know.
+//! As in Envoy, only requests with these headers are faulted. The first value of a header counts, and a value that is not a
+//! number is ignored. An HTTP status takes precedence over a gRPC status. The headers stay on the request, so that each
+//! hop with `headerControl` applies them. The policy limits the faults: no share is larger than its `percentage`. Unlike in
+//! Envoy, no delay is longer than the delay of the policy, and a gRPC status has to be defined by gRPC.
 
-use super::policy::{HeaderControl, Status};
+use super::policy::{FaultStatus, HeaderControl};
 use crate::http::{HeaderNames, Request};
 use crate::units::Fraction;
 
-/// What a request asks for.
+/// The fault that a request asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Asked {
+pub struct RequestedFault {
     /// Nanoseconds.
     pub delay: Option<u64>,
     pub delay_share: Fraction,
-    pub abort: Option<Status>,
+    pub abort: Option<FaultStatus>,
     pub abort_share: Fraction,
 }
 
 impl HeaderControl {
-    /// The headers by their names; `None` where the policy names too many already.
-    pub fn listen(names: &mut HeaderNames) -> Option<HeaderControl> {
+    /// Interns the names of the headers. `None` if the policy has too many header names.
+    pub(super) fn intern(names: &mut HeaderNames) -> Option<HeaderControl> {
         Some(HeaderControl {
             delay: names.intern("x-envoy-fault-delay-request")?,
             delay_percentage: names.intern("x-envoy-fault-delay-request-percentage")?,
@@ -31,17 +31,18 @@ impl HeaderControl {
         })
     }
 
-    /// What `request` asks for. A delay is in milliseconds, a percentage in whole per cent.
-    pub fn read(&self, request: &Request<'_>) -> Asked {
+    /// Reads the headers of `request`. Delays are in milliseconds, percentages are whole numbers.
+    pub(super) fn read(&self, request: &Request<'_>) -> RequestedFault {
         let number = |id| -> Option<u64> { std::str::from_utf8(request.first(id)?.trim_ascii()).ok()?.parse().ok() };
         let share = |id| {
             let percent = number(id).unwrap_or(100).min(100) as u32;
             Fraction::from_ppm(percent.saturating_mul(10_000))
         };
-        let http =
-            || number(self.abort).filter(|status| (200..600).contains(status)).map(|code| Status::Http(code as u16));
-        let grpc = || number(self.abort_grpc).filter(|code| *code <= 16).map(|code| Status::Grpc(code as u8));
-        Asked {
+        let http = || {
+            number(self.abort).filter(|status| (200..600).contains(status)).map(|code| FaultStatus::Http(code as u16))
+        };
+        let grpc = || number(self.abort_grpc).filter(|code| *code <= 16).map(|code| FaultStatus::Grpc(code as u8));
+        RequestedFault {
             delay: number(self.delay).filter(|delay| *delay > 0).map(|delay| delay.saturating_mul(1_000_000)),
             delay_share: share(self.delay_percentage),
             abort: http().or_else(grpc),
@@ -55,18 +56,18 @@ mod tests {
     use super::*;
     use crate::http::encode_headers;
 
-    fn asked(headers: &[(&str, &str)]) -> Asked {
+    fn requested(headers: &[(&str, &str)]) -> RequestedFault {
         let mut names = HeaderNames::default();
-        let control = HeaderControl::listen(&mut names).unwrap();
+        let control = HeaderControl::intern(&mut names).unwrap();
         control.read(&Request::parse(&encode_headers(headers), &names))
     }
 
-    const NOTHING: Asked =
-        Asked { delay: None, delay_share: Fraction::WHOLE, abort: None, abort_share: Fraction::WHOLE };
+    const NOTHING: RequestedFault =
+        RequestedFault { delay: None, delay_share: Fraction::WHOLE, abort: None, abort_share: Fraction::WHOLE };
 
     #[test]
-    fn the_headers_are_envoys() {
-        assert_eq!(asked(&[]), NOTHING);
+    fn the_headers_have_envoys_meaning() {
+        assert_eq!(requested(&[]), NOTHING);
         let headers = [
             ("x-envoy-fault-delay-request", "250"),
             ("x-envoy-fault-delay-request-percentage", "10"),
@@ -74,34 +75,34 @@ mod tests {
             ("x-envoy-fault-abort-grpc-request", "14"),
             ("x-envoy-fault-abort-request-percentage", "0"),
         ];
-        let expected = Asked {
+        let expected = RequestedFault {
             delay: Some(250_000_000),
             delay_share: Fraction::from_ppm(100_000),
-            abort: Some(Status::Http(503)),
+            abort: Some(FaultStatus::Http(503)),
             abort_share: Fraction::NONE,
         };
-        assert_eq!(asked(&headers), expected);
-        assert_eq!(asked(&[("x-envoy-fault-abort-grpc-request", "14")]).abort, Some(Status::Grpc(14)));
+        assert_eq!(requested(&headers), expected);
+        assert_eq!(requested(&[("x-envoy-fault-abort-grpc-request", "14")]).abort, Some(FaultStatus::Grpc(14)));
     }
 
     #[test]
-    fn what_is_no_number_asks_for_nothing() {
+    fn a_value_that_is_not_a_number_is_ignored() {
         for bad in ["", "-1", "1e3", "0x10", "1.5", "99999999999999999999", "5 5", "ten", "\u{663}"] {
             for name in ["delay-request", "abort-request", "abort-grpc-request"] {
-                assert_eq!(asked(&[(&format!("x-envoy-fault-{name}"), bad)]), NOTHING, "{name}: {bad}");
+                assert_eq!(requested(&[(&format!("x-envoy-fault-{name}"), bad)]), NOTHING, "{name}: {bad}");
             }
-            let asked = asked(&[("x-envoy-fault-delay-request-percentage", bad)]);
+            let asked = requested(&[("x-envoy-fault-delay-request-percentage", bad)]);
             assert_eq!(asked.delay_share, Fraction::WHOLE, "{bad}");
         }
         for bad in ["199", "600", "0"] {
-            assert_eq!(asked(&[("x-envoy-fault-abort-request", bad)]), NOTHING, "{bad}");
+            assert_eq!(requested(&[("x-envoy-fault-abort-request", bad)]), NOTHING, "{bad}");
         }
-        assert_eq!(asked(&[("x-envoy-fault-abort-grpc-request", "17")]), NOTHING);
-        assert_eq!(asked(&[("x-envoy-fault-delay-request", "0")]), NOTHING);
-        let largest = asked(&[("x-envoy-fault-delay-request", &u64::MAX.to_string())]);
+        assert_eq!(requested(&[("x-envoy-fault-abort-grpc-request", "17")]), NOTHING);
+        assert_eq!(requested(&[("x-envoy-fault-delay-request", "0")]), NOTHING);
+        let largest = requested(&[("x-envoy-fault-delay-request", &u64::MAX.to_string())]);
         assert_eq!(largest.delay, Some(u64::MAX));
         assert_eq!(
-            asked(&[("x-envoy-fault-delay-request", "7"), ("x-envoy-fault-delay-request", "8")]).delay,
+            requested(&[("x-envoy-fault-delay-request", "7"), ("x-envoy-fault-delay-request", "8")]).delay,
             Some(7_000_000)
         );
     }

@@ -1,108 +1,114 @@
-//! What is done to one request.
+//! The faults of one request: how they are drawn, and the responses that they lead to.
 
-use super::control::Asked;
-use super::policy::{Abort, Delay, DrawnFrom, Fault, Status};
+use super::control::RequestedFault;
+use super::policy::{Abort, Delay, DrawnFrom, FaultPolicy, FaultStatus};
 use crate::http::{LocalReply, Request, http_from_grpc};
 use crate::units::Fraction;
 use xxhash_rust::xxh64::xxh64;
 
-/// What a number is drawn for. Each has a draw of its own, independent of the others.
+/// The purpose of a random number. The numbers of different purposes are independent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Draw {
+pub enum DrawPurpose {
     Delay = 0,
     Abort = 1,
-    /// How long the delay is, where it is drawn.
+    /// The length of a delay from a distribution.
     Length = 2,
     Response = 3,
-    /// Whether it is of the tenth that is injected while an experiment is probing.
+    /// Whether the request belongs to the tenth that is faulted while an experiment is probing.
     Probe = 4,
 }
 
-/// What was drawn for a request. A delay may be followed by an abort.
+/// The faults that were drawn for a request. An abort can follow a delay.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Injection {
+pub struct DrawnFaults {
     /// Nanoseconds.
     pub delay: Option<u64>,
     pub abort: Option<Abort>,
-    /// What replaces the upstream's answer; none where there will be no answer of an upstream.
-    pub response: Option<Status>,
+    /// The status that replaces that of the upstream's response. `None` if the request is aborted.
+    pub response: Option<FaultStatus>,
 }
 
-/// Why no fault is injected.
+/// Why no fault is injected into a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Withheld {
-    /// The experiment is not aimed at the request.
-    NotAimed,
+pub enum SkipReason {
+    /// The experiment does not target the request.
+    NotTargeted,
     /// No fault was drawn.
     NotDrawn,
-    /// The target is unwell, or was so too often.
+    /// The guard has suspended the experiment, or ended it.
     Suspended,
-    /// It cannot be learned how the target is.
+    /// It is unknown which hosts of the target are ejected.
     Unknown,
-    /// The target was unwell: a tenth is injected, and this is not of it.
+    /// The experiment is probing, and the request does not belong to the tenth that is faulted.
     Probing,
-    /// The experiment is over, or its lease was not renewed.
+    /// The term of the experiment has ended or not begun, or its lease was not renewed.
     Expired,
-    /// The failures that it may inject are spent.
+    /// The error budget has not earned another failure.
     Budget,
-    /// The policy only wants to know.
+    /// The policy is in shadow mode.
     Shadow,
-    /// Too many streams are held already.
+    /// The worker holds too many streams already.
     Overflow,
-    /// As many faults are active as may be.
+    /// `maxActive` faults are active already.
     MaxActive,
 }
 
-impl Injection {
+impl DrawnFaults {
     pub fn is_none(&self) -> bool {
-        *self == Injection::default()
+        *self == DrawnFaults::default()
     }
 
-    /// Whether the client is told of a failure.
-    pub fn fails(&self) -> bool {
+    /// Whether the client gets a failure.
+    pub(super) fn fails(&self) -> bool {
         self.abort.is_some() || self.response.is_some()
     }
 }
 
-impl Fault {
-    /// The number that decides on `what` for a request of this trace, where the policy draws from trace ids.
-    pub fn number(&self, what: Draw, trace_id: Option<[u8; 16]>) -> Option<u64> {
+impl FaultPolicy {
+    /// The number for `what` of a request with this trace id. `None` if the policy draws at random or there is no trace id.
+    pub fn number(&self, what: DrawPurpose, trace_id: Option<[u8; 16]>) -> Option<u64> {
         match (self.drawn_from, trace_id) {
             (DrawnFrom::TraceId, Some(id)) => Some(xxh64(&id, self.salt.wrapping_add(what as u64))),
             _ => None,
         }
     }
 
-    /// What `request` asks for, where it may.
-    pub fn asked(&self, request: &Request<'_>) -> Option<Asked> {
+    /// The fault that `request` asks for. `None` if the policy does not permit that.
+    pub fn requested(&self, request: &Request<'_>) -> Option<RequestedFault> {
         self.header_control.as_ref().map(|control| control.read(request))
     }
 
-    /// The faults of a request of this trace; `random` is asked where the trace id does not decide.
-    pub fn draw(&self, asked: Option<Asked>, trace_id: Option<[u8; 16]>, mut random: impl FnMut() -> u64) -> Injection {
+    /// Draws the faults of a request with this trace id. `random` is called for each number that the trace id does not
+    /// determine.
+    pub(super) fn draw(
+        &self,
+        requested: Option<RequestedFault>,
+        trace_id: Option<[u8; 16]>,
+        mut random: impl FnMut() -> u64,
+    ) -> DrawnFaults {
         let mut number = |what| self.number(what, trace_id).unwrap_or_else(&mut random);
-        let most = |asked: Option<Fraction>| asked.unwrap_or(Fraction::WHOLE);
-        let mut injection = Injection::default();
+        let most = |share: Option<Fraction>| share.unwrap_or(Fraction::WHOLE);
+        let mut injection = DrawnFaults::default();
         if let Some((share, delay)) = &self.delay
-            && most(asked.map(|asked| asked.delay_share)).min(*share).includes(number(Draw::Delay))
+            && most(requested.map(|requested| requested.delay_share)).min(*share).includes(number(DrawPurpose::Delay))
         {
-            injection.delay = match (asked, delay) {
-                (Some(asked), _) => asked.delay.map(|asked| asked.min(delay.longest())),
+            injection.delay = match (requested, delay) {
+                (Some(requested), _) => requested.delay.map(|length| length.min(delay.longest())),
                 (None, Delay::Fixed(time)) => Some(*time),
-                (None, Delay::Distribution(distribution)) => Some(distribution.delay(number(Draw::Length))),
+                (None, Delay::Distribution(distribution)) => Some(distribution.delay(number(DrawPurpose::Length))),
             };
         }
         if let Some((share, abort)) = &self.abort
-            && most(asked.map(|asked| asked.abort_share)).min(*share).includes(number(Draw::Abort))
+            && most(requested.map(|requested| requested.abort_share)).min(*share).includes(number(DrawPurpose::Abort))
         {
-            injection.abort = match asked {
-                Some(asked) => asked.abort.map(Abort::Answer),
+            injection.abort = match requested {
+                Some(requested) => requested.abort.map(Abort::Answer),
                 None => Some(*abort),
             };
         }
         if let Some((share, status)) = &self.response
             && injection.abort.is_none()
-            && share.includes(number(Draw::Response))
+            && share.includes(number(DrawPurpose::Response))
         {
             injection.response = Some(*status);
         }
@@ -110,41 +116,42 @@ impl Fault {
     }
 }
 
-/// What tells an injected answer from one of the upstream: a header, unless the policy does without, and the message
-/// of a gRPC status.
-pub const MARK: &str = "x-trimtab-fault";
-pub const MESSAGE: &str = "fault injected by trimtab";
+/// The header of an injected response, unless the policy turns it off.
+pub const FAULT_HEADER: &str = "x-trimtab-fault";
 
-impl Status {
+/// The body of an aborted request's response, and the message of an injected gRPC status.
+pub(super) const FAULT_MESSAGE: &str = "fault injected by trimtab";
+
+impl FaultStatus {
     /// As an HTTP status.
     pub fn http(self) -> u16 {
         match self {
-            Status::Http(status) => status,
-            Status::Grpc(code) => http_from_grpc(code),
+            FaultStatus::Http(status) => status,
+            FaultStatus::Grpc(code) => http_from_grpc(code),
         }
     }
 
     /// As a gRPC status.
     pub fn grpc(self) -> u8 {
         match self {
-            Status::Http(status) => grpc_from_http(status),
-            Status::Grpc(code) => code,
+            FaultStatus::Http(status) => grpc_from_http(status),
+            FaultStatus::Grpc(code) => code,
         }
     }
 
-    /// The answer of an abort, as the client's protocol wants it.
-    pub fn reply(self, is_grpc: bool, marks: bool) -> LocalReply {
+    /// The response of an abort, in the client's protocol.
+    pub(crate) fn reply(self, is_grpc: bool, marks: bool) -> LocalReply {
         LocalReply {
             status: self.http(),
             details: "trimtab_fault_abort",
-            headers: if marks { vec![(MARK.into(), "abort".to_owned())] } else { Vec::new() },
-            body: MESSAGE.to_owned(),
+            headers: if marks { vec![(FAULT_HEADER.into(), "abort".to_owned())] } else { Vec::new() },
+            body: FAULT_MESSAGE.to_owned(),
             grpc_status: is_grpc.then(|| self.grpc()),
         }
     }
 }
 
-/// gRPC's "HTTP to gRPC Status Code Mapping".
+/// The gRPC status for an HTTP status, by gRPC's "HTTP to gRPC Status Code Mapping".
 fn grpc_from_http(status: u16) -> u8 {
     match status {
         200 => 0,
@@ -159,23 +166,23 @@ fn grpc_from_http(status: u16) -> u8 {
 
 #[cfg(test)]
 mod tests {
-    use super::super::guard::Guard;
-    use super::super::target::Target;
+    use super::super::guard::GuardPolicy;
+    use super::super::target::FaultTarget;
     use super::*;
 
-    fn half_and_half(drawn_from: DrawnFrom) -> Fault {
+    fn half_and_half(drawn_from: DrawnFrom) -> FaultPolicy {
         let half = Fraction::from_ppm(500_000);
-        Fault {
+        FaultPolicy {
             delay: Some((half, Delay::Fixed(1))),
-            abort: Some((half, Abort::Answer(Status::Http(503)))),
-            response: Some((half, Status::Http(500))),
+            abort: Some((half, Abort::Answer(FaultStatus::Http(503)))),
+            response: Some((half, FaultStatus::Http(500))),
             header_control: None,
             drawn_from,
-            target: Target::default(),
-            slots: None,
+            target: FaultTarget::default(),
+            active: None,
             marks: true,
             shadow: false,
-            guard: Guard::default(),
+            guard: GuardPolicy::default(),
             salt: 99,
         }
     }
@@ -218,7 +225,7 @@ mod tests {
         let count = 100_000_u32;
         for ppm in [1, 100, 10_000, 333_333, 999_000, 1_000_000] {
             let share = Fraction::from_ppm(ppm);
-            let fault = Fault { abort: Some((share, Abort::Reset)), ..half_and_half(DrawnFrom::TraceId) };
+            let fault = FaultPolicy { abort: Some((share, Abort::Reset)), ..half_and_half(DrawnFrom::TraceId) };
             let is_aborted = |n: &u32| fault.draw(None, Some(u128::from(*n).to_be_bytes()), || 0).abort.is_some();
             let found = (0..count).filter(is_aborted).count() as f64;
             let expected = f64::from(count) * f64::from(ppm) / 1e6;
@@ -228,35 +235,39 @@ mod tests {
     }
 
     #[test]
-    fn what_is_asked_is_given_up_to_what_is_written() {
+    fn a_request_gets_at_most_what_the_policy_permits() {
         let whole = Fraction::WHOLE;
-        let fault = Fault {
+        let fault = FaultPolicy {
             delay: Some((whole, Delay::Fixed(100))),
-            abort: Some((whole, Abort::Asked)),
+            abort: Some((whole, Abort::Requested)),
             response: None,
             ..half_and_half(DrawnFrom::TraceId)
         };
-        let drawn = |asked: Asked| fault.draw(Some(asked), Some([7; 16]), || 0);
-        let nothing = Asked { delay: None, delay_share: whole, abort: None, abort_share: whole };
-        assert!(drawn(nothing).is_none(), "who asks for nothing gets nothing");
-        assert_eq!(drawn(Asked { delay: Some(99), ..nothing }).delay, Some(99));
-        assert_eq!(drawn(Asked { delay: Some(101), ..nothing }).delay, Some(100), "the longest that is written");
-        let abort = Asked { abort: Some(Status::Grpc(8)), ..nothing };
-        assert_eq!(drawn(abort).abort, Some(Abort::Answer(Status::Grpc(8))));
-        assert!(drawn(Asked { abort_share: Fraction::NONE, ..abort }).is_none());
-        let fault = Fault { delay: Some((Fraction::NONE, Delay::Fixed(100))), ..fault };
-        assert_eq!(fault.draw(Some(Asked { delay: Some(1), ..nothing }), Some([7; 16]), || 0).delay, None);
+        let drawn = |requested: RequestedFault| fault.draw(Some(requested), Some([7; 16]), || 0);
+        let nothing = RequestedFault { delay: None, delay_share: whole, abort: None, abort_share: whole };
+        assert!(drawn(nothing).is_none(), "a request without the headers is not faulted");
+        assert_eq!(drawn(RequestedFault { delay: Some(99), ..nothing }).delay, Some(99));
+        assert_eq!(
+            drawn(RequestedFault { delay: Some(101), ..nothing }).delay,
+            Some(100),
+            "the longest that is written"
+        );
+        let abort = RequestedFault { abort: Some(FaultStatus::Grpc(8)), ..nothing };
+        assert_eq!(drawn(abort).abort, Some(Abort::Answer(FaultStatus::Grpc(8))));
+        assert!(drawn(RequestedFault { abort_share: Fraction::NONE, ..abort }).is_none());
+        let fault = FaultPolicy { delay: Some((Fraction::NONE, Delay::Fixed(100))), ..fault };
+        assert_eq!(fault.draw(Some(RequestedFault { delay: Some(1), ..nothing }), Some([7; 16]), || 0).delay, None);
     }
 
     #[test]
-    fn an_abort_speaks_the_clients_protocol() {
-        let told = |status: Status, is_grpc| {
+    fn the_response_of_an_abort_has_the_clients_protocol() {
+        let reply = |status: FaultStatus, is_grpc| {
             let reply = status.reply(is_grpc, true);
             (reply.status, reply.grpc_status)
         };
-        assert_eq!(told(Status::Http(503), false), (503, None));
-        assert_eq!(told(Status::Http(503), true), (503, Some(14)));
-        assert_eq!(told(Status::Grpc(8), true), (429, Some(8)));
-        assert_eq!(told(Status::Grpc(14), false), (503, None));
+        assert_eq!(reply(FaultStatus::Http(503), false), (503, None));
+        assert_eq!(reply(FaultStatus::Http(503), true), (503, Some(14)));
+        assert_eq!(reply(FaultStatus::Grpc(8), true), (429, Some(8)));
+        assert_eq!(reply(FaultStatus::Grpc(14), false), (503, None));
     }
 }

@@ -1,21 +1,20 @@
-//! The streams of one worker that are held for a delay, in the order in which they are due.
+//! The delayed streams of one worker, in the order in which they are due.
 //!
-//! Streams are grouped by a key, in Trimtab the experiment that delays them: the streams of a group can all become due
-//! before their time, because the experiment was suspended. Work per stream is logarithmic, and a stream whose client
-//! has left takes no place.
+//! Streams are grouped by a key, in Trimtab by the experiment that delays them: all streams of a group become due before
+//! their time if the experiment is suspended. The cost per stream is logarithmic, and a cancelled stream occupies no place.
 
 use crate::units::MonotonicInstant;
 use hashbrown::HashMap;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-/// The most streams that one worker holds for a delay. A further delay is not injected, and counted.
-pub const MAX_DELAYED: usize = 10_000;
+/// The most streams that one worker delays. Further delays are not injected, but counted.
+pub(crate) const MAX_DELAYED: usize = 10_000;
 
-/// The delayed streams of one worker, each with what follows its delay.
+/// The delayed streams of one worker, each with a value that describes what follows its delay.
 #[derive(Debug)]
-pub struct DelayedStreams<K, T> {
-    /// One for each key that has streams.
+pub(crate) struct DelayedStreams<K, T> {
+    /// One queue for each key that has streams.
     queues: Vec<Queue<K>>,
     streams: HashMap<u32, Delayed<K, T>>,
 }
@@ -30,21 +29,22 @@ struct Delayed<K, T> {
 #[derive(Debug)]
 struct Queue<K> {
     key: K,
-    /// The streams by their due times. Those that were cancelled stay until they are the first, or until they are more
-    /// than half.
+    /// The streams by their due times. A cancelled stream is removed when it is the first, or when more than half of the
+    /// streams are cancelled.
     by_due: BinaryHeap<Reverse<(MonotonicInstant, u32)>>,
     cancelled: usize,
-    /// Since when all of them are due, where they are.
+    /// Since when all streams of the queue are due; `None` if they are due at their own times.
     expedited: Option<MonotonicInstant>,
 }
 
 /// A stream whose delay is over.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Due<T> {
-    pub stream: u32,
-    pub then: T,
-    /// Whether its whole group was due.
-    pub is_expedited: bool,
+pub(crate) struct Due<T> {
+    pub(crate) stream: u32,
+    /// The value that was passed to [`DelayedStreams::hold`].
+    pub(crate) then: T,
+    /// Whether all streams of its group were due.
+    pub(crate) is_expedited: bool,
 }
 
 impl<K, T> Default for DelayedStreams<K, T> {
@@ -55,12 +55,12 @@ impl<K, T> Default for DelayedStreams<K, T> {
 
 impl<K: Copy + PartialEq, T> DelayedStreams<K, T> {
     /// Whether another stream can be held.
-    pub fn has_room(&self) -> bool {
+    pub(crate) fn has_room(&self) -> bool {
         self.streams.len() < MAX_DELAYED
     }
 
     /// Holds `stream` until `due`.
-    pub fn hold(&mut self, stream: u32, key: K, due: MonotonicInstant, then: T) {
+    pub(crate) fn hold(&mut self, stream: u32, key: K, due: MonotonicInstant, then: T) {
         self.streams.insert(stream, Delayed { key, then });
         let entry = Reverse((due, stream));
         match self.queues.iter_mut().find(|queue| queue.key == key) {
@@ -71,8 +71,8 @@ impl<K: Copy + PartialEq, T> DelayedStreams<K, T> {
         }
     }
 
-    /// Removes a stream whose client has left, and returns what would have followed if it was still held.
-    pub fn cancel(&mut self, stream: u32) -> Option<T> {
+    /// Removes a stream that has ended, and returns its value. `None` if the stream is not held.
+    pub(crate) fn cancel(&mut self, stream: u32) -> Option<T> {
         let cancelled = self.streams.remove(&stream)?;
         if let Some(queue) = self.queues.iter_mut().find(|queue| queue.key == cancelled.key) {
             queue.cancelled += 1;
@@ -85,15 +85,15 @@ impl<K: Copy + PartialEq, T> DelayedStreams<K, T> {
         Some(cancelled.then)
     }
 
-    /// Makes all streams of the groups due for which `is_over` is true, and no other group.
-    pub fn expedite(&mut self, now: MonotonicInstant, is_over: impl Fn(K) -> bool) {
+    /// Makes all streams of those groups due for which `is_over` is true, and only those.
+    pub(crate) fn expedite(&mut self, now: MonotonicInstant, is_over: impl Fn(K) -> bool) {
         for queue in &mut self.queues {
             queue.expedited = if is_over(queue.key) { queue.expedited.or(Some(now)) } else { None };
         }
     }
 
-    /// When the next stream is due, and which one that is.
-    pub fn next_due(&mut self) -> Option<(MonotonicInstant, u32)> {
+    /// The next stream and when it is due.
+    pub(crate) fn next_due(&mut self) -> Option<(MonotonicInstant, u32)> {
         loop {
             let queue = self.next_queue()?;
             let (due, Reverse((_, stream))) = (queue.next_due()?, *queue.by_due.peek()?);
@@ -104,8 +104,8 @@ impl<K: Copy + PartialEq, T> DelayedStreams<K, T> {
         }
     }
 
-    /// Takes the stream that is due first, if that is at `now` or before.
-    pub fn take_due(&mut self, now: MonotonicInstant) -> Option<Due<T>> {
+    /// Removes and returns the stream that is due first, if it is due at `now`.
+    pub(crate) fn take_due(&mut self, now: MonotonicInstant) -> Option<Due<T>> {
         self.next_due().filter(|(due, _)| *due <= now)?;
         let queue = self.next_queue()?;
         let is_expedited = queue.expedited.is_some();
@@ -115,12 +115,12 @@ impl<K: Copy + PartialEq, T> DelayedStreams<K, T> {
         Some(Due { stream, then, is_expedited })
     }
 
-    /// The queue whose first stream is due first.
+    /// The queue with the stream that is due first.
     fn next_queue(&mut self) -> Option<&mut Queue<K>> {
         self.queues.iter_mut().min_by_key(|queue| queue.next_due().unwrap_or(MonotonicInstant::MAX))
     }
 
-    /// Removes the first entry of the first queue, which is a cancelled one.
+    /// Removes the first entry of the first queue, which is a cancelled stream.
     fn drop_first(&mut self) {
         if let Some(queue) = self.next_queue() {
             queue.by_due.pop();
@@ -172,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn cancelled_streams_take_neither_a_place_nor_memory() {
+    fn cancelled_streams_occupy_neither_a_place_nor_memory() {
         let mut delayed = DelayedStreams::default();
         for stream in 0..10 * MAX_DELAYED as u32 {
             assert!(delayed.has_room(), "stream {stream} finds no room although all before it have left");
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_group_that_is_over_is_due_at_once_and_starves_no_other() {
+    fn an_expedited_group_is_due_at_once_and_delays_no_other_group() {
         let mut delayed = DelayedStreams::default();
         for stream in 0..6 {
             delayed.hold(stream, stream % 2, at(100 + u64::from(stream)), ());
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn a_group_that_begins_again_before_all_were_released_keeps_the_rest() {
+    fn a_group_that_is_resumed_holds_its_remaining_streams() {
         let mut delayed = DelayedStreams::default();
         delayed.hold(1, (), at(100), ());
         delayed.hold(2, (), at(100), ());

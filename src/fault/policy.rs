@@ -1,34 +1,35 @@
-//! The faults of a route.
+//! The compiled `fault` block of a route.
 
-use super::guard::Guard;
-use super::slots::Slots;
-use super::target::Target;
+use super::active::ActiveFaults;
+use super::guard::GuardPolicy;
+use super::target::FaultTarget;
 use crate::http::HeaderId;
 use crate::units::Fraction;
 
-/// A route's `fault` block.
+/// The `fault` block of a route.
 #[derive(Debug)]
-pub struct Fault {
-    /// How many requests are delayed, and by how much.
+pub struct FaultPolicy {
+    /// The share of requests that are delayed, and their delay.
     pub delay: Option<(Fraction, Delay)>,
     pub abort: Option<(Fraction, Abort)>,
-    /// How many answers of the upstream are replaced, and by what.
-    pub response: Option<(Fraction, Status)>,
-    /// Where requests may ask for a fault, `delay` and `abort` are the most that they get.
+    /// The share of upstream responses that are replaced, and the status that they get.
+    pub response: Option<(Fraction, FaultStatus)>,
+    /// The headers in which requests ask for faults. `delay` and `abort` are the maximum that they get.
     pub header_control: Option<HeaderControl>,
     pub drawn_from: DrawnFrom,
-    pub target: Target,
-    pub slots: Option<Slots>,
-    /// Whether an injected answer says so in a header.
+    pub target: FaultTarget,
+    /// The cap of `maxActive`.
+    pub active: Option<ActiveFaults>,
+    /// Whether an injected response has the header [`super::FAULT_HEADER`].
     pub marks: bool,
-    /// Faults are drawn and counted, and none is injected.
+    /// Whether faults are drawn and counted only, and not injected.
     pub shadow: bool,
-    pub guard: Guard,
-    /// Sets the draws of this route apart from those of others.
+    pub guard: GuardPolicy,
+    /// Makes the draws of this route independent of those of other routes.
     pub salt: u64,
 }
 
-/// How long a delay is.
+/// The length of a delay.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Delay {
     /// Nanoseconds.
@@ -37,14 +38,12 @@ pub enum Delay {
     Distribution(Distribution),
 }
 
-/// Delays by their quantiles: between two that are named, and between nothing and the first, the delay grows in
-/// proportion (linear interpolation of the quantile function); past the last it stays. So the named quantiles are
-/// exact, no delay is longer than the last, and it is met by as many requests as lie beyond: of p50, p95 and p99, by
-/// one in a hundred.
+/// A distribution of delays by its quantiles. Between two quantiles, and between 0 and the first one, the quantile function
+/// is interpolated linearly; after the last quantile it is constant. So the given quantiles are exact, and no delay is
+/// longer than the last one: with p50, p95 and p99, one request in a hundred gets the longest delay.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Distribution {
-    /// Parts per million of the requests, and the nanoseconds that they are delayed by at most. Both rise from each to
-    /// the next.
+    /// Shares of requests, each with the longest delay of this share in nanoseconds. Both increase from each to the next.
     pub quantiles: Box<[(Fraction, u64)]>,
 }
 
@@ -58,9 +57,9 @@ pub struct HeaderControl {
     pub(super) abort_percentage: HeaderId,
 }
 
-/// What an injected answer says.
+/// The status of an injected response.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Status {
+pub enum FaultStatus {
     /// An HTTP status; a gRPC call gets the gRPC status that it maps to.
     Http(u16),
     /// A gRPC status code; a plain request gets the HTTP status that it maps to.
@@ -70,25 +69,25 @@ pub enum Status {
 /// How a request is aborted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Abort {
-    /// It is answered.
-    Answer(Status),
-    /// It is never answered, as behind a partition: the stream is reset, with HTTP/1.1 the connection closed.
+    /// With a response.
+    Answer(FaultStatus),
+    /// By a reset of the stream, without a response, as in a network partition. With HTTP/1.1 the connection is closed.
     Reset,
-    /// It is answered as it asks for.
-    Asked,
+    /// With the status that the request asks for.
+    Requested,
 }
 
-/// What decides whether a request is faulted.
+/// The source of the random numbers that decide whether a request is faulted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DrawnFrom {
-    /// The trace id, so that a request, its retries and every hop with the same policy agree.
+    /// The trace id: a request, its retries and every hop with the same policy get the same faults.
     TraceId,
     /// A new draw for each request.
     Random,
 }
 
 impl Delay {
-    /// The longest that a request may be delayed, in nanoseconds.
+    /// The longest delay in nanoseconds.
     pub fn longest(&self) -> u64 {
         match self {
             Delay::Fixed(time) => *time,
@@ -98,9 +97,8 @@ impl Delay {
 }
 
 impl Distribution {
-    /// The delay of the request that a uniformly drawn number stands for, in nanoseconds; exact to 2^-32 of the distance
-    /// between two quantiles.
-    pub fn delay(&self, draw: u64) -> u64 {
+    /// The delay in nanoseconds for a uniformly distributed number; exact to 2^-32 of the distance between two quantiles.
+    pub(super) fn delay(&self, draw: u64) -> u64 {
         // Parts per million with 32 bits behind the point.
         let place = ((u128::from(draw) * 1_000_000) >> 32) as u64;
         let (mut start, mut shortest) = (0, 0);

@@ -1,21 +1,21 @@
-//! Envoy's own word on which hosts it has ejected: its admin endpoint, `GET /clusters?format=json`.
+//! The answers of Envoy's admin endpoint to `GET /clusters?format=json`: which hosts Envoy itself has ejected.
 //!
-//! An answer is read with bounds, and what cannot be read says nothing: *unknown* is not *well*. What was learned is one
-//! shared word for each target, with the time of the answer, so that everybody knows how old it is.
+//! Reading an answer is bounded in size and depth. An answer that cannot be read leaves the state of the hosts unknown,
+//! which is not the same as healthy. The result is one [`AdminSnapshot`] in shared data for each target, with its time, so
+//! that every worker can determine its age.
 
-use super::hosts::Health;
+use super::hosts::EjectionStats;
 use crate::document::Node;
+use crate::shared_data::Record;
 use crate::units::MonotonicInstant;
 
-/// The longest answer that is read, in bytes: some hundred hosts of the clusters that were asked for.
+/// The longest answer that is read, in bytes. That is enough for several hundred hosts.
 pub const MAX_ANSWER_BYTES: usize = crate::document::MAX_DOCUMENT_BYTES;
 
-/// The first byte of the words, to be changed with their layout.
-const SCHEMA: u8 = 1;
-
-/// The path that asks for `clusters` only. `filter` is a regular expression: what could be special in it, or in a path,
-/// is replaced by "any character", because the answer names its clusters anyway.
-pub fn path<'n>(clusters: impl Iterator<Item = &'n str>) -> String {
+/// The path that requests the status of `clusters` only. Its parameter `filter` is a regular expression. A character that
+/// is special in a regular expression or in a path is replaced by `.`, which matches any character; the answer contains the
+/// names of its clusters anyway.
+pub(super) fn path<'n>(clusters: impl Iterator<Item = &'n str>) -> String {
     let mut path = String::from("/clusters?format=json&filter=%5E(");
     for (index, name) in clusters.enumerate() {
         if index > 0 {
@@ -27,20 +27,20 @@ pub fn path<'n>(clusters: impl Iterator<Item = &'n str>) -> String {
     path
 }
 
-/// An answer that could be read.
+/// A complete answer.
 #[derive(Debug)]
-pub struct Clusters(Node);
+pub(super) struct ClusterStatuses(Node);
 
-impl Clusters {
-    /// Reads an answer; `None` where it is no such thing, whole and within the bounds.
-    pub fn read(body: &[u8]) -> Option<Clusters> {
+impl ClusterStatuses {
+    /// Reads an answer. `None` if it is incomplete, too large or not a list of clusters.
+    pub(super) fn read(body: &[u8]) -> Option<ClusterStatuses> {
         let node = Node::from_json(body).ok()?;
         field(&node, "cluster_statuses")?;
-        Some(Clusters(node))
+        Some(ClusterStatuses(node))
     }
 
-    /// The hosts of `cluster`; `None` where the answer does not speak of it, or has no host for it.
-    pub fn health(&self, cluster: &str) -> Option<Health> {
+    /// The hosts of `cluster`. `None` if the answer does not contain the cluster, or contains no host of it.
+    pub(super) fn stats(&self, cluster: &str) -> Option<EjectionStats> {
         let is_wanted = |status: &&Node| matches!(field(status, "name"), Some(Node::String(name)) if name == cluster);
         let status = items(field(&self.0, "cluster_statuses")?).iter().find(is_wanted)?;
         let hosts = items(field(status, "host_statuses")?);
@@ -50,7 +50,7 @@ impl Clusters {
             matches!(check, Some(Node::Bool(true)))
         };
         let ejected = hosts.iter().filter(is_ejected).count() as u64;
-        (!hosts.is_empty()).then_some(Health { hosts: hosts.len() as u64, ejected })
+        (!hosts.is_empty()).then_some(EjectionStats { hosts: hosts.len() as u64, ejected })
     }
 }
 
@@ -66,28 +66,27 @@ fn items(node: &Node) -> &[Node] {
     }
 }
 
-/// What Envoy said of a target's hosts, and when.
+/// The state of a target's hosts as Envoy reported it, and when it did.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sighting {
+pub struct AdminSnapshot {
     pub at: MonotonicInstant,
-    pub health: Health,
+    pub stats: EjectionStats,
 }
 
-impl Sighting {
-    pub fn encode(&self) -> Vec<u8> {
-        let mut word = vec![SCHEMA];
-        for value in [self.at.as_nanos(), self.health.hosts, self.health.ejected] {
-            word.extend_from_slice(&value.to_le_bytes());
+impl Record for AdminSnapshot {
+    const SCHEMA: u8 = 1;
+
+    fn encode(&self, bytes: &mut Vec<u8>) {
+        for value in [self.at.as_nanos(), self.stats.hosts, self.stats.ejected] {
+            bytes.extend_from_slice(&value.to_le_bytes());
         }
-        word
     }
 
-    pub fn decode(word: &[u8]) -> Option<Sighting> {
-        let (&SCHEMA, rest) = word.split_first()? else { return None };
-        let ([at, hosts, ejected], []) = rest.as_chunks::<8>() else { return None };
+    fn decode(schema: u8, bytes: &[u8]) -> Option<AdminSnapshot> {
+        let ([at, hosts, ejected], []) = bytes.as_chunks::<8>() else { return None };
         let [at, hosts, ejected] = [at, hosts, ejected].map(|bytes| u64::from_le_bytes(*bytes));
-        let fits = hosts > 0 && hosts <= u64::from(u32::MAX);
-        fits.then_some(Sighting { at: MonotonicInstant::from_nanos(at), health: Health { hosts, ejected } })
+        let fits = schema == Self::SCHEMA && hosts > 0 && hosts <= u64::from(u32::MAX);
+        fits.then_some(AdminSnapshot { at: MonotonicInstant::from_nanos(at), stats: EjectionStats { hosts, ejected } })
     }
 }
 
@@ -107,28 +106,28 @@ mod tests {
 
     #[test]
     fn ejected_hosts_are_counted() {
-        let clusters = Clusters::read(ANSWER.as_bytes()).unwrap();
-        assert_eq!(clusters.health("v1"), Some(Health { hosts: 5, ejected: 1 }));
+        let clusters = ClusterStatuses::read(ANSWER.as_bytes()).unwrap();
+        assert_eq!(clusters.stats("v1"), Some(EjectionStats { hosts: 5, ejected: 1 }));
         for unknown in ["v", "v11", "empty", "bare", ""] {
-            assert_eq!(clusters.health(unknown), None, "{unknown}");
+            assert_eq!(clusters.stats(unknown), None, "{unknown}");
         }
     }
 
     #[test]
-    fn what_is_not_whole_says_nothing() {
+    fn an_incomplete_answer_is_not_read() {
         for length in 0..ANSWER.len() {
-            assert!(Clusters::read(&ANSWER.as_bytes()[..length]).is_none(), "cut after {length} bytes");
+            assert!(ClusterStatuses::read(&ANSWER.as_bytes()[..length]).is_none(), "cut after {length} bytes");
         }
         let huge = format!("{ANSWER}{}", " ".repeat(MAX_ANSWER_BYTES));
         for bad in ["", "no healthy upstream", "[]", "{}", "null", "\u{fffd}", &"[".repeat(100_000), &huge] {
-            assert!(Clusters::read(bad.as_bytes()).is_none(), "{:.40}", bad);
+            assert!(ClusterStatuses::read(bad.as_bytes()).is_none(), "{:.40}", bad);
         }
-        let odd = Clusters::read(br#"{"cluster_statuses": {"name": "v1"}}"#).unwrap();
-        assert_eq!(odd.health("v1"), None);
+        let odd = ClusterStatuses::read(br#"{"cluster_statuses": {"name": "v1"}}"#).unwrap();
+        assert_eq!(odd.stats("v1"), None);
     }
 
     #[test]
-    fn a_path_asks_for_its_clusters_only() {
+    fn the_path_requests_the_clusters_only() {
         assert_eq!(path(["v1"].into_iter()), "/clusters?format=json&filter=%5E(v1)%24");
         let istio = path(["outbound|80|v1|a.b", "x y\n"].into_iter());
         assert_eq!(istio, "/clusters?format=json&filter=%5E(outbound.80.v1.a.b%7Cx.y.)%24");
@@ -136,15 +135,17 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_sighting_is_read_as_it_was_written(nanoseconds: u64, hosts in 1..1_000_u64, ejected in 0..1_000_u64) {
-            let sighting = Sighting { at: at(nanoseconds), health: Health { hosts, ejected } };
-            prop_assert_eq!(Sighting::decode(&sighting.encode()), Some(sighting));
+        fn a_snapshot_is_read_as_it_was_written(nanoseconds: u64, hosts in 1..1_000_u64, ejected in 0..1_000_u64) {
+            let snapshot = AdminSnapshot { at: at(nanoseconds), stats: EjectionStats { hosts, ejected } };
+            let mut bytes = Vec::new();
+            snapshot.encode(&mut bytes);
+            prop_assert_eq!(AdminSnapshot::decode(1, &bytes), Some(snapshot));
         }
 
         #[test]
-        fn no_word_is_too_odd(word in proptest::collection::vec(any::<u8>(), 0..30)) {
-            if let Some(sighting) = Sighting::decode(&word) {
-                sighting.health.ejected_share();
+        fn any_bytes_can_be_read(bytes in proptest::collection::vec(any::<u8>(), 0..30)) {
+            if let Some(snapshot) = AdminSnapshot::decode(1, &bytes) {
+                snapshot.stats.ejected_share();
             }
         }
     }

@@ -1,7 +1,7 @@
-//! Reads `outlierDetection`, as a DestinationRule has it, with Envoy's fields for success rates and failure percentages.
+//! Reads the `outlierDetection` block.
 
-use super::hosts::MOST_HOSTS;
-use super::policy::Detection;
+use super::hosts::MAX_HOSTS;
+use super::policy::OutlierDetection;
 use crate::document::Value;
 use crate::units::duration_or;
 use std::ops::RangeInclusive;
@@ -11,12 +11,13 @@ const FAILURE_PERCENTAGE: [&str; 3] =
     ["failurePercentageThreshold", "failurePercentageMinimumHosts", "failurePercentageRequestVolume"];
 const SUCCESS_RATE: [&str; 3] = ["successRateStdevFactor", "successRateMinimumHosts", "successRateRequestVolume"];
 
-impl Detection {
-    pub fn read(value: &Value<'_>) -> Option<Detection> {
+impl OutlierDetection {
+    /// Reads the block. `None` if it is not an object; other errors are reported to the diagnostics.
+    pub fn read(value: &Value<'_>) -> Option<OutlierDetection> {
         const LEAST: Duration = Duration::from_millis(1);
         const COUNT: RangeInclusive<u64> = 0..=u16::MAX as u64;
         let mut fields = value.object()?;
-        let mut detection = Detection::default();
+        let mut detection = OutlierDetection::default();
         if let Some(value) = fields.optional("consecutiveErrors") {
             value.warning("consecutiveErrors is deprecated in Istio", "write consecutive5xxErrors");
             detection.errors = fields.integer_or("consecutiveErrors", COUNT, detection.errors.into()) as u16;
@@ -39,14 +40,14 @@ impl Detection {
         ] {
             *field = fields.integer_or(name, 0..=100, u64::from(*field)) as u8;
         }
-        let Detection { failure_percentage, success_rate, .. } = &mut detection;
-        for (names, sweep, most) in
+        let OutlierDetection { failure_percentage, success_rate, .. } = &mut detection;
+        for (names, check, most) in
             [(FAILURE_PERCENTAGE, failure_percentage, 100), (SUCCESS_RATE, success_rate, u64::from(u16::MAX))]
         {
             let [threshold, hosts, requests] = names;
-            sweep.threshold = fields.integer_or(threshold, 0..=most, 0) as u16;
-            sweep.hosts = fields.integer_or(hosts, 1..=MOST_HOSTS as u64, sweep.hosts.into()) as u8;
-            sweep.requests = fields.integer_or(requests, 1..=u32::MAX.into(), sweep.requests.into()) as u32;
+            check.threshold = fields.integer_or(threshold, 0..=most, 0) as u16;
+            check.hosts = fields.integer_or(hosts, 1..=MAX_HOSTS as u64, check.hosts.into()) as u8;
+            check.requests = fields.integer_or(requests, 1..=u32::MAX.into(), check.requests.into()) as u32;
         }
         if let Some(split) = fields.optional("splitExternalLocalOriginErrors").and_then(|value| value.bool()) {
             detection.splits_local = split;

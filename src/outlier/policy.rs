@@ -1,53 +1,54 @@
-//! What counts as an outlier.
+//! The compiled `outlierDetection` block and `guard.admin`.
 
-/// The `outlierDetection` block, with DestinationRule's names, defaults and meaning, and Envoy's for what it does not
-/// have. A count of 0 turns its question off.
+/// The `outlierDetection` block, with the names, defaults and meaning of a DestinationRule, and with Envoy's fields for
+/// success rates and failure percentages. A threshold of 0 turns its check off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Detection {
-    /// `consecutive5xxErrors`: so many 5xx in a row eject a host.
+pub struct OutlierDetection {
+    /// `consecutive5xxErrors`: this many consecutive 5xx responses eject a host.
     pub errors: u16,
-    /// `consecutiveGatewayErrors`: so many 502, 503 or 504 in a row.
+    /// `consecutiveGatewayErrors`: this many consecutive 502, 503 or 504 responses eject a host.
     pub gateway_errors: u16,
-    /// `consecutiveLocalOriginFailures`: so many connections in a row that failed, where they are told apart.
+    /// `consecutiveLocalOriginFailures`: this many consecutive failed connections eject a host, if they are split.
     pub local_failures: u16,
-    /// `splitExternalLocalOriginErrors`: whether a connection that failed is told apart from a 503 of the host.
+    /// `splitExternalLocalOriginErrors`: whether a failed connection is counted apart from a 503 of the host.
     pub splits_local: bool,
-    /// `interval`, in nanoseconds: a host that stayed healthy for so long is forgiven one ejection.
+    /// `interval`, in nanoseconds: the interval of the interval checks. Each interval without an ejection also shortens
+    /// the next ejection of a host by one `baseEjectionTime`.
     pub interval: u64,
-    /// `baseEjectionTime`, in nanoseconds: how long the first ejection lasts, the second twice as long, and so on.
+    /// `baseEjectionTime`, in nanoseconds: how long the first ejection lasts. The second lasts twice as long, and so on.
     pub base_ejection_time: u64,
-    /// No further host is ejected beyond this share, but one always may be.
+    /// `maxEjectionPercent`: no further host is ejected beyond this share of hosts, but one host always may be.
     pub max_ejection_percent: u8,
-    /// No further host is ejected where fewer than this share of them are healthy.
+    /// `minHealthPercent`: no further host is ejected if fewer hosts than this share are healthy.
     pub min_health_percent: u8,
-    /// `failurePercentage..`: its threshold is the percentage of a host's answers within an interval that were errors.
-    pub failure_percentage: Sweep,
-    /// `successRate..`: its threshold is `successRateStdevFactor`, by how many thousandths of the standard deviation a
-    /// host may do worse than the mean of all.
-    pub success_rate: Sweep,
+    /// `failurePercentage..`: the threshold is the percentage of errors among a host's responses in an interval.
+    pub failure_percentage: IntervalCheck,
+    /// `successRate..`: the threshold is `successRateStdevFactor`, in thousandths of the standard deviation: how much
+    /// worse than the mean of all hosts a host may be.
+    pub success_rate: IntervalCheck,
 }
 
-/// A question about the answers of a whole interval, as Envoy asks it.
+/// A check of the responses of a whole interval, as Envoy makes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Sweep {
-    /// 0: it is not asked.
+pub struct IntervalCheck {
+    /// 0 turns the check off.
     pub threshold: u16,
-    /// `..MinimumHosts`: it is asked where so many hosts have answered often enough.
+    /// `..MinimumHosts`: the check is made if this many hosts have enough responses.
     pub hosts: u8,
-    /// `..RequestVolume`: how often that is.
+    /// `..RequestVolume`: the number of responses that is enough.
     pub requests: u32,
 }
 
-impl Detection {
-    /// Whether anything is asked of whole intervals.
-    pub fn sweeps(&self) -> bool {
+impl OutlierDetection {
+    /// Whether an interval check is on.
+    pub(super) fn checks_intervals(&self) -> bool {
         self.failure_percentage.threshold > 0 || self.success_rate.threshold > 0
     }
 }
 
-impl Default for Detection {
+impl Default for OutlierDetection {
     fn default() -> Self {
-        Detection {
+        OutlierDetection {
             errors: 5,
             gateway_errors: 0,
             local_failures: 5,
@@ -56,8 +57,17 @@ impl Default for Detection {
             base_ejection_time: 30_000_000_000,
             max_ejection_percent: 10,
             min_health_percent: 0,
-            failure_percentage: Sweep { threshold: 0, hosts: 5, requests: 50 },
-            success_rate: Sweep { threshold: 0, hosts: 5, requests: 100 },
+            failure_percentage: IntervalCheck { threshold: 0, hosts: 5, requests: 50 },
+            success_rate: IntervalCheck { threshold: 0, hosts: 5, requests: 100 },
         }
     }
+}
+
+/// The `guard.admin` block: how to reach Envoy's admin endpoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdminEndpoint {
+    /// An Envoy cluster whose host is the admin endpoint.
+    pub cluster: Box<str>,
+    /// Nanoseconds from one poll to the next. A snapshot that is three intervals old is not used any more.
+    pub interval: u64,
 }

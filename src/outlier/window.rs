@@ -1,21 +1,21 @@
-//! The last seconds of a growing total.
+//! A sliding window over growing totals: what was counted in the last seconds.
 
 use crate::units::MonotonicInstant;
 use std::collections::VecDeque;
 
-/// Answers observed, since the proxy started or within a window.
+/// Counts of observed responses, in total or within a window.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     pub requests: u64,
     pub failures: u64,
-    /// Answers that took too long.
+    /// Responses that took longer than the latency threshold.
     pub slow: u64,
-    /// Requests for which there was no host, or no room.
+    /// Requests that Envoy answered itself because no host was available or too many requests were pending.
     pub outages: u64,
 }
 
 impl Totals {
-    /// What was counted after `earlier`.
+    /// The counts after `earlier`.
     pub fn since(self, earlier: Totals) -> Totals {
         Totals {
             requests: self.requests.saturating_sub(earlier.requests),
@@ -26,20 +26,20 @@ impl Totals {
     }
 }
 
-/// In how many steps a window moves.
+/// The number of steps in which a window moves over its length.
 const STEPS: u64 = 10;
 
-/// A sliding window over totals that others count. It covers its length, and up to a tenth more, as long as
-/// [`Window::mark`] is called at least every tenth of it.
+/// A sliding window over totals. It covers its length and up to a tenth more, if [`Window::mark`] is called at least
+/// every tenth of its length.
 #[derive(Debug)]
 pub struct Window {
     length: u64,
-    /// Totals as they were, oldest first, a tenth of the length apart: at most one more than [`STEPS`] of them.
+    /// Earlier totals, oldest first, a tenth of the length apart; at most [`STEPS`] + 1.
     marks: VecDeque<(MonotonicInstant, Totals)>,
 }
 
 impl Window {
-    /// A window of `length` nanoseconds that begins now: what was counted before is not seen.
+    /// A window of `length` nanoseconds that begins now. It does not cover what was counted before.
     pub fn new(length: u64, now: MonotonicInstant, totals: Totals) -> Window {
         Window { length, marks: VecDeque::from([(now, totals)]) }
     }
@@ -49,7 +49,7 @@ impl Window {
         self.length / STEPS
     }
 
-    /// Remembers `totals` as those of `now`, if the last mark is a step old.
+    /// Stores `totals` as the totals at `now`, if the last mark is at least one step old.
     pub fn mark(&mut self, now: MonotonicInstant, totals: impl FnOnce() -> Totals) {
         let due = self.marks.back().is_none_or(|(last, _)| now.saturating_since(*last) >= self.step());
         if !due {
@@ -62,12 +62,12 @@ impl Window {
         }
     }
 
-    /// Whether the window has been watched for its whole length.
+    /// Whether the window has existed for its whole length.
     pub fn is_full(&self, now: MonotonicInstant) -> bool {
         self.marks.front().is_some_and(|(first, _)| now.saturating_since(*first) >= self.length)
     }
 
-    /// What was counted within the window that ends now, at `totals`.
+    /// The counts within the window that ends now; `totals` are the totals of now.
     pub fn recent(&self, now: MonotonicInstant, totals: Totals) -> Totals {
         let start = now.saturating_sub(self.length);
         let base = self.marks.iter().rev().find(|(at, _)| *at <= start).or(self.marks.front());
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn sees_the_last_seconds_only() {
+    fn covers_the_last_seconds_only() {
         let mut window = Window::new(10 * SECOND, at(0), totals(500, 400));
         assert_eq!(window.recent(at(0), totals(500, 400)), totals(0, 0));
         assert!(!window.is_full(at(10 * SECOND - 1)) && window.is_full(at(10 * SECOND)));
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn marks_are_bounded_however_often_they_are_made() {
+    fn the_number_of_marks_is_bounded() {
         let mut window = Window::new(10 * SECOND, at(0), totals(0, 0));
         for n in 0..100_000 {
             window.mark(at(n * SECOND / 1000), || totals(n, 0));
@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn a_quiet_time_leaves_the_window() {
+    fn counts_leave_the_window_while_there_are_no_requests() {
         let mut window = Window::new(10 * SECOND, at(0), totals(0, 0));
         window.mark(at(SECOND), || totals(100, 100));
         window.mark(at(60 * SECOND), || totals(100, 100));

@@ -301,7 +301,7 @@ pub fn an_outlier_stops_injection_and_comes_back(start: Start) {
 }
 
 pub fn a_host_that_fails_now_and_then_is_an_outlier_too(start: Start) {
-    let never = r#""guard": {"errorRate": "100%", "minRequests": 1, "window": "10s", "ejectedPercent": "20%"}"#;
+    let never = r#""guard": {"errorRate": "100%", "minRequests": 1000, "window": "10s", "ejectedPercent": "20%"}"#;
     let detection = r#", "outlierDetection": {"interval": "1s", "failurePercentageThreshold": 20,
         "failurePercentageMinimumHosts": 2, "failurePercentageRequestVolume": 10}"#;
     let mut proxy = start(&experiment(&format!("{ABORT}, {never}"), detection));

@@ -12,11 +12,12 @@ use clap::Args;
 use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::path::PathBuf;
+use std::sync::Arc;
 use trimtab::breaker::BreakerPolicy;
 use trimtab::canary::{Destination, Selection, SelectionReason, Split, WeightSource};
 use trimtab::decimal::Decimal;
 use trimtab::document::quoted;
-use trimtab::fault::{Abort, Delay, Draw, DrawnFrom, Fault, Guard, Status, Withheld};
+use trimtab::fault::{Abort, Delay, DrawPurpose, DrawnFrom, FaultPolicy, FaultStatus, GuardPolicy, SkipReason};
 use trimtab::filter::{Decision, Filter, Reasons, Verdict};
 use trimtab::host::Properties;
 use trimtab::host::sim::Sim;
@@ -58,7 +59,7 @@ impl Explain {
 
     fn explain(&self, mut policy: Policy) -> String {
         // Envoy is not here to be asked about its hosts; they are taken for well, as the target is.
-        for fault in policy.routes.iter_mut().filter_map(|route| route.fault.as_mut()) {
+        for fault in policy.routes.iter_mut().filter_map(|route| Arc::get_mut(route.fault.as_mut()?)) {
             fault.guard.continues_unknown = true;
         }
         let seed = self.seed.unwrap_or_else(draw_seed);
@@ -188,12 +189,12 @@ impl Story<'_> {
         })
     }
 
-    fn dice(&self, fault: &Fault) -> Vec<Dice> {
+    fn dice(&self, fault: &FaultPolicy) -> Vec<Dice> {
         let context = self.reasons.trace.as_ref().map(|propagated| propagated.context);
         let context = context.or_else(|| trace::extract_traceparent(&self.request).ok().flatten());
         let trace_id = context.map(|context| context.trace_id).filter(|_| fault.drawn_from == DrawnFrom::TraceId);
         let place = |what| fault.number(what, trace_id).map(|draw| Fraction::from_ppm(point(draw)));
-        let asked = fault.asked(&self.request);
+        let asked = fault.requested(&self.request);
         let most = |asked: Option<Fraction>| asked.unwrap_or(Fraction::WHOLE);
         let delay = fault.delay.as_ref().map(|(share, delay)| Dice {
             fault: match (delay, self.reasons.drawn.delay) {
@@ -204,18 +205,18 @@ impl Story<'_> {
             share: most(asked.map(|asked| asked.delay_share)).min(*share),
             is_asked: asked.is_none_or(|asked| asked.delay.is_some()),
             drawn: self.reasons.drawn.delay.is_some(),
-            place: place(Draw::Delay),
+            place: place(DrawPurpose::Delay),
         });
         let abort = fault.abort.map(|(share, abort)| Dice {
             fault: match self.reasons.drawn.abort.unwrap_or(abort) {
                 Abort::Answer(status) => format!("abort {}", status_in_words(status)),
                 Abort::Reset => "abort by reset".to_owned(),
-                Abort::Asked => "abort".to_owned(),
+                Abort::Requested => "abort".to_owned(),
             },
             share: most(asked.map(|asked| asked.abort_share)).min(share),
             is_asked: asked.is_none_or(|asked| asked.abort.is_some()),
             drawn: self.reasons.drawn.abort.is_some(),
-            place: place(Draw::Abort),
+            place: place(DrawPurpose::Abort),
         });
         // Who is aborted has no answer to replace.
         let response = fault.response.filter(|_| self.reasons.drawn.abort.is_none()).map(|(share, status)| Dice {
@@ -223,15 +224,15 @@ impl Story<'_> {
             share,
             is_asked: true,
             drawn: self.reasons.drawn.response.is_some(),
-            place: place(Draw::Response),
+            place: place(DrawPurpose::Response),
         });
         delay.into_iter().chain(abort).chain(response).collect()
     }
 
     /// Whether another seed could tell another story.
     fn is_random(&self) -> bool {
-        let by_trace_id = |fault: &Fault| self.dice(fault).iter().all(|dice| dice.place.is_some());
-        let is_drawn = self.reasons.withheld != Some(Withheld::NotAimed);
+        let by_trace_id = |fault: &FaultPolicy| self.dice(fault).iter().all(|dice| dice.place.is_some());
+        let is_drawn = self.reasons.withheld != Some(SkipReason::NotTargeted);
         self.reasons.trace.is_some()
             || matches!(self.reasons.choice, Some(Selection { reason: SelectionReason::Drawn { .. }, .. }))
             || self.route().and_then(|route| route.fault.as_ref()).is_some_and(|fault| is_drawn && !by_trace_id(fault))
@@ -495,22 +496,22 @@ impl Story<'_> {
             table.row("none", "the circuit breaker refused the request before");
             return;
         }
-        if self.reasons.withheld == Some(Withheld::NotAimed) {
+        if self.reasons.withheld == Some(SkipReason::NotTargeted) {
             table.row("none", "it is aimed at other sources, destinations, hosts or attempts");
             return;
         }
         for Dice { fault, is_asked, share, drawn, place } in self.dice(fault) {
             let outcome = match (drawn, self.reasons.withheld) {
-                (false, _) | (true, Some(Withheld::NotAimed | Withheld::NotDrawn)) => "no",
+                (false, _) | (true, Some(SkipReason::NotTargeted | SkipReason::NotDrawn)) => "no",
                 (true, None) => "yes",
-                (true, Some(Withheld::Shadow)) => "only counted, mode is shadow",
-                (true, Some(Withheld::Suspended)) => "withheld, the guard has suspended it",
-                (true, Some(Withheld::Unknown)) => "withheld, Envoy has not told yet which hosts are ejected",
-                (true, Some(Withheld::Probing)) => "withheld, only a tenth is injected while probing",
-                (true, Some(Withheld::Expired)) => "withheld, the experiment is over or its lease not renewed",
-                (true, Some(Withheld::Budget)) => "withheld until the error budget has earned a failure",
-                (true, Some(Withheld::Overflow)) => "withheld, too many requests are held",
-                (true, Some(Withheld::MaxActive)) => "withheld, maxActive requests are faulted already",
+                (true, Some(SkipReason::Shadow)) => "only counted, mode is shadow",
+                (true, Some(SkipReason::Suspended)) => "withheld, the guard has suspended it",
+                (true, Some(SkipReason::Unknown)) => "withheld, Envoy has not told yet which hosts are ejected",
+                (true, Some(SkipReason::Probing)) => "withheld, only a tenth is injected while probing",
+                (true, Some(SkipReason::Expired)) => "withheld, the experiment is over or its lease not renewed",
+                (true, Some(SkipReason::Budget)) => "withheld until the error budget has earned a failure",
+                (true, Some(SkipReason::Overflow)) => "withheld, too many requests are held",
+                (true, Some(SkipReason::MaxActive)) => "withheld, maxActive requests are faulted already",
             };
             let why = match place {
                 _ if !is_asked => "the request does not ask for it".to_owned(),
@@ -523,7 +524,7 @@ impl Story<'_> {
     }
 
     /// What the guard does, and what else ends or limits the experiment.
-    fn guard(&self, guard: &Guard) -> String {
+    fn guard(&self, guard: &GuardPolicy) -> String {
         let window = duration(guard.window);
         let mut told =
             format!("armed: trips at {} failures among {} or more in {window}", guard.error_rate, guard.min_requests);
@@ -689,16 +690,16 @@ impl Story<'_> {
             })
         };
         let withheld = self.reasons.withheld.map(|withheld| match withheld {
-            Withheld::Suspended => "suspended",
-            Withheld::Unknown => "unknown",
-            Withheld::Probing => "probing",
-            Withheld::Expired => "expired",
-            Withheld::Budget => "budget",
-            Withheld::Shadow => "shadow",
-            Withheld::Overflow => "overflow",
-            Withheld::NotAimed => "not_aimed",
-            Withheld::NotDrawn => "not_drawn",
-            Withheld::MaxActive => "max_active",
+            SkipReason::Suspended => "suspended",
+            SkipReason::Unknown => "unknown",
+            SkipReason::Probing => "probing",
+            SkipReason::Expired => "expired",
+            SkipReason::Budget => "budget",
+            SkipReason::Shadow => "shadow",
+            SkipReason::Overflow => "overflow",
+            SkipReason::NotTargeted => "not_aimed",
+            SkipReason::NotDrawn => "not_drawn",
+            SkipReason::MaxActive => "max_active",
         });
         let dice: Vec<Value> = self.dice(fault).into_iter().map(dice).collect();
         Some(json!({"draws": dice, "withheld": withheld, "guard": "armed"}))
@@ -727,10 +728,10 @@ impl Story<'_> {
     }
 }
 
-fn status_in_words(status: Status) -> String {
+fn status_in_words(status: FaultStatus) -> String {
     match status {
-        Status::Http(status) => status.to_string(),
-        Status::Grpc(code) => format!("grpc {code}"),
+        FaultStatus::Http(status) => status.to_string(),
+        FaultStatus::Grpc(code) => format!("grpc {code}"),
     }
 }
 

@@ -155,7 +155,7 @@ fn leave_out(policy: &mut Policy) -> Vec<String> {
             let global = limits.global.drain(..);
             left_out.extend(global.map(|global| format!("limit {} of route {}", global.limit.name, route.name)));
         }
-        if let Some(fault) = &mut route.fault
+        if let Some(fault) = route.fault.as_mut().and_then(Arc::get_mut)
             && fault.guard.admin.take().is_some()
         {
             left_out.push(format!("what Envoy says of its hosts, of route {}", route.name));

@@ -1,18 +1,19 @@
-//! Reads what keeps an experiment safe: its `guard`, its name, and its end.
+//! Reads the `guard` block, the name of the experiment and its term.
 
 use super::budget::spacing;
-use super::guard::{Admin, Guard};
+use super::guard::GuardPolicy;
 use crate::document::{Fields, Value};
+use crate::outlier::AdminEndpoint;
 use crate::slo::Slo;
 use crate::units::{Fraction, UnixNanos, duration_or, nanoseconds, read_duration, read_instant};
 use std::time::Duration;
 
-const LEAST: Duration = Duration::from_secs(1);
+const MIN_DURATION: Duration = Duration::from_secs(1);
 
-impl Guard {
-    /// Reads the fields of a `fault` block. `slo` is the objective of its route.
-    pub fn read(fault: &mut Fields<'_>, slo: &Slo) -> Guard {
-        let mut guard = Guard { latency_p95: slo.latency_p99, ..Guard::default() };
+impl GuardPolicy {
+    /// Reads these fields of a `fault` block. `slo` is the objective of its route.
+    pub(super) fn read(fault: &mut Fields<'_>, slo: &Slo) -> GuardPolicy {
+        let mut guard = GuardPolicy { latency_p95: slo.latency_p99, ..GuardPolicy::default() };
         if let Some(value) = fault.optional("guard") {
             guard.read_block(&value, slo);
         }
@@ -28,8 +29,8 @@ impl Guard {
 
     fn read_block(&mut self, value: &Value<'_>, slo: &Slo) {
         let Some(mut fields) = value.object() else { return };
-        self.window = duration_or(&mut fields, "window", LEAST, self.window);
-        self.hold_down = duration_or(&mut fields, "holdDown", LEAST, self.hold_down);
+        self.window = duration_or(&mut fields, "window", MIN_DURATION, self.window);
+        self.hold_down = duration_or(&mut fields, "holdDown", MIN_DURATION, self.hold_down);
         let latency = duration_or(&mut fields, "latencyP95", Duration::from_millis(1), self.latency_p95.unwrap_or(0));
         self.latency_p95 = Some(latency).filter(|latency| *latency > 0);
         for (name, field) in [("errorRate", &mut self.error_rate), ("ejectedPercent", &mut self.ejected)] {
@@ -57,21 +58,21 @@ impl Guard {
     }
 }
 
-fn read_admin(value: &Value<'_>) -> Option<Admin> {
-    const USUAL: u64 = 5_000_000_000;
+fn read_admin(value: &Value<'_>) -> Option<AdminEndpoint> {
+    const DEFAULT_INTERVAL: u64 = 5_000_000_000;
     let mut fields = value.object()?;
     let cluster = fields.required("cluster").and_then(|value| value.text());
-    let interval = duration_or(&mut fields, "interval", LEAST, USUAL);
+    let interval = duration_or(&mut fields, "interval", MIN_DURATION, DEFAULT_INTERVAL);
     fields.end();
-    Some(Admin { cluster: cluster?.into(), interval })
+    Some(AdminEndpoint { cluster: cluster?.into(), interval })
 }
 
-/// `{renewed, duration}`: from when until when the lease runs. It is counted from an instant that is written, not from
-/// when a proxy saw it first, so that a proxy that starts again prolongs nothing.
+/// Reads `{renewed, duration}`: the beginning and the end of the lease. The lease begins at the instant in the document, not
+/// when a proxy reads it first, so that the restart of a proxy does not prolong it.
 fn read_lease(value: &Value<'_>) -> Option<(UnixNanos, UnixNanos)> {
     let mut fields = value.object()?;
     let renewed = fields.required("renewed").and_then(|value| read_instant(&value));
-    let duration = fields.required("duration").and_then(|value| read_duration(&value, LEAST));
+    let duration = fields.required("duration").and_then(|value| read_duration(&value, MIN_DURATION));
     fields.end();
     let renewed = renewed?;
     Some((renewed, renewed.saturating_add(nanoseconds(duration?))))
