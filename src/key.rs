@@ -64,8 +64,17 @@ pub struct KeyContext<'r, 'a> {
 impl KeySource {
     /// The key that a request has here. `None` if this part of the request is absent or empty.
     pub fn extract<'a>(&self, context: &KeyContext<'_, 'a>) -> Option<Cow<'a, [u8]>> {
+        if let KeySource::Header(id) = self {
+            return context.request.first(*id).filter(|key| !key.is_empty()).map(Cow::Borrowed);
+        }
+        self.extract_other(context).filter(|key| !key.is_empty())
+    }
+
+    /// The key from another part than a header. It is a function of its own to keep the case of a header short.
+    #[inline(never)]
+    fn extract_other<'a>(&self, context: &KeyContext<'_, 'a>) -> Option<Cow<'a, [u8]>> {
         let KeyContext { request, route, subset, properties } = *context;
-        let key = match self {
+        match self {
             KeySource::Header(id) => request.first(*id).map(Cow::Borrowed),
             KeySource::Cookie(name) => request.cookie(name.as_bytes()).map(decode),
             KeySource::QueryParameter(name) => {
@@ -83,8 +92,7 @@ impl KeySource {
                 properties.property(&path).map(Cow::Owned)
             }
             KeySource::Subset => subset.map(|subset| Cow::Borrowed(subset.as_bytes())),
-        };
-        key.filter(|key| !key.is_empty())
+        }
     }
 
     /// A description of the source for people, such as "header x-user-id".
