@@ -94,8 +94,6 @@ pub trait Metrics {
     fn add(&self, metric: MetricId, amount: u64);
     /// Sets a gauge.
     fn set_gauge(&self, metric: MetricId, value: u64);
-    /// The value now, all workers together.
-    fn value(&self, metric: MetricId) -> u64;
 }
 
 /// What the proxy knows of a request besides its headers.

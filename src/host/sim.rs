@@ -189,10 +189,6 @@ impl Metrics for Sim {
             *value = to;
         }
     }
-
-    fn value(&self, metric: MetricId) -> u64 {
-        self.metrics.borrow().get(metric.0 as usize).map_or(0, |(_, value)| *value)
-    }
 }
 
 impl Properties for Sim {

@@ -80,7 +80,6 @@ unsafe extern "C" {
     fn proxy_define_metric(kind: MetricType, name: *const u8, name_size: usize, id: *mut u32) -> Status;
     fn proxy_increment_metric(id: u32, offset: i64) -> Status;
     fn proxy_record_metric(id: u32, value: u64) -> Status;
-    fn proxy_get_metric(id: u32, value: *mut u64) -> Status;
     fn proxy_grpc_call(
         cluster: *const u8,
         cluster_size: usize,
@@ -299,14 +298,6 @@ pub(super) fn increment_metric(id: u32, amount: u64) {
 pub(super) fn record_metric(id: u32, value: u64) {
     // SAFETY: a call without pointers.
     unsafe { proxy_record_metric(id, value) };
-}
-
-/// The value of a metric.
-pub(super) fn metric(id: u32) -> u64 {
-    let mut value = 0;
-    // SAFETY: the host writes one number.
-    unsafe { proxy_get_metric(id, &mut value) };
-    value
 }
 
 /// Sends a unary gRPC call, and returns the token of its answer. `metadata` is serialised as headers are; `timeout` is in

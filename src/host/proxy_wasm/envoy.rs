@@ -56,9 +56,10 @@ impl SharedData for Envoy {
     }
 }
 
+/// The id of a gauge is Envoy's, the id of a counter is a place in the buffer.
 impl Metrics for Envoy {
     fn counter(&self, name: &str) -> MetricId {
-        MetricId(define(MetricType::Counter, name))
+        self.metrics.define(define(MetricType::Counter, name))
     }
 
     fn gauge(&self, name: &str) -> MetricId {
@@ -66,15 +67,11 @@ impl Metrics for Envoy {
     }
 
     fn add(&self, metric: MetricId, amount: u64) {
-        abi::increment_metric(metric.0, amount);
+        self.metrics.add(metric, amount);
     }
 
     fn set_gauge(&self, metric: MetricId, value: u64) {
         abi::record_metric(metric.0, value);
-    }
-
-    fn value(&self, metric: MetricId) -> u64 {
-        abi::metric(metric.0)
     }
 }
 
