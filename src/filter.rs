@@ -25,7 +25,7 @@ use crate::ratelimit::service::{CallOutcome, GlobalCheck, ServiceOutcome};
 use crate::ratelimit::{
     LimitCheck, LimitDecision, LimitEvent, LocalCheck, RateLimiter, RateLimits, RouteLimitState, WorkerLimits,
 };
-use crate::shared_data::SharedDataProblem;
+use crate::shared_data::{Change, SharedCell, SharedDataProblem, Stored};
 use crate::telemetry::{Meters, Scope};
 use crate::trace;
 use crate::trace::w3c::TraceContext;
@@ -60,7 +60,7 @@ struct WorkerState {
 
 /// A request as it arrived.
 #[derive(Clone, Copy)]
-struct Arrival<'a> {
+struct RequestContext<'a> {
     request: &'a Request<'a>,
     /// What earlier hops have decided on it.
     inbound: &'a InboundAssignments,
@@ -71,38 +71,38 @@ struct Arrival<'a> {
 /// What is to be done with a request, and why.
 #[derive(Debug, Default)]
 pub struct Decision<'p> {
-    pub verdict: Verdict,
+    pub verdict: RequestAction,
     /// To be done before the request goes on; without effect where it is answered at once.
     pub mutations: Vec<HeaderMutation<'p>>,
     /// What [`Filter::on_response`] has to be told.
-    pub exchange: Exchange,
-    pub reasons: Reasons,
+    pub exchange: StreamState,
+    pub reasons: Explanation,
 }
 
 /// What is to be done with a request.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub enum Verdict {
+pub enum RequestAction {
     #[default]
     Continue,
     Delay(Box<DelayedRequest>),
     Answer(LocalReply),
     /// Reset the stream: no answer ever comes.
     Reset,
-    /// Hold the request until a call is answered, then decide with [`Filter::on_settled`].
-    Wait(Box<Waiting>),
+    /// Hold the request until a call is answered, then decide with [`Filter::on_resume`].
+    Wait(Box<PendingRequest>),
 }
 
-impl Verdict {
+impl RequestAction {
     /// Whether there may be a next hop: an abort that follows a delay is not injected where its experiment is suspended
     /// meanwhile.
     fn may_go_on(&self) -> bool {
-        matches!(self, Verdict::Continue | Verdict::Delay(_))
+        matches!(self, RequestAction::Continue | RequestAction::Delay(_))
     }
 
     /// The verdict in the end, once a delay is over.
-    pub fn last(&self) -> &Verdict {
+    pub fn last(&self) -> &RequestAction {
         match self {
-            Verdict::Delay(delayed) => &delayed.action_after,
+            RequestAction::Delay(delayed) => &delayed.action_after,
             other => other,
         }
     }
@@ -114,7 +114,7 @@ pub struct DelayedRequest {
     /// Nanoseconds.
     pub delay: u64,
     /// What follows the delay; never another delay.
-    pub action_after: Verdict,
+    pub action_after: RequestAction,
     /// The experiment that delays it. If the experiment has to stop, the delay ends at once and nothing is injected after
     /// it.
     pub experiment: ExperimentId,
@@ -124,7 +124,7 @@ pub struct DelayedRequest {
 
 /// What was decided on the way to a verdict.
 #[derive(Debug, Default)]
-pub struct Reasons {
+pub struct Explanation {
     pub trace: Option<PropagatedContext>,
     /// An index into the policy's routes.
     pub route: Option<usize>,
@@ -145,7 +145,7 @@ pub struct Reasons {
     pub broken: bool,
 }
 
-impl Reasons {
+impl Explanation {
     /// The destination that was chosen; `None` where the route names none.
     pub fn destination<'p>(&self, policy: &'p Policy) -> Option<&'p Destination> {
         let split = policy.routes.get(self.route?)?.split.as_ref()?;
@@ -166,7 +166,7 @@ enum Wait {
 
 /// What is remembered of a request until its response.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Exchange {
+pub struct StreamState {
     /// Whose answer is awaited; `None` where nobody wants to know.
     pub observed: Option<TargetId>,
     /// How long its answer takes, where a guard asks that.
@@ -189,7 +189,7 @@ pub struct Exchange {
     pub limits: Option<Box<RouteLimitState>>,
 }
 
-impl Exchange {
+impl StreamState {
     fn is_awaited(&self) -> bool {
         self.observed.is_some() || self.sample.is_some() || self.permit.is_some() || self.has_pending_charge()
     }
@@ -202,14 +202,14 @@ impl Exchange {
 
 /// A request that waits for a call.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Waiting {
+pub struct PendingRequest {
     pub call: CallId,
     /// An index into the policy's routes.
     route: usize,
     has_body: bool,
     /// The check of the limits so far, and what it has acquired.
     limits: LimitCheck,
-    exchange: Exchange,
+    exchange: StreamState,
     /// The choice of the destination, if the limits come after it.
     chosen: Option<(Selection, Option<EffectiveWeight>, Option<CohortAssignment>)>,
 }
@@ -220,6 +220,7 @@ pub type Header<'h> = &'h dyn Fn(&str) -> Option<Vec<u8>>;
 impl Filter {
     /// Puts `policy` to work: defines its metrics and agrees with the other workers on a secret.
     pub fn new(policy: Policy, host: &impl Host) -> Filter {
+        log_empty_shared_data(&policy, host);
         let meters = Meters::define(&policy, host);
         let trace = policy.trace.as_ref().map(|trace| TracePropagator::new(trace, &Scope::policy(&policy.name, host)));
         let cohort = policy.cohort.as_ref().map(|_| CohortMetrics::define(&Scope::policy(&policy.name, host)));
@@ -262,12 +263,12 @@ impl Filter {
     }
 
     /// Decides on a request that waited, from the same headers and what was found.
-    pub fn on_settled<'p>(
+    pub fn on_resume<'p>(
         &'p mut self,
         host: &impl Host,
         headers: &'p [u8],
         may_hold: bool,
-        waiting: Box<Waiting>,
+        waiting: Box<PendingRequest>,
         outcome: ServiceOutcome,
     ) -> Decision<'p> {
         self.worker.limits.on_resume();
@@ -281,7 +282,7 @@ impl Filter {
         headers: &'p [u8],
         has_body: bool,
         may_hold: bool,
-        waited: Option<(Box<Waiting>, ServiceOutcome)>,
+        waited: Option<(Box<PendingRequest>, ServiceOutcome)>,
     ) -> Decision<'p> {
         let Filter { policy, meters, trace, cohort, worker, .. } = self;
         let (policy, trace): (&'p Policy, Option<&'p TracePropagator>) = (policy, trace.as_ref());
@@ -297,15 +298,15 @@ impl Filter {
             let stored = context.as_ref().and_then(|context| trace?.stored_header(context, header.id));
             header.read_inbound(request.joined(header.id).as_deref(), stored, || host.wall_now())
         });
-        let arrival = Arrival { request: &request, inbound: &inbound, may_hold };
+        let arrival = RequestContext { request: &request, inbound: &inbound, may_hold };
         let mut decision = Decision::default();
         decision.reasons.trace = context;
         worker.decide(policy, meters, host, arrival, waited, &mut decision);
-        if !matches!(decision.verdict, Verdict::Continue | Verdict::Wait(_)) {
+        if !matches!(decision.verdict, RequestAction::Continue | RequestAction::Wait(_)) {
             worker.cancel_permit(&mut decision.exchange, host);
         }
         worker.finish_limits(&mut decision, host);
-        if let Verdict::Wait(_) = decision.verdict {
+        if let RequestAction::Wait(_) = decision.verdict {
             return decision; // everything is done when it goes on
         }
 
@@ -345,8 +346,8 @@ impl WorkerState {
         policy: &'p Policy,
         meters: &Meters,
         host: &impl Host,
-        Arrival { request, inbound, may_hold }: Arrival<'_>,
-        waited: Option<(Box<Waiting>, ServiceOutcome)>,
+        RequestContext { request, inbound, may_hold }: RequestContext<'_>,
+        waited: Option<(Box<PendingRequest>, ServiceOutcome)>,
         decision: &mut Decision<'p>,
     ) {
         let WorkerState { limits, limiters, breakers, rollouts, injectors, targets, .. } = self;
@@ -362,7 +363,7 @@ impl WorkerState {
 
         // What was decided about a request before it waited for a service stays decided.
         let mut resumed = waited.map(|(waiting, outcome)| {
-            let Waiting { limits, exchange, chosen, .. } = *waiting;
+            let PendingRequest { limits, exchange, chosen, .. } = *waiting;
             let reasons = &mut decision.reasons;
             decision.exchange = exchange;
             if let Some((choice, share, decided)) = chosen {
@@ -394,7 +395,7 @@ impl WorkerState {
             match breaker.admit(host) {
                 Ok(permit) => decision.exchange.permit = Some((index, permit)),
                 Err(wait) => {
-                    decision.verdict = Verdict::Answer(breaker.refusal(wait, decision.exchange.is_grpc));
+                    decision.verdict = RequestAction::Answer(breaker.refusal(wait, decision.exchange.is_grpc));
                     decision.reasons.broken = true;
                     return;
                 }
@@ -449,7 +450,7 @@ impl WorkerState {
 
         // Only a request that nothing was done to tells how its target is. An answer that will be replaced is learned
         // from before.
-        if *verdict == Verdict::Continue {
+        if *verdict == RequestAction::Continue {
             exchange.observed = route.targets.get(chosen).copied();
             let watched = exchange.observed.and_then(|target| policy.watched(target));
             exchange.observed = exchange.observed.filter(|_| watched.is_some());
@@ -470,14 +471,14 @@ impl WorkerState {
         if reasons.broken {
             limiter.refund(&mut self.limits, &mut exchange.limits, host);
         } else {
-            limiter.commit(&mut exchange.limits, *verdict.last() == Verdict::Continue, host);
+            limiter.commit(&mut exchange.limits, *verdict.last() == RequestAction::Continue, host);
         }
     }
 }
 
 impl WorkerState {
     /// Gives back the permit of a request that its destination does not answer.
-    fn cancel_permit(&mut self, exchange: &mut Exchange, host: &impl Host) {
+    fn cancel_permit(&mut self, exchange: &mut StreamState, host: &impl Host) {
         if let Some((route, permit)) = exchange.permit.take()
             && let Some(Some(breaker)) = self.breakers.get_mut(route)
         {
@@ -509,8 +510,8 @@ impl Decision<'_> {
         if let LimitDecision::Pending(call) = check.decision {
             let chosen = reasons.choice.map(|choice| (choice, reasons.share, reasons.decided));
             let exchange = std::mem::take(exchange);
-            let waiting = Waiting { call, route, has_body, limits: check, exchange, chosen };
-            self.verdict = Verdict::Wait(Box::new(waiting));
+            let waiting = PendingRequest { call, route, has_body, limits: check, exchange, chosen };
+            self.verdict = RequestAction::Wait(Box::new(waiting));
             return false;
         }
         let LimitCheck { decision, local, global, state } = check;
@@ -530,24 +531,28 @@ impl Decision<'_> {
             return;
         }
         self.verdict = match drawn.abort {
-            Some(Abort::Answer(status)) => Verdict::Answer(status.reply(self.exchange.is_grpc, marks)),
-            Some(Abort::Reset) => Verdict::Reset,
-            Some(Abort::Requested) | None => Verdict::Continue,
+            Some(Abort::Answer(status)) => RequestAction::Answer(status.reply(self.exchange.is_grpc, marks)),
+            Some(Abort::Reset) => RequestAction::Reset,
+            Some(Abort::Requested) | None => RequestAction::Continue,
         };
         self.exchange.replacement = replacement;
         if let Some(delay) = drawn.delay {
             let action_after = std::mem::take(&mut self.verdict);
             // The fault ends with the delay, unless the response is still to be replaced.
             let permit = if replacement.is_none() { permit.take() } else { None };
-            self.verdict =
-                Verdict::Delay(Box::new(DelayedRequest { delay, action_after, experiment, fault_permit: permit }));
+            self.verdict = RequestAction::Delay(Box::new(DelayedRequest {
+                delay,
+                action_after,
+                experiment,
+                fault_permit: permit,
+            }));
         }
         self.exchange.fault_permit = permit;
     }
 
     /// Answers in the upstream's place, so that there is nothing to learn from.
     fn refuse(&mut self, reply: LocalReply) {
-        self.verdict = Verdict::Answer(reply);
+        self.verdict = RequestAction::Answer(reply);
         self.mutations.clear();
         self.exchange.sample = None;
     }
@@ -558,7 +563,7 @@ impl Filter {
     pub fn on_response(
         &mut self,
         host: &impl Host,
-        exchange: &mut Exchange,
+        exchange: &mut StreamState,
         header: Header<'_>,
         change: &mut dyn FnMut(HeaderMutation<'static>),
     ) {
@@ -581,7 +586,7 @@ impl Filter {
 
     /// Completes or gives back what an ended stream has acquired, except for the slot of its fault. Without a response the
     /// request is charged if it reached an upstream.
-    pub fn on_end(&mut self, host: &impl Host, exchange: &mut Exchange, reached_upstream: bool) {
+    pub fn on_end(&mut self, host: &impl Host, exchange: &mut StreamState, reached_upstream: bool) {
         if let Some(mut limits) = exchange.limits.take()
             && let Some(Some(limiter)) = self.worker.limiters.get(limits.route())
         {
@@ -590,7 +595,7 @@ impl Filter {
         self.worker.cancel_permit(exchange, host);
     }
 
-    /// Takes the answer to a call for which `waiting` requests wait. Each of them goes on with [`Filter::on_settled`].
+    /// Takes the answer to a call for which `waiting` requests wait. Each of them goes on with [`Filter::on_resume`].
     /// Returns `None` if this filter has not sent the call.
     pub fn on_answer(&mut self, host: &impl Host, answer: GrpcAnswer<'_>, waiting: usize) -> Option<CallOutcome> {
         self.worker.limits.on_answer(&self.worker.limiters, answer, waiting, host)
@@ -598,7 +603,7 @@ impl Filter {
 
     /// Refunds what was charged for a request whose client left while it waited. `outcome` is the outcome of its call, if
     /// the call is answered.
-    pub fn on_gone(&mut self, host: &impl Host, mut waiting: Waiting, outcome: Option<ServiceOutcome>) {
+    pub fn on_cancel(&mut self, host: &impl Host, mut waiting: PendingRequest, outcome: Option<ServiceOutcome>) {
         self.worker.cancel_permit(&mut waiting.exchange, host);
         if let Some(Some(limiter)) = self.worker.limiters.get(waiting.route) {
             limiter.on_cancel(&mut self.worker.limits, waiting.limits, outcome, host);
@@ -610,7 +615,7 @@ impl Filter {
     fn on_faulted_response(
         &mut self,
         host: &impl Host,
-        exchange: &mut Exchange,
+        exchange: &mut StreamState,
         header: Header<'_>,
         change: &mut dyn FnMut(HeaderMutation<'static>),
     ) {
@@ -632,7 +637,7 @@ impl Filter {
         }
     }
 
-    fn learn(&mut self, host: &impl Host, exchange: &mut Exchange, header: Header<'_>) {
+    fn learn(&mut self, host: &impl Host, exchange: &mut StreamState, header: Header<'_>) {
         if !exchange.is_awaited() {
             return;
         }
@@ -654,7 +659,7 @@ impl Filter {
     pub fn on_response_trailers(
         &mut self,
         host: &impl Host,
-        exchange: &mut Exchange,
+        exchange: &mut StreamState,
         header: Header<'_>,
         change: &mut dyn FnMut(HeaderMutation<'static>),
     ) {
@@ -671,7 +676,7 @@ impl Filter {
     fn observe(
         &mut self,
         host: &impl Host,
-        exchange: &mut Exchange,
+        exchange: &mut StreamState,
         header: Header<'_>,
         status: u16,
         grpc_status: Option<u16>,
@@ -797,7 +802,7 @@ impl Filter {
 }
 
 /// Whether something was done to a request that its trace has to tell, whatever samplers say.
-fn is_forced(force: ForcedSampling, policy: &Policy, reasons: &Reasons, host: &impl Host) -> bool {
+fn is_forced(force: ForcedSampling, policy: &Policy, reasons: &Explanation, host: &impl Host) -> bool {
     let is_faulted = || !reasons.drawn.is_none() && reasons.withheld.is_none();
     let is_limited = |check: &LocalCheck| {
         let would_refuse = |event: &LimitEvent| matches!(event, LimitEvent::WouldRefuse(_));
@@ -820,6 +825,22 @@ fn is_forced(force: ForcedSampling, policy: &Policy, reasons: &Reasons, host: &i
         || (force.rate_limit && reasons.local_limits.as_deref().is_some_and(is_limited))
         || (force.rate_limit && reasons.global_limits.as_deref().is_some_and(GlobalCheck::is_over_limit))
         || (force.rollback && is_moved() == Some(true))
+}
+
+/// Logs that the policy has nothing in shared data, as after a start or a hot restart of the proxy. The first worker that
+/// finds it so leaves a record.
+fn log_empty_shared_data(policy: &Policy, host: &impl Host) {
+    let started = SharedCell::<u64>::new([&*policy.state_prefix, "started"].concat());
+    let is_first = started.update(host, |stored| match stored {
+        Stored::Record(_) => Change::Keep(false),
+        Stored::Absent | Stored::Garbage => Change::Write(host.wall_now().as_nanos(), true),
+    });
+    if is_first == Ok(true) {
+        log::info!(
+            "policy {}: shared data are empty: limits, verdicts, caps, circuits and experiments begin anew",
+            policy.name
+        );
+    }
 }
 
 /// The value of a header that is a number.

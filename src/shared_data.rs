@@ -99,13 +99,7 @@ impl<R> SharedCell<R> {
 impl<R: Record> SharedCell<R> {
     /// Reads the record.
     pub fn read(&self, store: &impl SharedData) -> Stored<R> {
-        self.read_versioned(store).0
-    }
-
-    fn read_versioned(&self, store: &impl SharedData) -> (Stored<R>, Version) {
-        let Some((value, version)) = store.get(&self.key) else { return (Stored::Absent, Version::ABSENT) };
-        let record = value.split_first().and_then(|(schema, bytes)| R::decode(*schema, bytes));
-        (record.map_or(Stored::Garbage, Stored::Record), version)
+        read_record(store.get(&self.key).as_ref().map(|(value, _)| value.as_slice()))
     }
 
     /// Reads the record, lets `change` decide, and writes; again from the start where another worker was faster.
@@ -117,28 +111,68 @@ impl<R: Record> SharedCell<R> {
         store: &impl SharedData,
         mut change: impl FnMut(Stored<R>) -> Change<R, T>,
     ) -> Result<T, Contended> {
-        for _ in 0..MAX_ATTEMPTS {
-            let (stored, version) = self.read_versioned(store);
+        let (mut result, mut replaces_garbage) = (None, false);
+        update_bytes(store, &self.key, &mut |found| {
+            let stored = read_record(found);
             let is_garbage = matches!(stored, Stored::Garbage);
-            let (record, result) = match change(stored) {
-                Change::Keep(result) => return Ok(result),
-                Change::Write(record, result) => (record, result),
-            };
-            if store.set(&self.key, &bytes(&record), version).is_ok() {
-                if is_garbage {
-                    store.report(SharedDataProblem::Garbage);
+            match change(stored) {
+                Change::Keep(kept) => {
+                    (result, replaces_garbage) = (Some(kept), false);
+                    None
                 }
-                return Ok(result);
+                Change::Write(record, written) => {
+                    (result, replaces_garbage) = (Some(written), is_garbage);
+                    Some(bytes(&record))
+                }
             }
+        })?;
+        if replaces_garbage {
+            store.report(SharedDataProblem::Garbage);
         }
-        store.report(SharedDataProblem::Contended);
-        Err(Contended)
+        result.ok_or(Contended)
     }
 
     /// Writes the record, whatever was there.
     pub fn overwrite(&self, store: &impl SharedData, record: &R) {
         store.overwrite(&self.key, &bytes(record));
     }
+}
+
+/// Takes a value, if there is one, and returns the value to write, if it is to be written.
+pub type ChangeBytes<'c> = dyn FnMut(Option<&[u8]>) -> Option<Vec<u8>> + 'c;
+
+/// Reads the value under `key`, lets `change` decide, and writes what it returns, if that is something; again from the
+/// start where another worker was faster. For values whose layout depends on the policy; all others are records in a
+/// [`SharedCell`].
+///
+/// # Errors
+/// [`Contended`] if another worker was faster a thousand times in a row. Nothing was written.
+#[inline(never)]
+pub fn update_bytes<S: SharedData + ?Sized>(
+    store: &S,
+    key: &str,
+    change: &mut ChangeBytes<'_>,
+) -> Result<(), Contended> {
+    for _ in 0..MAX_ATTEMPTS {
+        let found = store.get(key);
+        let (value, version) = match &found {
+            Some((value, version)) => (Some(value.as_slice()), *version),
+            None => (None, Version::ABSENT),
+        };
+        let Some(changed) = change(value) else { return Ok(()) };
+        if store.set(key, &changed, version).is_ok() {
+            return Ok(());
+        }
+    }
+    store.report(SharedDataProblem::Contended);
+    Err(Contended)
+}
+
+/// The record in a value.
+fn read_record<R: Record>(value: Option<&[u8]>) -> Stored<R> {
+    let Some(value) = value else { return Stored::Absent };
+    let record = value.split_first().and_then(|(schema, bytes)| R::decode(*schema, bytes));
+    record.map_or(Stored::Garbage, Stored::Record)
 }
 
 /// The bytes of a record, with its schema.

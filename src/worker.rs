@@ -17,7 +17,7 @@
 //!   a request that waits for a service and what it has charged.
 
 use crate::fault::{DelayedStreams, Due, ExperimentId};
-use crate::filter::{DelayedRequest, Exchange, Filter, Header, Reasons, Verdict, Waiting};
+use crate::filter::{DelayedRequest, Explanation, Filter, Header, PendingRequest, RequestAction, StreamState};
 use crate::host::{GrpcAnswer, Host};
 use crate::http::{HeaderMutation, LocalReply};
 use crate::policy::Policy;
@@ -43,7 +43,7 @@ pub struct Worker {
     /// Streams whose call is answered and which are not released yet, in the order of the answers.
     answered: VecDeque<Answered>,
     /// The exchanges of streams that waited for a call, until their response or their end.
-    resumed: HashMap<u32, Exchange>,
+    resumed: HashMap<u32, StreamState>,
     ticked: MonotonicInstant,
 }
 
@@ -51,7 +51,7 @@ pub struct Worker {
 #[derive(Debug)]
 struct Pending {
     headers: Vec<u8>,
-    waiting: Box<Waiting>,
+    waiting: Box<PendingRequest>,
 }
 
 /// A stream whose call is answered.
@@ -67,14 +67,14 @@ struct Answered {
 #[derive(Debug)]
 pub struct Stream {
     id: u32,
-    exchange: Exchange,
+    exchange: StreamState,
     is_held: bool,
 }
 
 impl Stream {
     /// A new stream. `id` is a number that no other open stream of the worker has.
     pub fn new(id: u32) -> Stream {
-        Stream { id, exchange: Exchange::default(), is_held: false }
+        Stream { id, exchange: StreamState::default(), is_held: false }
     }
 
     pub fn is_grpc(&self) -> bool {
@@ -166,14 +166,14 @@ impl Worker {
         headers: Vec<u8>,
         has_body: bool,
         mutate: impl FnMut(&HeaderMutation<'_>),
-        explain: impl FnOnce(&mut Reasons),
+        explain: impl FnOnce(&mut Explanation),
     ) -> Action {
         let mut decision = self.filter.on_request(host, &headers, has_body, self.delayed.has_room());
         decision.mutations.iter().for_each(mutate);
         explain(&mut decision.reasons);
         stream.exchange = decision.exchange;
         match decision.verdict {
-            Verdict::Continue => Action::Continue,
+            RequestAction::Continue => Action::Continue,
             verdict => {
                 let action = self.act_on(host, stream.id, headers, verdict);
                 stream.is_held = action == Action::Pause;
@@ -233,11 +233,11 @@ impl Worker {
     #[inline(never)]
     fn cancel(&mut self, host: &impl Host, stream: u32) {
         if let Some(pending) = self.pending.cancel(stream) {
-            self.filter.on_gone(host, *pending.waiting, None);
+            self.filter.on_cancel(host, *pending.waiting, None);
         } else if let Some(at) = self.answered.iter().position(|answered| answered.stream == stream)
             && let Some(Answered { pending, outcome, .. }) = self.answered.remove(at)
         {
-            self.filter.on_gone(host, *pending.waiting, Some(outcome));
+            self.filter.on_cancel(host, *pending.waiting, Some(outcome));
         }
     }
 
@@ -317,12 +317,12 @@ impl Worker {
     fn release_delayed(&mut self, host: &impl Host, now: MonotonicInstant, streams: &mut impl Streams) -> bool {
         let Some(Due { stream, then: delayed, is_expedited }) = self.delayed.take_due(now) else { return false };
         // It may have been suspended since the last tick.
-        let is_faulted = delayed.action_after != Verdict::Continue
+        let is_faulted = delayed.action_after != RequestAction::Continue
             && !is_expedited
             && self.filter.may_continue(host, delayed.experiment);
         let action = match delayed.action_after {
-            Verdict::Answer(reply) if is_faulted => Action::Reply(reply),
-            Verdict::Reset if is_faulted => Action::Reset,
+            RequestAction::Answer(reply) if is_faulted => Action::Reply(reply),
+            RequestAction::Reset if is_faulted => Action::Reset,
             _ => Action::Continue,
         };
         let is_reset = action == Action::Reset;
@@ -340,10 +340,10 @@ impl Worker {
         let Some(answered) = self.answered.pop_front() else { return false };
         let Answered { stream, pending: Pending { headers, waiting }, outcome, .. } = answered;
         if !streams.select(stream) {
-            self.filter.on_gone(host, *waiting, Some(outcome));
+            self.filter.on_cancel(host, *waiting, Some(outcome));
             return false;
         }
-        let decision = self.filter.on_settled(host, &headers, self.delayed.has_room(), waiting, outcome);
+        let decision = self.filter.on_resume(host, &headers, self.delayed.has_room(), waiting, outcome);
         decision.mutations.iter().for_each(|mutation| streams.mutate(mutation));
         let (verdict, exchange) = (decision.verdict, decision.exchange);
         self.resumed.insert(stream, exchange);
@@ -357,17 +357,17 @@ impl Worker {
 
     /// What the host does about a verdict. A request that does not go on yet is kept.
     #[inline(never)]
-    fn act_on(&mut self, host: &impl Host, stream: u32, headers: Vec<u8>, verdict: Verdict) -> Action {
+    fn act_on(&mut self, host: &impl Host, stream: u32, headers: Vec<u8>, verdict: RequestAction) -> Action {
         match verdict {
-            Verdict::Continue => Action::Continue,
-            Verdict::Answer(reply) => Action::Reply(reply),
-            Verdict::Reset => Action::Reset,
-            Verdict::Delay(delayed) => {
+            RequestAction::Continue => Action::Continue,
+            RequestAction::Answer(reply) => Action::Reply(reply),
+            RequestAction::Reset => Action::Reset,
+            RequestAction::Delay(delayed) => {
                 let due = host.now().saturating_add(delayed.delay);
                 self.delayed.hold(stream, delayed.experiment, due, delayed);
                 Action::Pause
             }
-            Verdict::Wait(waiting) => {
+            RequestAction::Wait(waiting) => {
                 self.pending.wait(waiting.call, stream, Pending { headers, waiting });
                 Action::Pause
             }

@@ -1,6 +1,6 @@
 //! The log line of one request, for whoever looks into one: at the level `debug`, and put together only there.
 
-use super::{Decision, Verdict};
+use super::{Decision, RequestAction};
 use crate::canary::Destination;
 use crate::policy::Policy;
 
@@ -11,13 +11,13 @@ impl Decision<'_> {
         let Decision { verdict, reasons, .. } = self;
         let route = reasons.route.and_then(|route| policy.routes.get(route));
         let trace_id = reasons.trace.as_ref().map(|trace| trace.context.trace_id_hex()).unwrap_or_default();
-        let details = if let Verdict::Answer(reply) = verdict.last() { reply.details } else { "" };
+        let details = if let RequestAction::Answer(reply) = verdict.last() { reply.details } else { "" };
         let verdict = match verdict {
-            Verdict::Continue => "continue",
-            Verdict::Delay(_) => "delay",
-            Verdict::Answer(_) => "answer",
-            Verdict::Reset => "reset",
-            Verdict::Wait(_) => "wait",
+            RequestAction::Continue => "continue",
+            RequestAction::Delay(_) => "delay",
+            RequestAction::Answer(_) => "answer",
+            RequestAction::Reset => "reset",
+            RequestAction::Wait(_) => "wait",
         };
         log::debug!(
             "request: route={:?} destination={:?} verdict={verdict} details={details:?} trace_id={}",

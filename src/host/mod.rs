@@ -36,49 +36,14 @@ pub trait SharedData {
 pub struct Version(pub u32);
 
 impl Version {
-    /// "Not there yet". Envoy's host takes any version but 0 for an absent key, and never counts up to this one.
+    /// The version of a key that has no value yet. Envoy accepts any version but 0 for such a key, and never counts up to
+    /// this one.
     pub const ABSENT: Version = Version(u32::MAX);
 }
 
 /// A compare-and-swap that lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Conflict;
-
-/// What [`update`] is told to do with a value it has read.
-pub enum Change<R> {
-    Write(Vec<u8>, R),
-    Keep(R),
-}
-
-/// How often [`update`] tries: with eight threads on one key the worst case measured was 181.
-const MAX_ATTEMPTS: usize = 1000;
-
-/// Reads the value under `key`, lets `change` decide, and writes; again from the start if somebody else was faster.
-///
-/// # Errors
-/// [`Conflict`] if that happened a thousand times in a row.
-pub fn update<S: SharedData + ?Sized, R>(
-    store: &S,
-    key: &str,
-    mut change: impl FnMut(Option<&[u8]>) -> Change<R>,
-) -> Result<R, Conflict> {
-    for _ in 0..MAX_ATTEMPTS {
-        let found = store.get(key);
-        let (value, version) = match &found {
-            Some((value, version)) => (Some(value.as_slice()), *version),
-            None => (None, Version::ABSENT),
-        };
-        match change(value) {
-            Change::Keep(result) => return Ok(result),
-            Change::Write(value, result) => {
-                if store.set(key, &value, version).is_ok() {
-                    return Ok(result);
-                }
-            }
-        }
-    }
-    Err(Conflict)
-}
 
 /// A counter or gauge of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

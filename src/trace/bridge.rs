@@ -15,9 +15,10 @@
 use super::events::{TraceEvent, TraceEvents};
 use super::w3c::{TraceContext, TraceFlags, bytes_to_hex};
 use crate::document::Value;
-use crate::host::{Change, SharedData, update};
+use crate::host::SharedData;
 use crate::http::{HeaderId, HeaderMutation, HeaderNames, Request};
 use crate::matcher::read_header_name;
+use crate::shared_data::update_bytes;
 use crate::units::{LATENESS, MonotonicInstant, nanoseconds, read_duration};
 use std::borrow::Cow;
 use std::time::Duration;
@@ -198,7 +199,7 @@ impl Bridge {
         shared_data.overwrite(&key, &record);
         let Some(id) = self.id(request) else { return events };
         self.write_slot_key(&mut key, KeyKind::RequestId, &id);
-        let _ = update(shared_data, &key, |found| {
+        let _ = update_bytes(shared_data, &key, &mut |found| {
             let known = found.and_then(|record| self.decode(record, now));
             let displaces = known.as_ref().is_some_and(|known| known.id != &*id);
             let mut context = *context;
@@ -222,7 +223,7 @@ impl Bridge {
             events.add_if(ambiguity != Ambiguity::None, TraceEvent::Ambiguous);
             let mut record = std::mem::take(&mut record);
             self.encode(&mut record, ambiguity, &context, &id, &values, now);
-            Change::Write(record, ())
+            Some(record)
         });
         events
     }

@@ -22,7 +22,7 @@ async fn open(world: &World, client: &Client) {
     for n in 0..20 {
         assert_eq!(client.send(Request::get("/")).await.status, 500, "request {n} reaches the upstream");
     }
-    assert_eq!(world.metric(STATE).await, 1);
+    assert_eq!(world.gauge(STATE).await, 1);
 }
 
 #[tokio::test]
@@ -81,7 +81,7 @@ async fn half_open_is_exact_with_four_workers() {
     world.v1.set_behaviour(Behaviour::echo());
     eventually("the breaker to close", async || {
         client.send(Request::get("/")).await;
-        (world.metric(STATE).await == 0).then_some(())
+        (world.gauge(STATE).await == 0).then_some(())
     })
     .await;
     for n in 0..20 {

@@ -61,8 +61,8 @@ async fn injection_stops_within_25_control_responses() {
         merged().await;
         assert_eq!(faulted(&client, 40).await, 0, "each is left alone in each of {workers} workers");
         assert_eq!(world.metric("route.experiment.fault.suspended").await, 40);
-        assert_eq!(world.metric(STATE).await, 1);
-        assert!(world.metric("route.experiment.subset.v1.fault.suspended_until_ms").await > 0);
+        assert_eq!(world.gauge(STATE).await, 1);
+        assert!(world.gauge("route.experiment.subset.v1.fault.suspended_until_ms").await > 0);
         let line = world.envoy.wait_for_log("fault guard: ").await;
         let told = "state=suspended was=armed cause=errors requests=";
         let is_prompt = line.contains("failures=4 ") || line.contains("failures=5 ");
@@ -79,10 +79,10 @@ async fn injection_comes_back_through_probing() {
     let world = World::with(&guarded(&format!("{ABORT}, {guard}"), ""), Setup { workers: 4, ..Setup::default() }).await;
     let client = world.spreading_client();
     world.v1.set_behaviour(Behaviour::echo().failing(0.2, 500));
-    while world.metric(STATE).await == 0 {
+    while world.gauge(STATE).await == 0 {
         client.send(Request::get("/")).await;
     }
-    let until = Duration::from_millis(world.metric("route.experiment.subset.v1.fault.suspended_until_ms").await);
+    let until = Duration::from_millis(world.gauge("route.experiment.subset.v1.fault.suspended_until_ms").await);
     for n in 0..100 {
         let status = client.send(experiment()).await.status;
         // On a slow machine the probing may have begun.
@@ -98,7 +98,7 @@ async fn injection_comes_back_through_probing() {
         for _ in 0..20 {
             client.send(Request::get("/")).await;
         }
-        (world.metric(STATE).await == 0).then_some(())
+        (world.gauge(STATE).await == 0).then_some(())
     })
     .await;
     assert_eq!(world.metric("route.experiment.fault.aborts").await, before, "nothing was asked for meanwhile");
@@ -187,7 +187,7 @@ impl Hosts {
         Client::http1(self.envoy.address("inbound")).without_reuse()
     }
 
-    async fn metric(&self, name: &str) -> u64 {
+    async fn gauge(&self, name: &str) -> u64 {
         let name = format!("wasmcustom.trimtab.policy.user-service.{name}");
         self.envoy.stat(&name).await.unwrap_or_else(|| panic!("no metric {name}"))
     }
@@ -214,7 +214,7 @@ async fn a_host_that_fails_stops_injection() {
         failures += usize::from(client.send(Request::get("/")).await.status == 500);
     }
     assert_eq!(faulted(&client, 20).await, 0, "in every worker, after three failures of one host in a row");
-    assert_eq!(world.metric("target.user-service_v1.ejected_ppm").await, 333_333);
+    assert_eq!(world.gauge("target.user-service_v1.ejected_ppm").await, 333_333);
     let address = format!("host={:?} ejected=1 hosts=3", world.hosts[1].address().to_string());
     world.envoy.wait_for_log(&address).await;
 }
@@ -233,7 +233,7 @@ async fn a_host_that_fails_by_an_interval_stops_injection_too() {
         for _ in 0..30 {
             client.send(Request::get("/")).await;
         }
-        (world.metric("target.user-service_v1.ejected_ppm").await == 333_333).then_some(())
+        (world.gauge("target.user-service_v1.ejected_ppm").await == 333_333).then_some(())
     })
     .await;
     assert_eq!(faulted(&client, 20).await, 0, "in every worker, after an interval");
@@ -269,7 +269,7 @@ async fn an_ejection_of_envoys_stops_injection_within_one_poll() {
     eventually("the suspension", async || {
         // One that was under way when the host was ejected may have missed it, and the next one not.
         let since = polls().await - before;
-        let is_suspended = world.metric(STATE).await == 1;
+        let is_suspended = world.gauge(STATE).await == 1;
         assert!(is_suspended || since <= 2, "injection goes on {since} polls after the ejection");
         is_suspended.then_some(())
     })

@@ -36,7 +36,7 @@ async fn envoy(listener: Listener, v1: &Upstream, v2: &Upstream) -> Envoy {
 
 async fn metric(envoy: &Envoy, name: &str) -> u64 {
     let name = format!("wasmcustom.trimtab.policy.user-service.cohort.{name}");
-    envoy.stat(&name).await.unwrap_or_else(|| panic!("no metric {name}"))
+    envoy.module_metric(&name).await.unwrap_or_else(|| panic!("no metric {name}"))
 }
 
 #[tokio::test]

@@ -55,7 +55,7 @@ async fn a_failed_canary_gets_not_one_request_more() {
         world.v2.set_behaviour(Behaviour::echo().status(503));
         let client = world.spreading_client();
         let mut sent = 0;
-        while world.metric(&format!("{ROLLOUT}.r.judge.failed")).await == 0 {
+        while world.gauge(&format!("{ROLLOUT}.r.judge.failed")).await == 0 {
             client.send(Request::get("/")).await;
             sent += 1;
             assert!(sent < 200, "no verdict after {sent} requests\n{}", world.envoy.log_tail());
@@ -92,7 +92,7 @@ async fn a_canary_that_breaks_after_good_service_is_rolled_back() {
         world.v1.set_behaviour(Behaviour::echo().status(503));
         world.v2.set_behaviour(Behaviour::echo().status(503));
         let failed = format!("{ROLLOUT}.r.judge.failed");
-        while world.metric(&failed).await == 0 {
+        while world.gauge(&failed).await == 0 {
             client.send(Request::get("/")).await;
             let exposed = world.v2.count() - before;
             assert!(exposed <= 25, "{exposed} requests failed, with {workers} workers\n{}", world.envoy.log_tail());

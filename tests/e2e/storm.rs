@@ -384,7 +384,7 @@ async fn a_guard_suspends_while_ten_thousand_are_held() {
     assert_eq!(world.metric("route.experiment.fault.overflow").await, 0, "requests for which the worker had no room");
     eventually("the experiment to be armed again", async || {
         world.client().send(Request::get("/")).await;
-        (world.metric(state).await == 0).then_some(())
+        (world.gauge(state).await == 0).then_some(())
     })
     .await;
     // Each of the places is free again.

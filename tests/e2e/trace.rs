@@ -129,7 +129,7 @@ impl Sidecar {
     }
 
     async fn metric(&self, name: &str) -> u64 {
-        self.envoy.stat(&format!("wasmcustom.trimtab.policy.user-service.{name}")).await.unwrap_or_default()
+        self.envoy.module_metric(&format!("wasmcustom.trimtab.policy.user-service.{name}")).await.unwrap_or_default()
     }
 }
 

@@ -51,7 +51,7 @@ impl World {
 
     async fn metric(&self, name: &str) -> u64 {
         let name = format!("wasmcustom.trimtab.policy.user-service.route.experiment.fault.{name}");
-        self.envoy.stat(&name).await.unwrap_or_else(|| panic!("no metric {name}"))
+        self.envoy.module_metric(&name).await.unwrap_or_else(|| panic!("no metric {name}"))
     }
 
     /// Whether Envoy has ejected x.
@@ -254,5 +254,5 @@ async fn the_example_does_what_it_says() {
     }
     assert_eq!(x.count(), 5, "ejected after five failures");
     let report = "wasmcustom.trimtab.policy.user-service-upstream.route.experiment.fault.experiment.masked";
-    assert_eq!(envoy.stat(report).await, Some(5));
+    assert_eq!(envoy.module_metric(report).await, Some(5));
 }

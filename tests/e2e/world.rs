@@ -63,8 +63,14 @@ impl World {
         Client::http2(self.envoy.address("inbound"))
     }
 
-    /// The value of a metric of ours.
+    /// The value of a metric of ours, once what was counted is published.
     pub async fn metric(&self, name: &str) -> u64 {
+        let name = format!("wasmcustom.trimtab.policy.user-service.{name}");
+        self.envoy.module_metric(&name).await.unwrap_or_else(|| panic!("no metric {name}"))
+    }
+
+    /// The value of a gauge of ours, which is written when it changes and not by the ticks that publish counters.
+    pub async fn gauge(&self, name: &str) -> u64 {
         let name = format!("wasmcustom.trimtab.policy.user-service.{name}");
         self.envoy.stat(&name).await.unwrap_or_else(|| panic!("no metric {name}"))
     }

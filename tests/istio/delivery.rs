@@ -38,7 +38,7 @@ async fn a_wasm_plugin_steers_what_leaves_the_caller() {
     // What goes elsewhere is not touched.
     let elsewhere = client.send(tester().authority("other-service")).await;
     assert_ne!(elsewhere.version(), "v2", "{elsewhere:?}");
-    assert!(envoy.stat("wasmcustom.trimtab.policy.user-service.unmatched").await > Some(0));
+    assert!(envoy.module_metric("wasmcustom.trimtab.policy.user-service.unmatched").await > Some(0));
 }
 
 #[tokio::test]

@@ -148,7 +148,7 @@ async fn outlier_detection() {
     // A response is slow by the delay at least; those that are not delayed are not counted. What was asked until the
     // policy arrived may have been delayed, too.
     let delays = async || envoy.stat(&format!("{fault}.delays")).await.unwrap_or(0);
-    let before = delays().await;
+    let before = envoy.module_metric(&format!("{fault}.delays")).await.unwrap_or(0);
     let mut slow = 0;
     while delays().await < before + 3 {
         slow += usize::from(client.send(call("/")).await.elapsed.as_millis() >= 300);

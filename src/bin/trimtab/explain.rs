@@ -18,7 +18,7 @@ use trimtab::canary::{Destination, Selection, SelectionReason, Split, WeightSour
 use trimtab::decimal::Decimal;
 use trimtab::document::quoted;
 use trimtab::fault::{Abort, Delay, DrawPurpose, DrawnFrom, FaultPolicy, FaultStatus, GuardPolicy, SkipReason};
-use trimtab::filter::{Decision, Filter, Reasons, Verdict};
+use trimtab::filter::{Decision, Explanation, Filter, RequestAction};
 use trimtab::host::Properties;
 use trimtab::host::sim::Sim;
 use trimtab::http::{HeaderMutation, LocalReply, Request};
@@ -77,8 +77,8 @@ impl Explain {
         };
         let (mut verdict, mut changes, mut reasons) = owned(filter.on_request(&host, &block, false, true));
         // No service is asked here: each is taken to admit the request.
-        while let Verdict::Wait(waiting) = verdict {
-            let decision = filter.on_settled(&host, &block, true, waiting, Admitted(None));
+        while let RequestAction::Wait(waiting) = verdict {
+            let decision = filter.on_resume(&host, &block, true, waiting, Admitted(None));
             (verdict, changes, reasons) = owned(decision);
         }
         let policy = filter.policy();
@@ -121,9 +121,9 @@ struct Story<'s> {
     policy: &'s Policy,
     host: &'s Sim,
     request: Request<'s>,
-    verdict: Verdict,
+    verdict: RequestAction,
     changes: Vec<Change>,
-    reasons: Reasons,
+    reasons: Explanation,
 }
 
 /// One kind of fault of a route, and what was drawn.
@@ -246,7 +246,7 @@ impl Story<'_> {
     /// The answer that is given in the upstream's place.
     fn reply(&self) -> Option<&LocalReply> {
         match self.verdict.last() {
-            Verdict::Answer(reply) => Some(reply),
+            RequestAction::Answer(reply) => Some(reply),
             _ => None,
         }
     }
@@ -567,14 +567,14 @@ impl Story<'_> {
             format!("{}{grpc} ({})", reply.status, reply.details)
         };
         let later = match &self.verdict {
-            Verdict::Delay(hold) => format!(", {} later", duration(hold.delay)),
+            RequestAction::Delay(hold) => format!(", {} later", duration(hold.delay)),
             _ => String::new(),
         };
         match self.verdict.last() {
-            Verdict::Answer(reply) => table.row("answered", format!("{}{later}", answered(reply))),
-            Verdict::Reset => table.row("reset", format!("without an answer{later}")),
+            RequestAction::Answer(reply) => table.row("answered", format!("{}{later}", answered(reply))),
+            RequestAction::Reset => table.row("reset", format!("without an answer{later}")),
             // The story is told when nobody waits any more.
-            Verdict::Continue | Verdict::Delay(_) | Verdict::Wait(_) => {
+            RequestAction::Continue | RequestAction::Delay(_) | RequestAction::Wait(_) => {
                 table.row("continues", format!("to {}{later}", self.destination()));
             }
         }
@@ -707,13 +707,13 @@ impl Story<'_> {
 
     fn json_verdict(&self) -> Value {
         let delay = match &self.verdict {
-            Verdict::Delay(hold) => Some(hold.delay),
+            RequestAction::Delay(hold) => Some(hold.delay),
             _ => None,
         };
         let action = match self.verdict.last() {
-            Verdict::Continue | Verdict::Delay(_) | Verdict::Wait(_) => "continue",
-            Verdict::Answer(_) => "answer",
-            Verdict::Reset => "reset",
+            RequestAction::Continue | RequestAction::Delay(_) | RequestAction::Wait(_) => "continue",
+            RequestAction::Answer(_) => "answer",
+            RequestAction::Reset => "reset",
         };
         let reply = self.reply().map(|reply| {
             json!({

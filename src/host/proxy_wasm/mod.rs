@@ -39,6 +39,8 @@ struct Plugin {
     worker: RefCell<Option<Worker>>,
     /// For when the next tick was asked for.
     armed: Cell<Option<MonotonicInstant>>,
+    /// Whether that tick comes soon enough to publish what was counted.
+    is_publication_armed: Cell<bool>,
 }
 
 /// Envoy's streams, as a worker releases them. Envoy carries out what is asked for after the callback.
@@ -106,6 +108,14 @@ impl Plugin {
     /// Calls `action` with the worker, where there is one.
     fn with_worker<R>(&self, action: impl FnOnce(&mut Worker, &Envoy) -> R) -> Option<R> {
         self.worker.borrow_mut().as_mut().map(|worker| action(worker, &self.envoy))
+    }
+
+    /// Asks for the next tick, if something was counted since the last one.
+    fn arm_publication(&self) {
+        if !self.is_publication_armed.get() && self.envoy.has_unpublished() {
+            self.is_publication_armed.set(true);
+            self.arm();
+        }
     }
 
     /// Asks for the next tick, if it is to come earlier than the one that was asked for.
@@ -179,6 +189,7 @@ impl RootContext for Root {
     fn on_tick(&mut self) {
         // The host repeats the tick with the period that was set last.
         self.plugin.armed.set(None);
+        self.plugin.is_publication_armed.set(false);
         self.plugin.with_worker(|worker, envoy| worker.on_tick(envoy, &mut EnvoyStreams));
         self.plugin.arm();
         if self.plugin.armed.get().is_none() {
@@ -211,9 +222,10 @@ impl HttpContext for Stream {
         let action = plugin.with_worker(|worker, envoy| {
             worker.on_request(envoy, stream, headers.unwrap_or_default(), !end_of_stream, mutate, |_| {})
         });
-        if plugin.armed.get().is_none() || action == Some(worker::Action::Pause) {
+        if action == Some(worker::Action::Pause) {
             plugin.arm();
         }
+        plugin.arm_publication();
         match action {
             None | Some(worker::Action::Continue) => return Action::Continue,
             Some(worker::Action::Pause) => {}
@@ -228,9 +240,7 @@ impl HttpContext for Stream {
         let header = |name: &str| abi::header(MapType::HttpResponseHeaders, name);
         let mut change = |mutation| mutate(MapType::HttpResponseHeaders, &mutation);
         self.plugin.with_worker(|worker, envoy| worker.on_response(envoy, stream, &header, &mut change));
-        if self.plugin.armed.get().is_none() {
-            self.plugin.arm();
-        }
+        self.plugin.arm_publication();
         Action::Continue
     }
 
@@ -239,6 +249,7 @@ impl HttpContext for Stream {
         let header = |name: &str| abi::header(MapType::HttpResponseTrailers, name);
         let mut change = |mutation| mutate(MapType::HttpResponseTrailers, &mutation);
         self.plugin.with_worker(|worker, envoy| worker.on_response_trailers(envoy, stream, &header, &mut change));
+        self.plugin.arm_publication();
         Action::Continue
     }
 }
@@ -247,6 +258,7 @@ impl Drop for Stream {
     fn drop(&mut self) {
         let stream = &mut self.stream;
         self.plugin.with_worker(|worker, envoy| worker.on_end(envoy, stream));
+        self.plugin.arm_publication();
     }
 }
 

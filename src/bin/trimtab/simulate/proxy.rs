@@ -9,7 +9,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, HashMap};
 use std::time::Duration;
 use trimtab::canary::Destination;
-use trimtab::filter::Reasons;
+use trimtab::filter::Explanation;
 use trimtab::host::Host;
 use trimtab::host::sim::Sim;
 use trimtab::http::HeaderMutation;
@@ -44,7 +44,7 @@ pub(super) struct Proxy<'a> {
 /// A request on its way.
 struct Stream {
     since: MonotonicInstant,
-    reasons: Reasons,
+    reasons: Explanation,
     failed: bool,
     stream: worker::Stream,
 }
@@ -187,8 +187,8 @@ impl<'a> Proxy<'a> {
     pub fn request(&mut self, headers: &[u8]) {
         let id = self.next_stream;
         self.next_stream = id.wrapping_add(1);
-        let (mut stream, mut reasons) = (worker::Stream::new(id), Reasons::default());
-        let explain = |explained: &mut Reasons| reasons = std::mem::take(explained);
+        let (mut stream, mut reasons) = (worker::Stream::new(id), Explanation::default());
+        let explain = |explained: &mut Explanation| reasons = std::mem::take(explained);
         let action = self.worker.on_request(&self.host, &mut stream, headers.to_vec(), false, |_| {}, explain);
         self.streams.insert(id, Stream { since: self.host.now(), reasons, failed: false, stream });
         self.act(id, action);
