@@ -405,7 +405,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// Notes every field that nobody asked for.
+    /// Reports every field that was not read.
     #[inline(never)]
     pub fn end(self) {
         for (key, node) in self.entries {

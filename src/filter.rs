@@ -1,8 +1,12 @@
-//! The filter: a request's whole way, top to bottom.
+//! The filter: one request from top to bottom.
 //!
-//! [`Filter::on_request`] decides, [`Filter::on_response`] learns. Both take what they need from a [`Host`] and return
-//! what is to be done; they change nothing themselves but shared words and metrics. The features decide from plain
-//! values: only this file knows in which order, and the comments say why.
+//! [`Filter::on_request`] decides on a request, [`Filter::on_response`] observes the response. Both take time, randomness,
+//! shared data and properties from a [`Host`] and return what the host has to do. The features decide from plain values;
+//! this file has their order, and its comments justify the order.
+//!
+//! Invariant: what a request acquires (a permit of the circuit breaker, a pending charge, a judge's sample, a place under
+//! `maxActive`) is in its [`StreamState`], and is completed by the response or given back by [`Filter::on_end`],
+//! [`Filter::on_cancel`] or the decision itself.
 
 mod line;
 
@@ -25,7 +29,7 @@ use crate::ratelimit::service::{CallOutcome, GlobalCheck, ServiceOutcome};
 use crate::ratelimit::{
     LimitCheck, LimitDecision, LimitEvent, LocalCheck, RateLimiter, RateLimits, RouteLimitState, WorkerLimits,
 };
-use crate::shared_data::{Change, SharedCell, SharedDataProblem, Stored};
+use crate::shared_data::SharedDataProblem;
 use crate::telemetry::{Meters, Scope};
 use crate::trace;
 use crate::trace::w3c::TraceContext;
@@ -72,9 +76,9 @@ struct RequestContext<'a> {
 #[derive(Debug, Default)]
 pub struct Decision<'p> {
     pub verdict: RequestAction,
-    /// To be done before the request goes on; without effect where it is answered at once.
+    /// To be applied before the request goes on. They have no effect on a request that is answered at once.
     pub mutations: Vec<HeaderMutation<'p>>,
-    /// What [`Filter::on_response`] has to be told.
+    /// To be kept with the stream, for [`Filter::on_response`] and [`Filter::on_end`].
     pub exchange: StreamState,
     pub reasons: Explanation,
 }
@@ -86,21 +90,21 @@ pub enum RequestAction {
     Continue,
     Delay(Box<DelayedRequest>),
     Answer(LocalReply),
-    /// Reset the stream: no answer ever comes.
+    /// Reset the stream. No response is sent.
     Reset,
     /// Hold the request until a call is answered, then decide with [`Filter::on_resume`].
     Wait(Box<PendingRequest>),
 }
 
 impl RequestAction {
-    /// Whether there may be a next hop: an abort that follows a delay is not injected where its experiment is suspended
-    /// meanwhile.
+    /// Whether the request may reach an upstream. A delayed request may, also if an abort follows: the abort is not
+    /// injected if its experiment is suspended meanwhile.
     fn may_go_on(&self) -> bool {
         matches!(self, RequestAction::Continue | RequestAction::Delay(_))
     }
 
-    /// The verdict in the end, once a delay is over.
-    pub fn last(&self) -> &RequestAction {
+    /// The action after a delay, or this one.
+    pub fn final_action(&self) -> &RequestAction {
         match self {
             RequestAction::Delay(delayed) => &delayed.action_after,
             other => other,
@@ -122,7 +126,7 @@ pub struct DelayedRequest {
     pub fault_permit: Option<ActiveFaultPermit>,
 }
 
-/// What was decided on the way to a verdict.
+/// Why a request is treated as it is.
 #[derive(Debug, Default)]
 pub struct Explanation {
     pub trace: Option<PropagatedContext>,
@@ -146,43 +150,43 @@ pub struct Explanation {
 }
 
 impl Explanation {
-    /// The destination that was chosen; `None` where the route names none.
+    /// The destination that was chosen; `None` if the route has no destinations.
     pub fn destination<'p>(&self, policy: &'p Policy) -> Option<&'p Destination> {
         let split = policy.routes.get(self.route?)?.split.as_ref()?;
         split.destinations.get(self.choice?.destination).map(|(destination, _)| destination)
     }
 }
 
-/// How long an answer takes.
+/// Measures how long a response takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Wait {
+enum ResponseTimer {
     #[default]
-    NotAsked,
-    /// It has lasted since then.
+    Off,
+    /// The request was sent at this instant.
     Since(MonotonicInstant),
-    /// The head of the answer came after so many nanoseconds.
+    /// The response headers came after this number of nanoseconds.
     Took(u64),
 }
 
-/// What is remembered of a request until its response.
+/// What a request has acquired, and what its response is needed for.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct StreamState {
-    /// Whose answer is awaited; `None` where nobody wants to know.
+    /// The target whose response is observed; `None` if no guard watches it.
     pub observed: Option<TargetId>,
-    /// How long its answer takes, where a guard asks that.
-    wait: Wait,
+    /// Runs if a guard has a latency threshold.
+    timer: ResponseTimer,
     /// The permission of the circuit breaker, and the index of its route.
     permit: Option<(usize, Permit)>,
-    /// The request, if its answer is evidence for a judge.
+    /// The request, if its response is evidence for a judge.
     pub sample: Option<Sample>,
-    /// What is to replace the upstream's answer.
+    /// The fault that replaces the response of the upstream.
     pub replacement: Option<ResponseReplacement>,
-    /// Where an experiment on hosts or attempts wants to know how this attempt is answered.
+    /// The attempt, if an experiment on hosts or attempts counts its response.
     pub attempt: Option<Attempt>,
     /// The place of a fault under `maxActive`, to be given to [`Filter::release`] at the end of the stream.
     pub fault_permit: Option<ActiveFaultPermit>,
     pub is_grpc: bool,
-    /// The trace that the client is told of; `None` where it is told nothing.
+    /// The trace context for the response headers; `None` if the response has none.
     pub trace: Option<TraceContext>,
     /// What the route's limits have acquired for the request, and the quota that the response announces; `None` if that is
     /// nothing.
@@ -262,7 +266,7 @@ impl Filter {
         self.decide(host, headers, has_body, may_hold, None)
     }
 
-    /// Decides on a request that waited, from the same headers and what was found.
+    /// Decides on a request that waited for a call, from the same headers and the outcome of the call.
     pub fn on_resume<'p>(
         &'p mut self,
         host: &impl Host,
@@ -292,7 +296,8 @@ impl Filter {
             request.set_route_name(host.property(&["xds", "route_name"]));
         }
 
-        // The trace first: whatever happens to the request, it belongs to one, and faults are drawn from its id.
+        // The trace comes first: whatever happens to the request, it belongs to a trace, and faults are drawn from the
+        // trace id.
         let context = trace.and_then(|trace| trace.begin(&request, host));
         let inbound = policy.cohort.as_ref().map_or_else(InboundAssignments::default, |header| {
             let stored = context.as_ref().and_then(|context| trace?.stored_header(context, header.id));
@@ -307,10 +312,11 @@ impl Filter {
         }
         worker.finish_limits(&mut decision, host);
         if let RequestAction::Wait(_) = decision.verdict {
-            return decision; // everything is done when it goes on
+            return decision; // The rest follows when it is resumed.
         }
 
-        // Told to the next hop last, when it is known whether there is one and what was done to the request.
+        // Write the outgoing headers last: only now is it known whether the request reaches an upstream, and what was done
+        // to it.
         let Decision { verdict, mutations, exchange, reasons } = &mut decision;
         if let Some(header) = &policy.cohort {
             if verdict.may_go_on() {
@@ -340,7 +346,7 @@ impl Filter {
 }
 
 impl WorkerState {
-    /// Everything between the trace that arrives and the trace that goes on.
+    /// Decides everything between the inbound trace context and the outgoing headers.
     fn decide<'p>(
         &mut self,
         policy: &'p Policy,
@@ -375,8 +381,8 @@ impl WorkerState {
             (limits, outcome)
         });
 
-        // Limits before anything is chosen or injected: a refused request costs its upstream and the experiment
-        // nothing. Only where a limit counts by subset they have to come after the choice.
+        // Limits come before the choice and the fault, so that a refused request costs neither its upstream nor an
+        // experiment anything. Limits that count by subset come after the choice.
         let mut context = KeyContext { request, route: &route.name, subset: None, properties: host };
         let limiter = limiters.get(index).and_then(Option::as_ref);
         let reads_subset = route.limits.as_deref().is_some_and(RateLimits::reads_subset);
@@ -402,7 +408,7 @@ impl WorkerState {
             }
         }
 
-        // The destination before the fault, because the fault's guard looks at the one that was chosen.
+        // The destination is chosen before the fault, because the guard of the fault watches that destination.
         let rollout = rollouts.get_mut(index).and_then(Option::as_mut);
         let destination = route.split.as_ref().and_then(|split| {
             let choice = match (decision.reasons.choice, rollout) {
@@ -448,14 +454,14 @@ impl WorkerState {
         }
         let Decision { verdict, exchange, .. } = &mut *decision;
 
-        // Only a request that nothing was done to tells how its target is. An answer that will be replaced is learned
-        // from before.
+        // Only the response to a request without a fault is evidence. A response that is to be replaced is observed before
+        // it is replaced.
         if *verdict == RequestAction::Continue {
             exchange.observed = route.targets.get(chosen).copied();
             let watched = exchange.observed.and_then(|target| policy.watched(target));
             exchange.observed = exchange.observed.filter(|_| watched.is_some());
             if watched.is_some_and(|target| !target.latency_thresholds.is_empty()) {
-                exchange.wait = Wait::Since(host.now());
+                exchange.timer = ResponseTimer::Since(host.now());
             }
         } else {
             exchange.sample = None;
@@ -471,12 +477,10 @@ impl WorkerState {
         if reasons.broken {
             limiter.refund(&mut self.limits, &mut exchange.limits, host);
         } else {
-            limiter.commit(&mut exchange.limits, *verdict.last() == RequestAction::Continue, host);
+            limiter.commit(&mut exchange.limits, *verdict.final_action() == RequestAction::Continue, host);
         }
     }
-}
 
-impl WorkerState {
     /// Gives back the permit of a request that its destination does not answer.
     fn cancel_permit(&mut self, exchange: &mut StreamState, host: &impl Host) {
         if let Some((route, permit)) = exchange.permit.take()
@@ -485,9 +489,7 @@ impl WorkerState {
             breaker.cancel(permit, host);
         }
     }
-}
 
-impl WorkerState {
     /// Counts a response of a target, and checks the guards that watch the target.
     fn observe_target(&mut self, target: TargetId, response: ObservedResponse, host: &impl Host) {
         let WorkerState { injectors, targets, .. } = self;
@@ -550,7 +552,7 @@ impl Decision<'_> {
         self.exchange.fault_permit = permit;
     }
 
-    /// Answers in the upstream's place, so that there is nothing to learn from.
+    /// Answers in the upstream's place. The response is no evidence then.
     fn refuse(&mut self, reply: LocalReply) {
         self.verdict = RequestAction::Answer(reply);
         self.mutations.clear();
@@ -559,7 +561,7 @@ impl Decision<'_> {
 }
 
 impl Filter {
-    /// Learns from the head of a response, and changes it; `header` is asked only where somebody wants to know.
+    /// Observes the head of a response, and changes it. `header` is called only for headers that are needed.
     pub fn on_response(
         &mut self,
         host: &impl Host,
@@ -567,7 +569,7 @@ impl Filter {
         header: Header<'_>,
         change: &mut dyn FnMut(HeaderMutation<'static>),
     ) {
-        self.learn(host, exchange, header);
+        self.observe_headers(host, exchange, header);
         if exchange.replacement.is_some() || exchange.attempt.is_some() {
             self.on_faulted_response(host, exchange, header, change);
         }
@@ -637,7 +639,7 @@ impl Filter {
         }
     }
 
-    fn learn(&mut self, host: &impl Host, exchange: &mut StreamState, header: Header<'_>) {
+    fn observe_headers(&mut self, host: &impl Host, exchange: &mut StreamState, header: Header<'_>) {
         if !exchange.is_awaited() {
             return;
         }
@@ -645,17 +647,17 @@ impl Filter {
         if let Some(sample) = &mut exchange.sample {
             sample.answered(|| host.now());
         }
-        if let Wait::Since(since) = exchange.wait {
-            exchange.wait = Wait::Took(host.now().saturating_since(since));
+        if let ResponseTimer::Since(since) = exchange.timer {
+            exchange.timer = ResponseTimer::Took(host.now().saturating_since(since));
         }
         let grpc_status = if exchange.is_grpc { number(header("grpc-status")) } else { None };
         if exchange.is_grpc && status == 200 && grpc_status.is_none() {
-            return; // the trailers will tell
+            return; // The trailers have the status.
         }
         self.observe(host, exchange, header, status, grpc_status);
     }
 
-    /// Learns from the trailers of a response, and changes them.
+    /// Observes the trailers of a response, and changes them.
     pub fn on_response_trailers(
         &mut self,
         host: &impl Host,
@@ -681,7 +683,7 @@ impl Filter {
         status: u16,
         grpc_status: Option<u16>,
     ) {
-        // What another hop injected tells nothing of the attempt.
+        // A response that another hop injected is neither a success nor a failure of the attempt.
         if exchange.has_pending_charge()
             && let Some(limits) = &mut exchange.limits
             && let Some(Some(limiter)) = self.worker.limiters.get(limits.route())
@@ -698,7 +700,7 @@ impl Filter {
             return;
         }
         if let Some(target) = exchange.observed.take() {
-            let latency = if let Wait::Took(took) = exchange.wait { took } else { 0 };
+            let latency = if let ResponseTimer::Took(took) = exchange.timer { took } else { 0 };
             self.worker.observe_target(target, ObservedResponse { status, grpc_status, latency }, host);
         }
         if let Some((route, permit)) = exchange.permit.take()
@@ -706,7 +708,7 @@ impl Filter {
         {
             breaker.on_response(permit, failed, host);
         }
-        // Somebody's limit says nothing of the version that answered.
+        // A refusal by a rate limit is no evidence about the version that responded.
         let is_limited = status == 429 || grpc_status == Some(8);
         if let Some(sample) = exchange.sample.take().filter(|_| !is_limited)
             && let Some(Some(rollout)) = self.worker.rollouts.get_mut(sample.route())
@@ -715,7 +717,7 @@ impl Filter {
         }
     }
 
-    /// Lets the windows move on and the judges look, and gives back what was reserved in vain; to be called every
+    /// Merges evidence, moves windows on, judges, polls, and returns unused leases. To be called at least every
     /// [`Filter::tick_period`].
     pub fn on_tick(&mut self, host: &impl Host) {
         // The observers run before the guards, which evaluate what was merged.
@@ -767,7 +769,7 @@ impl Filter {
         self.meters.count_problem(problem, count, host);
     }
 
-    /// Learns from the answer to a call that the filter has sent; `body` is `None` where it was too long to be read.
+    /// Takes the answer to an HTTP call that the filter has sent. `body` is `None` if it was too long to be read.
     pub fn on_call_answered(&mut self, host: &impl Host, call: u32, status: Option<Vec<u8>>, body: Option<&[u8]>) {
         let status = number(status).unwrap_or(0);
         for poller in &mut self.worker.pollers {
@@ -780,7 +782,7 @@ impl Filter {
         self.period
     }
 
-    /// [`Filter::tick_period`], which stays as it is.
+    /// [`Filter::tick_period`], which depends on the policy alone.
     fn shortest_period(&self) -> Option<u64> {
         let mut least = u64::MAX;
         let mut at_most = |period: u64| least = least.min(period);
@@ -801,7 +803,7 @@ impl Filter {
     }
 }
 
-/// Whether something was done to a request that its trace has to tell, whatever samplers say.
+/// Whether the trace of the request is sampled in any case, because of what was done to the request.
 fn is_forced(force: ForcedSampling, policy: &Policy, reasons: &Explanation, host: &impl Host) -> bool {
     let is_faulted = || !reasons.drawn.is_none() && reasons.withheld.is_none();
     let is_limited = |check: &LocalCheck| {
@@ -827,15 +829,10 @@ fn is_forced(force: ForcedSampling, policy: &Policy, reasons: &Explanation, host
         || (force.rollback && is_moved() == Some(true))
 }
 
-/// Logs that the policy has nothing in shared data, as after a start or a hot restart of the proxy. The first worker that
-/// finds it so leaves a record.
+/// Logs that the policy has nothing in shared data, as after a start or a hot restart of the proxy. Every worker writes the
+/// secret of the limit keys when it starts, so the first one finds none.
 fn log_empty_shared_data(policy: &Policy, host: &impl Host) {
-    let started = SharedCell::<u64>::new([&*policy.state_prefix, "started"].concat());
-    let is_first = started.update(host, |stored| match stored {
-        Stored::Record(_) => Change::Keep(false),
-        Stored::Absent | Stored::Garbage => Change::Write(host.wall_now().as_nanos(), true),
-    });
-    if is_first == Ok(true) {
+    if host.get(&[&*policy.state_prefix, "secret"].concat()).is_none() {
         log::info!(
             "policy {}: shared data are empty: limits, verdicts, caps, circuits and experiments begin anew",
             policy.name

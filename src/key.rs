@@ -2,7 +2,7 @@
 //!
 //! A key has one spelling, so that a client cannot have several cohorts or allowances by writing one key in several ways:
 //!
-//! - Query parameters, path segments and the values of cookies are percent-decoded, as Envoy decodes them ([`decode`]).
+//! - Query parameters, path segments and the values of cookies are percent-decoded, as Envoy decodes them (`decode`).
 //! - Of a header that is sent several times, the first value is the key, as in Envoy's rate limit filter. An application
 //!   that reads the last of several values can still be evaded.
 //! - An empty value counts as absent.

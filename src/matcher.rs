@@ -296,7 +296,7 @@ pub fn read_named<'a>(fields: &mut Fields<'a>, field: &'static str) -> Vec<(&'a 
     fields.optional(field).and_then(|value| value.entries()).unwrap_or_default()
 }
 
-/// Whether `name` is a token (RFC 9110, section 5.6.2) of a length that somebody may mean.
+/// Whether `name` is a token (RFC 9110, section 5.6.2) of a plausible length.
 pub fn is_header_name(name: &str) -> bool {
     let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
     (1..=128).contains(&name.len()) && name.bytes().all(fits)

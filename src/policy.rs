@@ -192,10 +192,10 @@ impl Policy {
         }
     }
 
-    /// The key of the shared word for `what` of `whom`, which is a name of any kind.
+    /// The key in shared data for `what` of the route, target or cluster called `name`.
     #[inline(never)]
-    pub fn word(&self, what: &str, whom: &str) -> String {
-        [&*self.state_prefix, what, &label(whom)].concat()
+    pub fn shared_key(&self, what: &str, name: &str) -> String {
+        [&*self.state_prefix, what, &label(name)].concat()
     }
 
     /// Whether a route decides on `rollout`.

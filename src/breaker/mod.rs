@@ -2,7 +2,7 @@
 //! probes have succeeded.
 //!
 //! `config.rs` reads the `circuitBreaker` block, whose terms are those of Hystrix and opossum. `policy.rs` is what it is
-//! compiled to. `state.rs` decides from plain values. [`CircuitBreaker`] is one route's breaker in one worker.
+//! compiled to. `state.rs` decides from plain values. `CircuitBreaker` is one route's breaker in one worker.
 
 mod circuit_breaker;
 mod config;

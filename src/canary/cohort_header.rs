@@ -406,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn who_trusts_everybody_needs_no_key_and_who_trusts_nobody_decides_anew() {
+    fn trust_all_needs_no_key_and_trust_none_decides_anew() {
         let unsigned = "\"r\";place=114621;weight=150000;issued=1795251600";
         let trusting = header(Accept::Any, &[]);
         assert_eq!(

@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cohort_has_its_size_and_raising_it_moves_nobody_out() {
+    fn a_cohort_has_its_size_and_a_higher_weight_moves_no_key_out() {
         let keys: Vec<String> = (0..20_000).map(|n| format!("user-{n}")).collect();
         let five = split(&[95, 5], Some(1));
         let quarter = split(&[75, 25], Some(1));

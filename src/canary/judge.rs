@@ -519,9 +519,9 @@ pub(super) mod tests {
     #[test]
     fn a_canary_is_no_slower_where_fewer_than_one_in_a_hundred_answers_are_slow() {
         const NEVER: u64 = u64::MAX;
-        assert_eq!(verdict_on_slowness(2_000, NEVER, NEVER), Verdict::Pass, "nobody has a slow answer");
+        assert_eq!(verdict_on_slowness(2_000, NEVER, NEVER), Verdict::Pass, "no answer is slow");
         assert_eq!(verdict_on_slowness(2_000, NEVER, 2_000), Verdict::Pass, "one slow answer");
-        assert_eq!(verdict_on_slowness(0, NEVER, NEVER), Verdict::Insufficient, "nobody knows what is slow");
+        assert_eq!(verdict_on_slowness(0, NEVER, NEVER), Verdict::Insufficient, "the threshold of slowness is unknown");
         assert_eq!(verdict_on_slowness(300, NEVER, NEVER), Verdict::Insufficient, "too few to know");
         assert_eq!(verdict_on_slowness(0, 100, NEVER), Verdict::Pass, "fewer than the others");
         assert_eq!(verdict_on_slowness(2_000, 100, 100), Verdict::Insufficient, "as many as one in a hundred");

@@ -4,7 +4,7 @@
 //! it in the steering header, and the router only matches this header. A request that the filter did not see has no such
 //! header and takes the router's default, which is the stable version.
 //!
-//! [`Rollout`] is the runtime type, one for each route with a `canary` block and worker. Its input is a request or the
+//! `Rollout` is the runtime type, one for each route with a `canary` block and worker. Its input is a request or the
 //! answer to one; its output is the chosen destination, and a verdict. A route without `canary` uses [`Split::choose`]
 //! alone. The workers of a proxy agree through shared data; `slots.rs` describes the records.
 //!

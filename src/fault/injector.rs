@@ -98,10 +98,10 @@ impl FaultInjector {
             let target = (target.0, observer);
             guards.push(ExperimentGuard::new(&fault.guard, keys, GuardMetrics::define(metrics), target, host));
         }
-        let key = [&*policy.word("budget/", &route.name), "/"].concat();
+        let key = [&*policy.shared_key("budget/", &route.name), "/"].concat();
         let budget = |spacing| ErrorBudget::new(host, &key, fault.guard.experiment.as_deref(), spacing);
         let host_experiment = || {
-            let key = [&*policy.word("fault/", &route.name), "/experiment"].concat();
+            let key = [&*policy.shared_key("fault/", &route.name), "/experiment"].concat();
             HostExperiment::new(fault, (index as u32, &route.name), key, &fault_scope)
         };
         Some(Box::new(FaultInjector {
@@ -313,7 +313,7 @@ fn guard_of<'g>(
 /// The keys of the experiment on a destination, whose target is called `target`.
 fn guard_keys(policy: &Policy, route: &Route, destination: &str, target: &str) -> GuardKeys {
     let experiment = route.fault.as_ref().and_then(|fault| fault.guard.experiment.as_deref()).unwrap_or_default();
-    let (word, target) = (policy.word("guard/", &route.name), label(target));
+    let (word, target) = (policy.shared_key("guard/", &route.name), label(target));
     let mut name = format!("route={:?} destination={destination:?}", route.name);
     if !route.slo.owner.is_empty() {
         name = format!("{name} owner={:?}", route.slo.owner);

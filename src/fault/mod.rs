@@ -4,7 +4,7 @@
 //! and exactly, from the trace id or at random. A [`FaultTarget`] selects the requests of an experiment, [`HeaderControl`]
 //! lets requests ask for faults, and [`ActiveFaults`] caps how many faults are active at once.
 //!
-//! A [`FaultInjector`] is the policy of one route at work in one worker. Before it injects anything, an `ExperimentGuard`
+//! A `FaultInjector` is the policy of one route at work in one worker. Before it injects anything, an `ExperimentGuard`
 //! checks how the target responds to the requests that were *not* faulted, and suspends the experiment if too many of them
 //! fail. An `ErrorBudget` limits how many failures an experiment may cause in total. A `HostExperiment` measures what
 //! faults of single hosts lead to.

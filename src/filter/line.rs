@@ -1,4 +1,4 @@
-//! The log line of one request, for whoever looks into one: at the level `debug`, and put together only there.
+//! The log line of one request. It is formatted only at the level `debug`.
 
 use super::{Decision, RequestAction};
 use crate::canary::Destination;
@@ -11,7 +11,7 @@ impl Decision<'_> {
         let Decision { verdict, reasons, .. } = self;
         let route = reasons.route.and_then(|route| policy.routes.get(route));
         let trace_id = reasons.trace.as_ref().map(|trace| trace.context.trace_id_hex()).unwrap_or_default();
-        let details = if let RequestAction::Answer(reply) = verdict.last() { reply.details } else { "" };
+        let details = if let RequestAction::Answer(reply) = verdict.final_action() { reply.details } else { "" };
         let verdict = match verdict {
             RequestAction::Continue => "continue",
             RequestAction::Delay(_) => "delay",

@@ -1,8 +1,8 @@
 //! Passive observation of upstream health, from the responses that this filter sees and has not faulted.
 //!
-//! - [`TargetObserver`] counts the responses of one target, and of its hosts if the policy has an `outlierDetection` block.
+//! - `TargetObserver` counts the responses of one target, and of its hosts if the policy has an `outlierDetection` block.
 //! - [`Window`] reduces growing [`Totals`] to what happened in the last seconds. Guards and circuit breakers use it.
-//! - [`AdminPoller`] polls Envoy's admin endpoint for the hosts that Envoy itself has ejected.
+//! - `AdminPoller` polls Envoy's admin endpoint for the hosts that Envoy itself has ejected.
 //!
 //! Invariant: decisions read shared data. The metrics are output only.
 

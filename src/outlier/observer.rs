@@ -79,7 +79,7 @@ impl TargetObserver {
         let scope = Scope::policy(&policy.name, host).within("target").within(&label(&target.name));
         let thresholds = &*target.latency_thresholds;
         let keys = [REQUESTS as u64, FAILURES as u64, OUTAGES as u64].into_iter().chain(thresholds.iter().copied());
-        let mut counts = SharedCounts::new(policy.word("observed/", &target.name), keys.collect(), 1);
+        let mut counts = SharedCounts::new(policy.shared_key("observed/", &target.name), keys.collect(), 1);
         // What other workers have counted before is not part of this worker's windows.
         let _ = counts.merge(host);
         let admin = target.admin.as_ref().map(|admin| {
@@ -295,7 +295,7 @@ impl OutlierObserver {
         OutlierObserver {
             target: target.name.clone(),
             detection,
-            cell: SharedCell::new(policy.word("outlier/", &target.name)),
+            cell: SharedCell::new(policy.shared_key("outlier/", &target.name)),
             tallies: Vec::new(),
             addresses: Vec::new(),
             endpoints: None,

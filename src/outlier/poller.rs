@@ -44,8 +44,8 @@ pub(super) struct SharedKeys {
 impl SharedKeys {
     pub(super) fn new(policy: &Policy, target: &Target) -> SharedKeys {
         SharedKeys {
-            cluster: SharedCell::new(policy.word("cluster/", &target.name)),
-            snapshot: SharedCell::new(policy.word("admin/", &target.name)),
+            cluster: SharedCell::new(policy.shared_key("cluster/", &target.name)),
+            snapshot: SharedCell::new(policy.shared_key("admin/", &target.name)),
         }
     }
 }
@@ -114,7 +114,7 @@ impl AdminPoller {
             pollers.push(AdminPoller {
                 cluster: admin.cluster.clone(),
                 interval: admin.interval,
-                poll_lease: SharedCell::new(policy.word("turn/", &admin.cluster)),
+                poll_lease: SharedCell::new(policy.shared_key("turn/", &admin.cluster)),
                 targets: vec![keys],
                 unknown: scope.gauge("unknown"),
                 pending: None,

@@ -1,5 +1,5 @@
-//! W3C Baggage: a list that goes on within its limits, never with a part of a member (section 3.3.2). Baggage in other
-//! formats is not translated, so that nobody gets it twice; it passes, but where baggage may not.
+//! W3C Baggage: a list that is passed on within its limits, and never with a part of a member (section 3.3.2). Baggage in
+//! other formats is not translated, so that no service gets it twice. It is passed on unless baggage is removed.
 
 use super::tracestate::trim_ows;
 use crate::http::Request;

@@ -200,7 +200,7 @@ impl TracePolicy {
         self.tracestate_key.as_ref().is_some_and(|own| is_tracestate(values()) && has_member(values(), own))
     }
 
-    /// Decides for a trace that nobody decided for, and by which threshold.
+    /// Decides whether a trace without a decision is sampled, and by which threshold.
     fn decide_sampling(&self, request: &Request<'_>, context: &TraceContext, restarts: bool) -> (bool, Option<u64>) {
         // Envoy writes into its request id why it traces a request: sampled, forced here, forced by the client. Such
         // a trace has no known probability.
@@ -245,7 +245,7 @@ impl PropagatedContext {
         self.is_forced
     }
 
-    /// Samples the trace whatever was decided. With what probability that happens nobody knows, so no threshold stays.
+    /// Samples the trace whatever was decided. The probability of that is unknown, so the threshold is removed.
     pub(crate) fn force_sampling(&mut self) {
         self.context.flags = self.context.flags.with(TraceFlags::SAMPLED);
         self.threshold = None;

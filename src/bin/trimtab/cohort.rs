@@ -1,4 +1,4 @@
-//! `trimtab cohort`: the places of keys in a rollout, for whoever evaluates one.
+//! `trimtab cohort`: the buckets of keys in a rollout, to evaluate it offline.
 
 use clap::Args;
 use std::io::{self, BufRead, BufWriter, Write};

@@ -245,7 +245,7 @@ impl Story<'_> {
 
     /// The answer that is given in the upstream's place.
     fn reply(&self) -> Option<&LocalReply> {
-        match self.verdict.last() {
+        match self.verdict.final_action() {
             RequestAction::Answer(reply) => Some(reply),
             _ => None,
         }
@@ -370,7 +370,7 @@ impl Story<'_> {
                 1 => String::new(),
                 cost => format!(", of which this one costs {cost}"),
             };
-            table.row(&*limit.name, format!("{verdict}: {promise}{cost}; {}", self.whom(limit)));
+            table.row(&*limit.name, format!("{verdict}: {promise}{cost}; {}", self.keyed_by(limit)));
             let is_skipped =
                 admission.events.contains(&LimitEvent::IncompleteKey(index)) && limit.on_missing != OnMissing::Share;
             let is_asked = !is_skipped && admission.refusal.is_none_or(|refusal| refusal.quota.limit >= index);
@@ -394,7 +394,7 @@ impl Story<'_> {
     }
 
     /// Whose allowance it is.
-    fn whom(&self, limit: &Limit) -> String {
+    fn keyed_by(&self, limit: &Limit) -> String {
         let part = |source| match self.key_part(source) {
             (source, Some(value)) => format!("{source} {}", quoted(&value)),
             (source, None) => format!("{source} absent"),
@@ -570,10 +570,10 @@ impl Story<'_> {
             RequestAction::Delay(hold) => format!(", {} later", duration(hold.delay)),
             _ => String::new(),
         };
-        match self.verdict.last() {
+        match self.verdict.final_action() {
             RequestAction::Answer(reply) => table.row("answered", format!("{}{later}", answered(reply))),
             RequestAction::Reset => table.row("reset", format!("without an answer{later}")),
-            // The story is told when nobody waits any more.
+            // The explanation is made when no request waits any more.
             RequestAction::Continue | RequestAction::Delay(_) | RequestAction::Wait(_) => {
                 table.row("continues", format!("to {}{later}", self.destination()));
             }
@@ -710,7 +710,7 @@ impl Story<'_> {
             RequestAction::Delay(hold) => Some(hold.delay),
             _ => None,
         };
-        let action = match self.verdict.last() {
+        let action = match self.verdict.final_action() {
             RequestAction::Continue | RequestAction::Delay(_) | RequestAction::Wait(_) => "continue",
             RequestAction::Answer(_) => "answer",
             RequestAction::Reset => "reset",

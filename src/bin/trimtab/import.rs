@@ -1,8 +1,8 @@
-//! `trimtab import`: a first policy from the VirtualService and the DestinationRule that are there.
+//! `trimtab import`: a first policy from an existing VirtualService and its DestinationRule.
 //!
-//! What a filter can do moves over: whom a route is for, how it splits, what faults it injects. What only the router or
-//! the cluster can do stays where it is, and each such field is named, so that nothing is lost by moving. What would
-//! mean something else in a policy is an error, and then there is no policy.
+//! Matches, weights and faults of a route move into the policy. Fields that only the router or the cluster can honour stay
+//! in their resource, and each of them is named. A field that would have another meaning in a policy is an error, and no
+//! policy is written.
 
 use crate::finding::{Finding, printable};
 use crate::source::{Source, environment};

@@ -485,7 +485,7 @@ mod tests {
         }
         assert!(
             pending.iter().all(|pending| (0..1000).all(|call| pending.count(CallId(call)) == 0)),
-            "nobody waits on"
+            "no request waits any more"
         );
         admitted
     }

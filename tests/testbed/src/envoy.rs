@@ -368,7 +368,7 @@ impl Envoy {
     }
 
     /// The value of a metric of the module, once its workers have published what they have counted. They do so within
-    /// [`PUBLICATION`]; the metrics of the module are read until they have not changed for twice as long. Where the expected
+    /// a tenth of a second; the metrics of the module are read until they have not changed for twice as long. Where the expected
     /// value is known, [`Envoy::wait_for_stat`] depends on no time.
     pub async fn module_metric(&self, name: &str) -> Option<u64> {
         let (mut known, mut unchanged_since) = (self.stats("wasmcustom.").await, tokio::time::Instant::now());

@@ -138,7 +138,7 @@ impl<'a> Proxy<'a> {
         self.seen.iter()
     }
 
-    /// How many requests nobody has answered yet.
+    /// The number of requests without a response yet.
     pub fn under_way(&self) -> usize {
         self.streams.len()
     }
