@@ -10,6 +10,7 @@ mod hops;
 mod hostile;
 mod ratelimit;
 mod rollout;
+mod statistics;
 mod steering;
 mod storm;
 mod trace;
