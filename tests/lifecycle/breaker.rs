@@ -90,6 +90,27 @@ pub fn a_probe_whose_client_left_is_available_again(start: Start) {
     assert_eq!((probes.len(), refused), (3, 7), "the probes of the clients that left, and no more");
 }
 
+pub fn a_probe_that_a_limit_by_subset_refuses_is_available_again(start: Start) {
+    let mut proxy = start(&policy(
+        r#"{"name": "r", "route": [{"destination": {"host": "h", "subset": "v1"}}],
+            "circuitBreaker": {"volumeThreshold": 10, "resetTimeout": "30s"},
+            "rateLimits": [{"name": "each", "key": [{"subset": {}}, {"header": "x-user"}],
+                            "limit": {"requestsPerUnit": 1, "unit": "hour"}}]}"#,
+        "",
+    ));
+    for n in 0..10 {
+        exchange(&mut *proxy, n % 2, &[("x-user", &format!("user-{n}"))], "500").continued();
+    }
+    let open = exchange(&mut *proxy, 0, &[("x-user", "ann")], "200").answered();
+    assert_eq!(open.details, "trimtab_circuit_open");
+    proxy.advance(30 * SECOND);
+    let refused = exchange(&mut *proxy, 0, &[("x-user", "user-0")], "200").answered();
+    assert_eq!(refused.details, "trimtab_rate_limited", "user-0 is over the limit");
+    exchange(&mut *proxy, 1, &[("x-user", "ann")], "200").continued();
+    exchange(&mut *proxy, 0, &[("x-user", "bob")], "200").continued();
+    assert_eq!(proxy.metric(STATE), 0, "the probe of ann closes the circuit");
+}
+
 pub fn own_answers_do_not_open_a_breaker(start: Start) {
     let fault =
         r#", "fault": {"abort": {"percentage": {"value": 100}, "httpStatus": 503}, "guard": {"errorRate": "100%"}}"#;

@@ -13,8 +13,9 @@ mod trace;
 mod wasm;
 
 use breaker::{
-    a_breaker_opens_in_all_workers, a_probe_is_not_faulted, a_probe_whose_client_left_is_available_again,
-    garbage_opens_nothing, half_open_lets_exactly_so_many_through, own_answers_do_not_open_a_breaker,
+    a_breaker_opens_in_all_workers, a_probe_is_not_faulted, a_probe_that_a_limit_by_subset_refuses_is_available_again,
+    a_probe_whose_client_left_is_available_again, garbage_opens_nothing, half_open_lets_exactly_so_many_through,
+    own_answers_do_not_open_a_breaker,
 };
 use canary::{
     a_canary_that_breaks_after_good_service_is_rolled_back, a_cap_on_exposure_is_exact,
@@ -152,6 +153,7 @@ cases![
     a_breaker_opens_in_all_workers,
     half_open_lets_exactly_so_many_through,
     a_probe_whose_client_left_is_available_again,
+    a_probe_that_a_limit_by_subset_refuses_is_available_again,
     own_answers_do_not_open_a_breaker,
     a_probe_is_not_faulted,
     garbage_opens_nothing,
