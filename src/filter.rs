@@ -224,7 +224,6 @@ pub type Header<'h> = &'h dyn Fn(&str) -> Option<Vec<u8>>;
 impl Filter {
     /// Puts `policy` to work: defines its metrics and agrees with the other workers on a secret.
     pub fn new(policy: Policy, host: &impl Host) -> Filter {
-        log_empty_shared_data(&policy, host);
         let meters = Meters::define(&policy, host);
         let trace = policy.trace.as_ref().map(|trace| TracePropagator::new(trace, &Scope::policy(&policy.name, host)));
         let cohort = policy.cohort.as_ref().map(|_| CohortMetrics::define(&Scope::policy(&policy.name, host)));
@@ -827,17 +826,6 @@ fn is_forced(force: ForcedSampling, policy: &Policy, reasons: &Explanation, host
         || (force.rate_limit && reasons.local_limits.as_deref().is_some_and(is_limited))
         || (force.rate_limit && reasons.global_limits.as_deref().is_some_and(GlobalCheck::is_over_limit))
         || (force.rollback && is_moved() == Some(true))
-}
-
-/// Logs that the policy has nothing in shared data, as after a start or a hot restart of the proxy. Every worker writes the
-/// secret of the limit keys when it starts, so the first one finds none.
-fn log_empty_shared_data(policy: &Policy, host: &impl Host) {
-    if host.get(&[&*policy.state_prefix, "secret"].concat()).is_none() {
-        log::info!(
-            "policy {}: shared data are empty: limits, verdicts, caps, circuits and experiments begin anew",
-            policy.name
-        );
-    }
 }
 
 /// The value of a header that is a number.

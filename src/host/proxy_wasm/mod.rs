@@ -167,6 +167,13 @@ impl RootContext for Root {
                     log::warn!("policy {}: {warning}", policy.name);
                 }
                 log::info!("policy {} is loaded: {} routes", policy.name, policy.routes.len());
+                // Every worker leaves the secret of the limit keys, so the first one after a start finds none.
+                if abi::shared_data(&[&*policy.state_prefix, "secret"].concat()).is_none() {
+                    log::info!(
+                        "policy {}: shared data are empty: limits, verdicts and experiments begin anew",
+                        policy.name
+                    );
+                }
                 if policy.has_services() {
                     PLUGINS.with_borrow_mut(|plugins| {
                         plugins.retain(|plugin| plugin.strong_count() > 0);
