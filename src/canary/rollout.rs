@@ -231,7 +231,7 @@ impl Rollout {
         let (mut inherited, mut effective) = self.weight_for(inherited, host);
         let mut selection = choose(inherited, effective.weight);
 
-        // The state after the choice: only a request for the canary has to know of the latest verdict.
+        // Read the state after the choice: only a request that would go to the canary needs the latest verdict.
         if selection.destination == canary.destination && self.learns_of_failure(host) {
             (inherited, effective) = self.weight_for(inherited, host);
             selection = choose(inherited, effective.weight);

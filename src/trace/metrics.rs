@@ -73,7 +73,7 @@ impl TraceMetrics {
         };
         add(self.extractions.get(extraction));
         add(reason.and_then(|reason| self.extractions.get(reason)));
-        // Where it came from tells nothing new of W3C's own format.
+        // W3C's own format is counted as valid already, so only the other formats are counted by name.
         if let Some(format) = propagated.format.filter(|format| *format != TraceFormat::TraceContext) {
             add(self.formats.get(format as usize));
         }
